@@ -1,0 +1,21 @@
+"""FreezeOut for PyTorch: layers anneal, freeze and leave the backward pass one by one (arXiv 1706.04983)."""
+
+from .freezeout import FreezeOut, Transition
+from .fused_sgd import FusedSGD
+from .layers import Layer, Layers, find_layers
+from .native import build_info, version
+from .schedule import Schedule
+
+__version__ = version()
+
+__all__ = [
+    "FreezeOut",
+    "FusedSGD",
+    "Layer",
+    "Layers",
+    "Schedule",
+    "Transition",
+    "__version__",
+    "build_info",
+    "find_layers",
+]

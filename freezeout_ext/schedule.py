@@ -1,0 +1,125 @@
+"""When each layer freezes and what its learning rate is until then: pure maths of (layer, step)."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+POWERS = {"linear": 1.0, "squared": 2.0, "cubic": 3.0}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """t_i = (t_0 + (1 - t_0) * i / L) ** power; lr_i(step) = base_lr * lr_factor(i, step), 0 from milestone_i on.
+
+    Layers 0..L are in forward order, steps count optimizer steps from 0. Layer L has t = 1 and never freezes.
+
+    Args:
+        num_layers: L + 1.
+        total_steps: optimizer steps of the whole run.
+        t_0: where layer 0 freezes, before the power, in (0, 1]; 1 freezes nothing.
+        how_scale: "linear", "squared", "cubic", or any positive power.
+        scale_lr: multiply layer i's learning rate by 1 / t_i, so that its sum over the run does not depend on t_i.
+        warmup_steps: the rates rise linearly to their peak over these steps, and the cosines begin there.
+        max_transitions: at most so many moments at which layers freeze; neighbours freeze together at the mean of
+            their t_i, so that the layers' active time, summed, is that of the unsnapped schedule.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range, by name.
+
+    Source: Brock et al. 2017, arXiv 1706.04983. The factor 1/2 of the cosine is in the authors' code, not the paper.
+    """
+
+    num_layers: int
+    total_steps: int
+    t_0: float = 0.8
+    how_scale: str | float = "cubic"
+    scale_lr: bool = True
+    warmup_steps: int = 0
+    max_transitions: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("num_layers", self.num_layers, 1)
+        _check_count("total_steps", self.total_steps, 1)
+        _check_count("warmup_steps", self.warmup_steps, 0)
+        if self.max_transitions is not None:
+            _check_count("max_transitions", self.max_transitions, 1)
+        if not _is_real(self.t_0) or not 0 < self.t_0 <= 1:
+            raise ValueError(f"t_0 must be in (0, 1], got {self.t_0!r}")
+        _power(self.how_scale)
+        if self.warmup_steps >= self.milestone(0):
+            raise ValueError(
+                f"warmup_steps must end before the first layer freezes at step {self.milestone(0):g}, "
+                f"got {self.warmup_steps}"
+            )
+
+    @cached_property
+    def _times(self) -> tuple[float, ...]:
+        power, last = _power(self.how_scale), self.num_layers - 1
+        times = [(self.t_0 + (1 - self.t_0) * i / last) ** power for i in range(last)] + [1.0]
+        freezing = sum(t < 1 for t in times)
+        if self.max_transitions is None or self.max_transitions >= freezing:
+            return tuple(times)
+        snapped = []
+        for k in range(self.max_transitions):
+            first = k * freezing // self.max_transitions
+            end = (k + 1) * freezing // self.max_transitions
+            snapped += [math.fsum(times[first:end]) / (end - first)] * (end - first)
+        return tuple(snapped + times[freezing:])
+
+    @cached_property
+    def _milestones(self) -> tuple[float, ...]:
+        # Rounded far below a step: 0.55 * 100 is 55.00000000000001, and must be step 55. Step 0 is always trained.
+        return tuple(max(round(t * self.total_steps, 6), 1e-6) for t in self._times)
+
+    def t(self, i: int) -> float:
+        """t_i: the fraction of the run for which layer i trains (after the power and max_transitions)."""
+        return self._times[i]
+
+    def milestone(self, i: int) -> float:
+        """milestone_i = t_i * total_steps: layer i is active while step < milestone_i."""
+        return self._milestones[i]
+
+    def lr_factor(self, i: int, step: float) -> float:
+        """lr_i(step) / base_lr = (1 / t_i if scale_lr else 1) * 0.5 * (1 + cos(pi * progress)), 0 once frozen.
+
+        progress runs from 0 at the end of the warm-up to 1 at milestone_i.
+        """
+        milestone = self._milestones[i]
+        if step >= milestone:
+            return 0.0
+        peak = 1 / self._times[i] if self.scale_lr else 1.0
+        warmup = self.warmup_steps
+        if step < warmup:
+            # Reaches 1 at step == warmup, and the first step is not lost to a rate of 0.
+            return peak * (step + 1) / (warmup + 1)
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (milestone - warmup)))
+
+    def num_frozen(self, step: float) -> int:
+        """How many layers are frozen at `step`: layers 0 .. num_frozen - 1."""
+        return sum(m <= step and t < 1 for m, t in zip(self._milestones, self._times, strict=True))
+
+    def next_milestone(self, step: int) -> int | None:
+        """The first step after `step` at which more layers are frozen than at `step`; None if none are left."""
+        for milestone, t in zip(self._milestones, self._times, strict=True):
+            if milestone > step and t < 1:
+                return math.ceil(milestone)
+        return None
+
+
+def _power(how_scale: str | float) -> float:
+    if isinstance(how_scale, str) and how_scale in POWERS:
+        return POWERS[how_scale]
+    if _is_real(how_scale) and 0 < how_scale < math.inf:
+        return float(how_scale)
+    raise ValueError(f"how_scale must be one of {', '.join(POWERS)} or a positive power, got {how_scale!r}")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
