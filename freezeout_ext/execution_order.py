@@ -18,13 +18,13 @@ class OrderCheck:
         self._running = False
         self._calls = 0
         self._handles = [
-            model.register_forward_pre_hook(_Transient(self._begin), prepend=True),
-            model.register_forward_hook(_Transient(self._end)),
+            model.register_forward_pre_hook(Transient(self._begin), prepend=True),
+            model.register_forward_hook(Transient(self._end)),
         ]
         for i, layer in enumerate(layers):
             for module in layer.modules.values():
                 if module is not model:
-                    self._handles.append(module.register_forward_pre_hook(_Transient(partial(self._see, i))))
+                    self._handles.append(module.register_forward_pre_hook(Transient(partial(self._see, i))))
 
     def close(self) -> None:
         for handle in self._handles:
@@ -52,8 +52,10 @@ class OrderCheck:
                 )
 
 
-class _Transient:
+class Transient:
     """A hook that copies and pickles of the model do not keep."""
+
+    observes_only = True  # the frozen prefix need not keep away from it
 
     def __init__(self, function: Callable) -> None:
         self.function = function

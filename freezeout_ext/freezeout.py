@@ -3,18 +3,20 @@
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .ddp_check import DDPCheck
 from .eval_pin import pin, unpin
 from .execution_order import OrderCheck
 from .layers import Layer, Layers, find_layers
-from .param_groups import check_optimizer, join_groups, set_rate, split_groups
+from .param_groups import check_optimizer, join_groups, let_scaler_skip, set_rate, split_groups
 from .schedule import Schedule
+from .whole_compile import bare, warn_if_beyond_limit
 
 logger = logging.getLogger("freezeout_ext")
 
@@ -43,7 +45,8 @@ class FreezeOut:
 
     Args:
         model: where the layers are found (the bare module: not the DistributedDataParallel around it).
-        optimizer: any torch optimizer over all trainable parameters of the model; others in it train to the end.
+        optimizer: any torch optimizer, or several of them, over all trainable parameters of the model; others in it
+            train to the end.
         total_steps, t_0, how_scale, warmup_steps, max_transitions: see `Schedule`.
         scale_lr: multiply layer i's rate by 1 / t_i. None: yes, but no for the Adam family, whose steps do not grow
             in proportion to the rate's sum.
@@ -60,7 +63,7 @@ class FreezeOut:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         total_steps: int,
         t_0: float = 0.8,
@@ -71,7 +74,10 @@ class FreezeOut:
         max_transitions: int | None = None,
         anneal: bool = True,
     ) -> None:
-        check_optimizer(optimizer)
+        self.optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+        for each in self.optimizers:
+            check_optimizer(each)
+        given, model = model, bare(model)
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise TypeError(f"model must be the bare module, got a {type(model).__name__}; pass model.module")
         self.model = model
@@ -83,19 +89,21 @@ class FreezeOut:
             total_steps=total_steps,
             t_0=t_0,
             how_scale=how_scale,
-            scale_lr="betas" not in optimizer.defaults if scale_lr is None else scale_lr,
+            scale_lr=all("betas" not in o.defaults for o in self.optimizers) if scale_lr is None else scale_lr,
             warmup_steps=warmup_steps,
             max_transitions=max_transitions,
         )
+        warn_if_beyond_limit(given, self.schedule)
         self.step_count = 0
         self.num_frozen = 0
         self._closed = False
         self.transitions: list[Transition] = []
         self._transition_hooks: dict[int, Callable[[FreezeOut, Transition], None]] = {}
         self._layer_of = {p: i for i, layer in enumerate(self.layers) for p in layer.parameters.values()}
-        self._unsplit = split_groups(optimizer, self._layer_of, self.layers)
-        self._on_load = optimizer.register_load_state_dict_post_hook(lambda _: self._adopt_groups())
+        self._unsplit = split_groups(self.optimizers, self._layer_of, self.layers)
+        self._on_load = [o.register_load_state_dict_post_hook(lambda _: self._adopt_groups()) for o in self.optimizers]
         self._order = OrderCheck(model, self.layers)
+        self._ddp_check = DDPCheck(model)
         self._adopt_groups()
 
     def __repr__(self) -> str:
@@ -127,7 +135,7 @@ class FreezeOut:
     def learning_rates(self) -> list[float]:
         """lr_i(step) of each layer, 0 where frozen (of its first param group, where it has several)."""
         rates: dict[int, float] = {}
-        for group in self.optimizer.param_groups:
+        for group in self._groups():
             rates.setdefault(group["layer"], float(group["lr"]))
         return [rates[i] for i in range(len(self.layers))]
 
@@ -144,13 +152,18 @@ class FreezeOut:
 
         return remove
 
+    def skip_order_check(self) -> None:
+        """Leaves it to the caller that the layers run in their order: compiled layers cannot be watched."""
+        self._order.close()
+
     def state_dict(self) -> dict:
         """The step, what it is a step of, and the log of transitions; plain containers."""
         return {
             "step": self.step_count,
             "schedule": asdict(self.schedule),
             "layers": [layer.name for layer in self.layers],
-            "transitions": [asdict(transition) for transition in self.transitions],
+            # A tuple: torch.distributed.checkpoint takes a list of dicts apart and then wants as many to load into.
+            "transitions": tuple(asdict(transition) for transition in self.transitions),
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -183,9 +196,12 @@ class FreezeOut:
         if self._closed:
             return
         self._order.close()
-        self._on_load.remove()
+        self._ddp_check.close()
+        for handle in self._on_load:
+            handle.remove()
         self._thaw(0)
-        join_groups(self.optimizer, self._unsplit)
+        for optimizer, unsplit in zip(self.optimizers, self._unsplit, strict=True):
+            join_groups(optimizer, unsplit)
         self._closed = True
 
     # The transition
@@ -195,12 +211,13 @@ class FreezeOut:
         layers = self.layers[self.num_frozen : num_frozen]
         with ExitStack() as undo:
             freed = sum(self._freeze_layer(layer, undo) for layer in layers)
-            for group in self.optimizer.param_groups:
+            for group in self._groups():
                 undo.callback(set_rate, group, float(group["lr"]))
             undo.callback(self._set_group_flags, self.num_frozen)
             self._set_group_flags(num_frozen)
             undo.callback(setattr, self, "num_frozen", self.num_frozen)
             self.num_frozen = num_frozen
+            self._ddp_check.watch()
             transition = Transition(
                 step=step,
                 num_frozen=num_frozen,
@@ -225,10 +242,11 @@ class FreezeOut:
             undo.callback(_restore_parameter, p, p.grad)
             p.grad = None
             p.requires_grad_(False)
-            state = self.optimizer.state.pop(p, None)
-            if state is not None:
-                undo.callback(self.optimizer.state.__setitem__, p, state)
-                freed += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
+            for optimizer in self.optimizers:
+                state = optimizer.state.pop(p, None)
+                if state is not None:
+                    undo.callback(optimizer.state.__setitem__, p, state)
+                    freed += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
         for module in layer.submodules:
             undo.callback(unpin, module, module.training)
             pin(module)
@@ -240,35 +258,42 @@ class FreezeOut:
                 p.requires_grad_(True)
             for module in layer.submodules:
                 unpin(module, self.model.training)
-        for group in self.optimizer.param_groups:
+        for group in self._groups():
             if num_frozen <= group["layer"] < self.num_frozen:
                 set_rate(group, group["base_lr"])
         self.num_frozen = num_frozen
         self._set_group_flags(num_frozen)
 
-    # The optimizer's groups
+    # The optimizers' groups
+
+    def _groups(self) -> Iterator[dict]:
+        for optimizer in self.optimizers:
+            yield from optimizer.param_groups
 
     def _adopt_groups(self) -> None:
         """Marks each group with its layer and base rate, also after a state was loaded, and frees frozen state."""
-        for group in self.optimizer.param_groups:
+        for group in self._groups():
             group["layer"] = self._layer_of.get(next(iter(group["params"]), None), len(self.layers) - 1)
             group.setdefault("base_lr", float(group["lr"]))
         for layer in self.layers[: self.num_frozen]:
             for p in layer.parameters.values():
-                self.optimizer.state.pop(p, None)
+                for optimizer in self.optimizers:
+                    optimizer.state.pop(p, None)
         self._set_group_flags(self.num_frozen)
         self._set_learning_rates()
 
     def _set_group_flags(self, num_frozen: int) -> None:
-        for group in self.optimizer.param_groups:
+        for group in self._groups():
             group["frozen"] = group["layer"] < num_frozen
             if group["frozen"]:
                 set_rate(group, 0.0)
+        for optimizer in self.optimizers:
+            let_scaler_skip(optimizer)
 
     def _set_learning_rates(self) -> None:
         step, factor_of = self.step_count, self.schedule.lr_factor
         factors = [factor_of(i, step) for i in range(len(self.layers))]
-        for group in self.optimizer.param_groups:
+        for group in self._groups():
             if "base_lr" not in group:  # add_param_group
                 return self._adopt_groups()
             if self.anneal or group["frozen"]:

@@ -1,6 +1,6 @@
 """An optimizer's param groups: split into one a layer, joined again, and their learning rates set."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,31 +23,40 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
     if any(GROUP_KEYS[0] in group for group in optimizer.param_groups):
         raise ValueError("optimizer must not be held by another FreezeOut; call its close() first")
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise TypeError(
+            "optimizer must not be a ZeroRedundancyOptimizer: it deals out parameters and groups to the ranks once, at "
+            "its construction, so frozen ones would keep their place and a rank could be left with none that train; "
+            "shard with torch.distributed.fsdp.fully_shard, which follows each transition"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("optimizer must take several param groups, LBFGS reads only the first")
     if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         raise ValueError("optimizer must not have an LR scheduler yet: FreezeOut splits its groups, attach it after")
 
 
-def split_groups(optimizer: torch.optim.Optimizer, layer_of: dict[nn.Parameter, int], layers: Layers) -> list[list]:
-    """Splits each param group into one a layer, in place; returns the parameters of the unsplit groups."""
-    unsplit = [list(group["params"]) for group in optimizer.param_groups]
-    held = {p for params in unsplit for p in params}
+def split_groups(
+    optimizers: Sequence[torch.optim.Optimizer], layer_of: dict[nn.Parameter, int], layers: Layers
+) -> list[list[list]]:
+    """Splits each param group into one a layer, in place; returns the parameters of each optimizer's unsplit groups."""
+    unsplit = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
+    held = {p for groups in unsplit for params in groups for p in params}
     for i, layer in enumerate(layers):
         for name, p in layer.parameters.items():
             if p not in held:
                 raise ValueError(f"optimizer must hold every trainable parameter, {name} of layer {i} is not in it")
-    split = []
-    for group in optimizer.param_groups:
-        parts: dict[int, list] = {}
-        for p in group["params"]:
-            parts.setdefault(layer_of.get(p, len(layers) - 1), []).append(p)
-        for i in sorted(parts):
-            part = {**group, "params": parts[i]}
-            if isinstance(group["lr"], Tensor):
-                part["lr"] = group["lr"].clone()
-            split.append(part)
-    optimizer.param_groups[:] = split
+    for optimizer in optimizers:
+        split = []
+        for group in optimizer.param_groups:
+            parts: dict[int, list] = {}
+            for p in group["params"]:
+                parts.setdefault(layer_of.get(p, len(layers) - 1), []).append(p)
+            for i in sorted(parts):
+                part = {**group, "params": parts[i]}
+                if isinstance(group["lr"], Tensor):
+                    part["lr"] = group["lr"].clone()
+                split.append(part)
+        optimizer.param_groups[:] = split
     return unsplit
 
 
@@ -61,3 +70,25 @@ def join_groups(optimizer: torch.optim.Optimizer, unsplit: Iterable[list]) -> No
         for key in GROUP_KEYS:
             group.pop(key, None)
     optimizer.param_groups[:] = joined
+
+
+def let_scaler_skip(optimizer: torch.optim.Optimizer) -> None:
+    """GradScaler.step asserts that some gradient was checked for inf, unless the optimizer says that it sees to it.
+
+    One whose parameters are all frozen has none and says so. It has nothing to update either way.
+    """
+    idle = all(group["frozen"] for group in optimizer.param_groups)
+    if idle and not hasattr(optimizer, "_was_amp_aware"):
+        optimizer._was_amp_aware = getattr(optimizer, "_step_supports_amp_scaling", False)
+        optimizer._step_supports_amp_scaling = True
+        optimizer._forget_inf = optimizer.register_step_pre_hook(_forget_inf)
+    elif not idle and hasattr(optimizer, "_was_amp_aware"):
+        optimizer._step_supports_amp_scaling = optimizer._was_amp_aware
+        optimizer._forget_inf.remove()
+        del optimizer._was_amp_aware, optimizer._forget_inf
+
+
+def _forget_inf(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    # torch's loops refuse the sum over no devices that GradScaler sets.
+    if hasattr(optimizer, "found_inf"):
+        optimizer.found_inf = optimizer.grad_scale = None

@@ -1,0 +1,33 @@
+# make demo   trains with FreezeOut on real images and shows what it saved
+# make test   passes the tests
+PYTHON ?= python3
+INPUTS := scripts/setup_venv.sh pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+
+# .venv is installed without bytecode: the first import of a module writes it.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test lint clean
+.NOTPARALLEL:
+
+demo: .venv/demo-ready
+	.venv/bin/freezeout compare --data digits --model wrn-16-1 --out demo-run --resume
+
+test: .venv/test-ready
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+
+lint: .venv/test-ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/clang-format --dry-run -Werror csrc/*
+
+clean:
+	rm -rf .venv build dist demo-run *.egg-info freezeout_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/demo-ready: $(INPUTS)
+	PYTHON="$(PYTHON)" sh scripts/setup_venv.sh train
+	touch $@
+
+.venv/test-ready: $(INPUTS)
+	PYTHON="$(PYTHON)" sh scripts/setup_venv.sh train,tensorboard,dev
+	touch .venv/demo-ready $@

@@ -1,0 +1,76 @@
+// Where a torch tensor's elements are, read from the Python object without any torch header.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "dlpack_exchange.h"
+#include "tensor_table.h"
+
+namespace freezeout {
+
+// DLPack's view of a tensor. The slow reader keeps shape and strides here; the fast one points into the tensor.
+struct TensorFacts {
+  dlpack::Tensor view;
+  std::vector<std::int64_t> owned;
+
+  void* data() const { return static_cast<char*>(view.data) + view.byte_offset; }
+  std::int64_t size() const {
+    std::int64_t size = 1;
+    for (int i = 0; i < view.ndim; ++i) size *= view.shape[i];
+    return size;
+  }
+};
+
+// Reads tensors by `torch.Tensor.__dlpack_c_exchange_api__` (torch 2.11 and later), else by attributes.
+class TensorReader {
+ public:
+  // torch.Tensor, torch.nn.Parameter and {torch.dtype: (DLPack code, bits)}; `exchange` false: by attributes in any case.
+  TensorReader(pybind11::object tensor_type, pybind11::object parameter_type, pybind11::dict dtypes, bool exchange);
+
+  bool exchanges() const { return tensor_from_object_ != nullptr; }
+
+  // Exactly torch.Tensor or torch.nn.Parameter: a DTensor or FakeTensor must not reach the exchange (it crashes).
+  bool is_plain(PyObject* object) const {
+    return Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr()) ||
+           Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(parameter_type_.ptr());
+  }
+  bool is_tensor(PyObject* object) const { return PyObject_IsInstance(object, tensor_type_.ptr()) == 1; }
+
+  // False, without a Python error, for what has no address: not plain, no strides, a null pointer to elements.
+  bool read(PyObject* object, TensorFacts& facts) const {
+    if (!is_plain(object)) return false;
+    if (!tensor_from_object_) {
+      if (!read_attributes(object, facts)) return false;
+    } else if (tensor_from_object_(object, &facts.view) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    return facts.view.data != nullptr || facts.size() == 0;
+  }
+
+  // tensor.grad; throws error_already_set.
+  pybind11::object grad(PyObject* object) const {
+    PyObject* grad = get_grad_ ? get_grad_->get(object, get_grad_->closure) : PyObject_GetAttrString(object, "grad");
+    if (!grad) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(grad);
+  }
+
+  // Whether elements are the negatives of those in memory, as the imaginary part of a conjugate is.
+  bool is_neg(PyObject* object) const;
+
+ private:
+  bool read_attributes(PyObject* object, TensorFacts& facts) const;
+
+  pybind11::object tensor_type_;
+  pybind11::object parameter_type_;
+  pybind11::dict dtypes_;
+  pybind11::object exchange_capsule_;
+  pybind11::object grad_descriptor_;
+  const PyGetSetDef* get_grad_ = nullptr;
+  int (*tensor_from_object_)(void*, dlpack::Tensor*) = nullptr;
+};
+
+}  // namespace freezeout

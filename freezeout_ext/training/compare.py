@@ -1,0 +1,275 @@
+"""freezeout compare: the same net and seeds, trained in several ways; accuracy, seconds and bytes side by side."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+import torch
+
+from .checkpoint import RunFolder, check_empty, make_folder, write_json
+from .config import TrainConfig, faults_of_input
+from .data import DataSplits, load_data
+from .loop import Run, Trainer
+from .measure import conditions
+from .report import Reporter, table
+
+# short: full training on a cosine as long as FreezeOut's seconds; const-time: FreezeOut as long as full training's.
+KINDS = ("full", "freezeout", "no-anneal", "short", "const-time")
+MATCHED = ("short", "const-time")
+WARMUP_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. t_0 and how_scale name the FreezeOut that it is, or whose seconds it is matched to."""
+
+    kind: str
+    t_0: float | None = None
+    how_scale: str | float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.kind == "full" else f"{self.kind} {self.how_scale} {self.t_0:g}"
+
+    @property
+    def is_matched(self) -> bool:
+        return self.kind in MATCHED
+
+    def config(self, base: TrainConfig, seed: int, steps: int | None = None) -> TrainConfig:
+        """The config of this arm's run; `steps` is the length of a matched arm."""
+        method = {"short": "full", "const-time": "freezeout"}.get(self.kind, self.kind)
+        config = replace(base, method=method, seed=seed, steps=steps or base.steps)
+        if method != "full":
+            config = replace(config, t_0=self.t_0, how_scale=self.how_scale)
+        return config.resolved()
+
+
+def make_arms(kinds: Iterable[str], t_0s: Iterable[float], how_scales: Iterable[str | float]) -> list[Arm]:
+    """The arms of `kinds`, one for each (how_scale, t_0); what a matched arm is matched to is added."""
+    kinds = list(dict.fromkeys(kinds))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"arms must be of {', '.join(KINDS)}, got {kind!r}")
+    if any(kind in MATCHED for kind in kinds):
+        kinds += ["full", "freezeout"]
+    variants = list(dict.fromkeys((t_0, how_scale) for how_scale in how_scales for t_0 in t_0s))
+    arms = []
+    for kind in KINDS:
+        if kind in kinds:
+            arms += [Arm(kind)] if kind == "full" else [Arm(kind, *variant) for variant in variants]
+    return arms
+
+
+class Comparison:
+    """The runs of all arms and seeds in one folder, OUT/runs/ARM/seed-SEED, and what they say together.
+
+    Runs are sequential, seed by seed, in alternating order, so that what slows the machine slows all arms. The matched
+    arms come after the others, whose seconds decide their length. With `resume` finished runs are kept and an
+    unfinished one goes on.
+
+    Raises:
+        BadInput: one sentence on what is wrong with the input; nothing was written.
+    """
+
+    @faults_of_input()
+    def __init__(
+        self,
+        base: TrainConfig,
+        out: str | Path,
+        *,
+        arms: Sequence[Arm],
+        seeds: Sequence[int],
+        resume: bool = False,
+        data_dir: str | Path | None = None,
+        download: bool = False,
+    ) -> None:
+        self.base, self.out, self.arms, self.seeds = base.resolved(), Path(out), list(arms), list(seeds)
+        if not resume or RunFolder(self.out).holds_run():
+            check_empty(self.out)
+        self.data: DataSplits = load_data(self.base.data, data_dir, download=download, device=self.base.device)
+        for arm in self.arms:
+            Trainer(arm.config(self.base, self.seeds[0]), self.data)
+        make_folder(self.out)
+
+    def run(self, make_reporter: Callable[[str], Reporter], say: Callable[[str], None] = print) -> dict:
+        """Trains what is not trained yet and writes compare.json; make_reporter(title) makes one run's reporter."""
+        measured = [arm for arm in self.arms if not arm.is_matched]
+        matched = [arm for arm in self.arms if arm.is_matched]
+        results: dict[Arm, dict[int, dict]] = {arm: {} for arm in self.arms}
+        if not all(self._folder(arm, seed).result_path.exists() for arm in self.arms for seed in self.seeds):
+            self._warm_up()
+        for stage in (measured, matched):
+            steps = {arm: self._matched_steps(arm, results) for arm in stage}
+            for k, seed in enumerate(self.seeds):
+                for arm in stage if k % 2 == 0 else reversed(stage):
+                    title = f"{arm.name}, seed {seed}"
+                    results[arm][seed] = self._run_one(arm, seed, steps[arm], make_reporter(title))
+                    say(
+                        f"{title}: {100 * results[arm][seed]['test_accuracy']:.2f} % in"
+                        f" {results[arm][seed]['train_seconds']:.1f} s"
+                    )
+        summary = self._summary(results)
+        write_json(self.out / "compare.json", summary)
+        return summary
+
+    def _folder(self, arm: Arm, seed: int) -> RunFolder:
+        return run_folder(self.out, arm.name, seed)
+
+    def _run_one(self, arm: Arm, seed: int, steps: int | None, reporter: Reporter) -> dict:
+        config, folder = arm.config(self.base, seed, steps), self._folder(arm, seed)
+        result = folder.load_result()
+        if result is not None and result["config"] == config.to_dict():
+            return result
+        run = Run.prepare(config, folder.path, resume=True, data=self.data)
+        try:
+            return run.train(reporter)
+        finally:
+            reporter.close()
+
+    def _warm_up(self) -> None:
+        """Some steps that do not count: the first run must not pay for what the process does once."""
+        Trainer(replace(self.base, method="full", steps=WARMUP_STEPS), self.data).train_epoch()
+
+    def _matched_steps(self, arm: Arm, results: dict[Arm, dict[int, dict]]) -> int | None:
+        """How many steps a matched arm takes; what an earlier call decided stays."""
+        if not arm.is_matched:
+            return None
+        for seed in self.seeds:
+            folder = self._folder(arm, seed)
+            if folder.holds_run():
+                return folder.load_config().steps
+        full, freezeout = results[Arm("full")], results[Arm("freezeout", arm.t_0, arm.how_scale)]
+        ratio = median(freezeout[s]["train_seconds"] / full[s]["train_seconds"] for s in self.seeds)
+        total = full[self.seeds[0]]["total_steps"]
+        return max(1, round(total * ratio if arm.kind == "short" else total / ratio))
+
+    def _summary(self, results: dict[Arm, dict[int, dict]]) -> dict:
+        full = results.get(Arm("full"))
+        return {
+            "config": self.base.to_dict(),
+            "seeds": self.seeds,
+            "conditions": conditions(torch.device(self.base.device)),
+            "memory_measured": results[self.arms[0]][self.seeds[0]]["memory_measured"],
+            "arms": [_arm_summary(arm, results[arm], full) for arm in self.arms],
+        }
+
+
+def _arm_summary(arm: Arm, runs: dict[int, dict], full: dict[int, dict] | None) -> dict:
+    first = next(iter(runs.values()))
+    summary = {
+        "name": arm.name,
+        "kind": arm.kind,
+        "t_0": arm.t_0,
+        "how_scale": arm.how_scale,
+        "total_steps": first["total_steps"],
+        "num_layers": len(first["layers"]),
+        "test_accuracy": spread([run["test_accuracy"] for run in runs.values()]),
+        "train_seconds": spread([run["train_seconds"] for run in runs.values()]),
+        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs.values()),
+        "phases": _over_runs([run["phases"] for run in runs.values()]),
+        "transitions": _over_runs([run["transitions"] for run in runs.values()]),
+        "runs": [
+            {"seed": seed, **{k: run[k] for k in ("test_accuracy", "test_loss", "train_loss", "train_seconds")}}
+            for seed, run in runs.items()
+        ],
+    }
+    if full is not None and arm.kind != "full":
+        pairs = [(run, full[seed]) for seed, run in runs.items()]
+        summary["accuracy_over_full"] = spread([run["test_accuracy"] - f["test_accuracy"] for run, f in pairs])
+        summary["seconds_over_full"] = spread([run["train_seconds"] / f["train_seconds"] for run, f in pairs])
+    return summary
+
+
+def run_folder(out: Path, arm_name: str, seed: int) -> RunFolder:
+    return RunFolder(out / "runs" / arm_name.replace(" ", "-") / f"seed-{seed}")
+
+
+def curves(out: Path, summary: dict) -> dict[str, list[list[dict]]]:
+    """For each arm of compare.json the log of each run."""
+    return {
+        arm["name"]: [run_folder(out, arm["name"], seed).read_log() for seed in summary["seeds"]]
+        for arm in summary["arms"]
+    }
+
+
+def spread(values: Sequence[float]) -> dict:
+    """mean, sd (n - 1; None for n = 1) and n."""
+    return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None, "n": len(values)}
+
+
+def _over_runs(rows_of_runs: list[list[dict]]) -> list[dict]:
+    """Rows that are the same in all runs but for what was measured: there the median over the runs."""
+    merged = []
+    for rows in zip(*rows_of_runs, strict=True):
+        row = dict(rows[0])
+        for name in row:
+            if "seconds" in name:
+                values = [r[name] for r in rows if r[name] is not None]
+                row[name] = median(values) if values else None
+        merged.append(row)
+    return merged
+
+
+def comparison_tables(summary: dict) -> str:
+    """The text that `freezeout compare` ends in."""
+    config, where = summary["config"], summary["conditions"]
+    device = where["device"]
+    if device == "cpu":
+        device += f" ({where['cpu']}), {where['threads']} thread{'s' * (where['threads'] != 1)}"
+    parts = [
+        f"{config['data']}, {config['model']}, batch {config['batch_size']}, {config['optimizer']} lr {config['lr']:g},"
+        f" seeds {', '.join(map(str, summary['seeds']))}\n"
+        f"{device}; torch {where['torch']}, commit {where['commit'] or '-'}",
+        _arms_table(summary["arms"]),
+    ]
+    for arm in summary["arms"]:
+        if arm["kind"] == "freezeout" and arm["transitions"]:
+            parts.append(f"{arm['name']}: what each transition saved\n{_transitions_table(arm)}")
+    parts.append(f"ms/step: median over the steps between two transitions. peak memory: {summary['memory_measured']}.")
+    return "\n\n".join(parts)
+
+
+def _arms_table(arms: list[dict]) -> str:
+    rows = [("", "test accuracy, %", "over full", "seconds", "saved", "steps", "ms/step", "peak MiB")]
+    for arm in arms:
+        gain, ratio = arm.get("accuracy_over_full"), arm.get("seconds_over_full")
+        first, last = arm["phases"][0], arm["phases"][-1]
+        rows.append(
+            (
+                arm["name"],
+                f"{_mean_sd(arm['test_accuracy'], 100, 2)} (n={arm['test_accuracy']['n']})",
+                _mean_sd(gain, 100, 2, sign="+") if gain else "",
+                _mean_sd(arm["train_seconds"], 1, 2),
+                f"{100 * (1 - ratio['mean']):.1f} %" if ratio else "",
+                str(arm["total_steps"]),
+                _change(first["seconds_per_step"], last["seconds_per_step"], 1e3, 2),
+                _change(first["memory_bytes"], last["memory_bytes"], 2**-20, 1),
+            )
+        )
+    return table(rows, left=[0])
+
+
+def _transitions_table(arm: dict) -> str:
+    rows = [("step", "layers frozen", "newly frozen", "ms/step before -> after", "peak MiB before -> after")]
+    for t in arm["transitions"]:
+        rows.append(
+            (
+                str(t["step"]),
+                f"{t['num_frozen']} of {arm['num_layers']}",
+                ", ".join(t["layers"]),
+                _change(t["seconds_per_step_before"], t["seconds_per_step_after"], 1e3, 2),
+                _change(t["memory_bytes_before"], t["memory_bytes_after"], 2**-20, 2),
+            )
+        )
+    return table(rows, left=[2])
+
+
+def _change(before: float | None, after: float | None, factor: float, digits: int) -> str:
+    texts = ["-" if value is None else f"{value * factor:.{digits}f}" for value in (before, after)]
+    return texts[0] if texts[0] == texts[1] else " -> ".join(texts)
+
+
+def _mean_sd(values: dict, factor: float, digits: int, sign: str = "") -> str:
+    mean = f"{values['mean'] * factor:{sign}.{digits}f}"
+    return mean if values["sd"] is None else f"{mean} ± {values['sd'] * factor:.{digits}f}"

@@ -1,0 +1,158 @@
+"""TrainConfig: all that decides the weights of a run."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+
+from ..schedule import Schedule
+
+METHODS = ("freezeout", "full", "no-anneal")
+OPTIMIZERS = ("fused-sgd", "sgd", "adamw")
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Each compiles the layers at the frontier anew.
+COMPILED_TRANSITIONS = 4
+PREFIXES = ("exact", "folded", "bf16", "fp16", "off")
+
+
+class BadInput(Exception):
+    """One sentence on what is wrong with what was given."""
+
+
+@contextmanager
+def faults_of_input() -> Iterator[None]:
+    """Turns the errors of loading, checking and building into BadInput."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise BadInput(" ".join(str(error).split())) from error
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """weights = f(TrainConfig): on one machine, runs of equal configs end in the same weights, bit for bit.
+
+    (On CUDA with `deterministic`.) Where files lie and what is shown is no part of it. Fields that are None mean
+    "choose": see `resolved`.
+
+    Args:
+        method: "freezeout"; "full": plain training on one cosine; "no-anneal": one cosine, layers frozen at their
+            milestones all the same.
+        steps: length of the run in optimizer steps, instead of `epochs`.
+        lr: peak learning rate. SGD always has Nesterov momentum where momentum > 0.
+        warmup_epochs: instead of warmup_steps.
+        t_0, how_scale, scale_lr, max_transitions: see `Schedule`.
+        prefix: how the frozen layers run, see `FreezeOut`.
+        graph: the step as a CUDA graph, see `GraphedStep`; eager on CPU.
+        compile: torch.compile layer by layer, see `CompiledLayers`.
+        threads: torch's intra-op threads.
+    """
+
+    data: str = "digits"
+    val_fraction: float = 0.0
+    model: str = "wrn-16-1"
+    method: str = "freezeout"
+    epochs: int = 30
+    steps: int | None = None
+    batch_size: int = 64
+    optimizer: str = "fused-sgd"
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_steps: int = 0
+    warmup_epochs: float = 0.0
+    t_0: float = 0.8
+    how_scale: str | float = "cubic"
+    scale_lr: bool | None = None
+    max_transitions: int | None = None
+    prefix: str | None = None
+    graph: bool = False
+    compile: bool = False
+    augment: bool = True
+    amp: str | None = None
+    channels_last: bool | None = None
+    device: str = "auto"
+    deterministic: bool = False
+    threads: int | None = None
+    seed: int = 0
+
+    def resolved(self) -> "TrainConfig":
+        """The config with every choice made for this machine, checked.
+
+        device: CUDA where there is one; lr: 0.1, AdamW 0.001; amp: bf16 on CUDA; channels_last: on CUDA; scale_lr: not
+        for AdamW; max_transitions: 4 where layers are compiled.
+
+        Raises:
+            ValueError: a value out of its range, by name.
+        """
+        _check(self)
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device must be cpu or auto here, got cuda: torch finds no CUDA device")
+        cuda, adam = device == "cuda", self.optimizer == "adamw"
+        return replace(
+            self,
+            device=device,
+            lr=(0.001 if adam else 0.1) if self.lr is None else self.lr,
+            amp=("bf16" if cuda and torch.cuda.is_bf16_supported() else "off") if self.amp is None else self.amp,
+            channels_last=cuda if self.channels_last is None else self.channels_last,
+            scale_lr=not adam if self.scale_lr is None else self.scale_lr,
+            max_transitions=COMPILED_TRANSITIONS
+            if self.compile and self.max_transitions is None
+            else self.max_transitions,
+        )
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> "TrainConfig":
+        """Raises ValueError where the fields are not those of this version."""
+        known = {field.name for field in fields(cls)}
+        if odd := known.symmetric_difference(values):
+            raise ValueError(f"config must have the fields of this version, it differs in {', '.join(sorted(odd))}")
+        return cls(**values)
+
+    def difference(self, other: "TrainConfig") -> str | None:
+        """`lr is 0.1 there, 0.2 here` for each field in which self (there) and other (here) differ, else None."""
+        there, here = asdict(self), asdict(other)
+        found = [f"{name} is {there[name]!r} there, {here[name]!r} here" for name in there if there[name] != here[name]]
+        return "; ".join(found) or None
+
+
+def _check(config: TrainConfig) -> None:
+    _check_choice("method", config.method, METHODS)
+    _check_choice("optimizer", config.optimizer, OPTIMIZERS)
+    _check_choice("device", config.device, ("auto", "cpu", "cuda"))
+    if config.amp is not None:
+        _check_choice("amp", config.amp, tuple(AMP_DTYPES))
+    if config.prefix is not None:
+        _check_choice("prefix", config.prefix, PREFIXES)
+    for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_steps", 0), ("seed", 0)):
+        _check_least(name, getattr(config, name), least)
+    for name in ("steps", "threads", "max_transitions"):
+        if getattr(config, name) is not None:
+            _check_least(name, getattr(config, name), 1)
+    for name in ("momentum", "weight_decay", "warmup_epochs"):
+        _check_least(name, getattr(config, name), 0)
+    if config.lr is not None:
+        _check_least("lr", config.lr, 0)
+    if not 0 <= config.val_fraction < 1:
+        raise ValueError(f"val_fraction must be in [0, 1), got {config.val_fraction}")
+    if config.warmup_steps and config.warmup_epochs:
+        raise ValueError("warmup_steps and warmup_epochs must not both be given")
+    Schedule(2, 1, t_0=config.t_0, how_scale=config.how_scale)  # checks both
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_least(name: str, value: float, least: int) -> None:
+    if not (value >= least and math.isfinite(value)):
+        raise ValueError(f"{name} must be >= {least}, got {value}")

@@ -1,0 +1,174 @@
+"""What a run costs: seconds per step and bytes, for each stretch between two transitions; and where it ran."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+from torch import Tensor, nn
+
+COUNTED_MEMORY = "parameters + buffers + gradients + optimizer state + tensors saved for backward, counted"
+CUDA_MEMORY = "torch.cuda.max_memory_allocated"
+
+
+@dataclass
+class Phase:
+    """The steps first_step .. first_step + steps - 1, in which num_frozen layers were frozen; seconds of each step.
+
+    The first step of a phase is not among `seconds`: memory is counted and allocators warm up in it.
+    """
+
+    num_frozen: int
+    first_step: int
+    steps: int = 0
+    seconds: list[float] = field(default_factory=list)
+    memory: int = 0  # bytes at the peak
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        return median(self.seconds) if self.seconds else None
+
+    def summary(self) -> dict:
+        return {
+            "num_frozen": self.num_frozen,
+            "first_step": self.first_step,
+            "steps": self.steps,
+            "seconds_per_step": self.seconds_per_step,
+            "seconds_per_step_mean": fmean(self.seconds) if self.seconds else None,
+            "memory_bytes": self.memory,
+        }
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class StepTimer:
+    """seconds()[k] = time from mark k to mark k + 1: by the clock on CPU, by the stream on CUDA (synchronised once)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list = []
+
+    def mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        pairs = list(zip(self._marks, self._marks[1:], strict=False))
+        if not self._cuda:
+            return [end - start for start, end in pairs]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in pairs]
+
+
+class SavedBytes:
+    """total = bytes of the distinct storages that autograd saved for backward, parameters and buffers not counted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self.total = 0
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        # The graph keeps every saved storage alive until backward: no address comes twice.
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of parameters, buffers, the gradients that backward makes, and optimizer state."""
+    parameters = list(model.parameters())
+    state = (value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor))
+    return (
+        _bytes(parameters) + _bytes(model.buffers()) + _bytes(p for p in parameters if p.requires_grad) + _bytes(state)
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def transitions_measured(transitions: list[dict], phases: list[Phase]) -> list[dict]:
+    """Each transition, with seconds per step (median) and peak bytes in the phases before and after it."""
+    rows = []
+    for transition in transitions:
+        # A transition opens the phase of its num_frozen, unless it came with the last step of the run.
+        k = next((k for k, phase in enumerate(phases) if phase.num_frozen == transition["num_frozen"]), len(phases))
+        before, after = phases[k - 1], phases[k] if k < len(phases) else None
+        rows.append(
+            {
+                **transition,
+                "seconds_per_step_before": before.seconds_per_step,
+                "seconds_per_step_after": after.seconds_per_step if after else None,
+                "memory_bytes_before": before.memory,
+                "memory_bytes_after": after.memory if after else None,
+            }
+        )
+    return rows
+
+
+def conditions(device: torch.device) -> dict:
+    """Where and with what numbers were measured."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    found = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "freezeout_ext": installed("freezeout_ext"),
+        "commit": _commit(),
+    }
+    if device.type == "cuda":
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that holds this package, "+" where it has changes; None where it is no checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ("git", "-C", str(root), *args), capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

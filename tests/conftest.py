@@ -1,0 +1,44 @@
+"""One thread, fixed seeds, deterministic kernels; the markers `cuda` and `native_cuda`, whose skips say why."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
+
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from freezeout_ext.native import cuda_unavailable_reason
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)  # also fills new memory with NaN
+# No deadline: a busy machine is no failure. No database: a run depends on the tree alone.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "native_cuda: needs the compiled CUDA half and a device that it runs on")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons = {
+        "cuda": None if torch.cuda.is_available() else "torch sees no CUDA device",
+        "native_cuda": cuda_unavailable_reason(),
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
