@@ -6,11 +6,11 @@ INPUTS := scripts/setup_venv.sh pyproject.toml constraints.txt setup.py CMakeLis
 # .venv is installed without bytecode: the first import of a module writes it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 .NOTPARALLEL:
 
 demo: .venv/demo-ready
-	.venv/bin/freezeout compare --data digits --model wrn-16-1 --out demo-run --resume
+	.venv/bin/freezeout compare --data digits --model wrn-16-1 --epochs 30 --seeds 3 --t0 0.5 --arms full freezeout short --threads 1 --out demo-run --resume
 
 test: .venv/test-ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
@@ -19,6 +19,11 @@ lint: .venv/test-ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror csrc/*
+
+# The native tests under AddressSanitizer and UBSan; without what needs nvcc, a clean process or torch.compile.
+sanitize: .venv/test-ready
+	sh scripts/sanitize.sh -q tests/test_csrc_fused_sgd.py tests/test_fused_sgd.py tests/test_fused_sgd_random.py \
+	  -k "not cuda and not openmp and not compiled_code and not option_grid"
 
 clean:
 	rm -rf .venv build dist demo-run *.egg-info freezeout_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -121,7 +121,10 @@ class BuildWithCMake(build_ext):
             raise SetupError(f"CMake failed with status {error.returncode}, see its messages above{hint}") from None
         built = Path(self.get_ext_fullpath(ext.name))
         built.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(output / built.name, built)
+        # By rename: a process that has the old module mapped must keep it whole.
+        copy = built.with_name(f"{built.name}.new")
+        shutil.copy2(output / built.name, copy)
+        os.replace(copy, built)
 
 
 if __name__ == "__main__":

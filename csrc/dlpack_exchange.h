@@ -1,4 +1,5 @@
-// The parts of DLPack 1.x's C ABI that read a tensor without owning it (https://dmlc.github.io/dlpack/latest/c_api.html).
+// The parts of DLPack 1.x's C ABI that read a tensor without owning it
+// (https://dmlc.github.io/dlpack/latest/c_api.html).
 #pragma once
 
 #include <cstdint>

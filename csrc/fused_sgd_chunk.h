@@ -54,7 +54,9 @@ struct Chunk {
   unsigned options;
 };
 
-FREEZEOUT_HOST_DEVICE bool is_aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
+FREEZEOUT_HOST_DEVICE bool is_aligned(const void* pointer) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
+}
 
 template <class T, class R>
 FREEZEOUT_HOST_DEVICE void update_element(T& param, T& buffer, T& grad, const Rates<R>& rates, unsigned options,
@@ -118,7 +120,8 @@ FREEZEOUT_HOST_DEVICE std::int64_t update_vectors(const Chunk<T>& chunk, const R
       if (!reads) buffer[k] = V{};
       FREEZEOUT_UNROLL
       for (int lane = 0; lane < kLanes; ++lane) {
-        update_element(param[k].lane[lane], buffer[k].lane[lane], grad[k].lane[lane], rates, chunk.options, inverse_scale);
+        update_element(param[k].lane[lane], buffer[k].lane[lane], grad[k].lane[lane], rates, chunk.options,
+                       inverse_scale);
       }
       params[j] = param[k];
       if (chunk.options & kMomentum) buffers[j] = buffer[k];
@@ -180,15 +183,16 @@ FREEZEOUT_HOST_DEVICE void update_block(const LaunchArguments<kWords>& arguments
   const R inverse_scale = scaled ? static_cast<R>(inverse_of_scale(*arguments.inputs.grad_scale)) : R{1};
   const Rates<R> rates = rates_of<R>(group, lr);
   std::int64_t done = 0;
-  if (is_aligned(chunk.param) && is_aligned(chunk.buffer)) done = update_vectors(chunk, rates, inverse_scale, scaled, thread);
+  if (is_aligned(chunk.param) && is_aligned(chunk.buffer))
+    done = update_vectors(chunk, rates, inverse_scale, scaled, thread);
   update_scalars(chunk, done, rates, inverse_scale, scaled, thread);
 }
 
-// Calls launch(arguments, num_blocks) for consecutive tensors, as many at a time as the arguments hold. Tensors without a
-// gradient at either end of a launch get no blocks.
+// Calls launch(arguments, num_blocks) for consecutive tensors, as many at a time as the arguments hold. Tensors without
+// a gradient at either end of a launch get no blocks.
 template <class Launch>
-int for_each_launch(const std::vector<TensorWork>& work, const std::vector<GroupRates>& groups, const DeviceInputs& inputs,
-                    const Launch& launch) {
+int for_each_launch(const std::vector<TensorWork>& work, const std::vector<GroupRates>& groups,
+                    const DeviceInputs& inputs, const Launch& launch) {
   const auto words_of = [&](std::size_t begin, std::size_t end) {
     return end - begin + kGroupWords * (work[end - 1].group - work[begin].group + std::size_t{1});
   };

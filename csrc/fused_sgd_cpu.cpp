@@ -46,11 +46,11 @@ FREEZEOUT_HOST_DEVICE void update_with(unsigned options, const Slice<T>& slice, 
 #define FREEZEOUT_CASE(o) \
   case (o):               \
     return update_slice<(o)>(slice, rates);
-#define FREEZEOUT_CASES(o)                        \
-  FREEZEOUT_CASE(o)                               \
-  FREEZEOUT_CASE((o) | kMomentum)                 \
-  FREEZEOUT_CASE((o) | kMomentum | kNesterov)     \
-  FREEZEOUT_CASE((o) | kMomentum | kFirstStep)    \
+#define FREEZEOUT_CASES(o)                     \
+  FREEZEOUT_CASE(o)                            \
+  FREEZEOUT_CASE((o) | kMomentum)              \
+  FREEZEOUT_CASE((o) | kMomentum | kNesterov)  \
+  FREEZEOUT_CASE((o) | kMomentum | kFirstStep) \
   FREEZEOUT_CASE((o) | kMomentum | kNesterov | kFirstStep)
   switch (options) {
     FREEZEOUT_CASES(0)
@@ -70,19 +70,20 @@ FREEZEOUT_HOST_DEVICE void unscale(const Slice<T>& slice, float inverse_scale) {
 }
 
 template <class T>
-FREEZEOUT_HOST_DEVICE void update(Slice<T> slice, const GroupRates& group, double lr, bool first, float inverse_scale) {
+FREEZEOUT_HOST_DEVICE void update(const Slice<T>& slice, const GroupRates& group, double lr, bool first,
+                                  float inverse_scale) {
   using R = typename Compute<T>::type;
   const Rates<R> rates = rates_of<R>(group, lr);
   unsigned options = static_cast<unsigned>(group.options);
   if (!(options & kMomentum)) options &= ~kNesterov;
   if ((options & kMomentum) && first) options |= kFirstStep;
-  if (inverse_scale == 1.0f) return update_with(options, slice, rates);
-  while (slice.size > 0) {
-    const Slice<T> block{slice.param, slice.buffer, slice.grad, slice.size < kUnscaleBlock ? slice.size : kUnscaleBlock};
-    unscale<T, R>(block, inverse_scale);
+  const bool scaled = inverse_scale != 1.0f;
+  const std::int64_t block_size = scaled ? kUnscaleBlock : slice.size;
+  for (std::int64_t begin = 0; begin < slice.size; begin += block_size) {
+    const Slice<T> block{slice.param + begin, slice.buffer ? slice.buffer + begin : nullptr, slice.grad + begin,
+                         slice.size - begin < block_size ? slice.size - begin : block_size};
+    if (scaled) unscale<T, R>(block, inverse_scale);
     update_with(options, block, rates);
-    slice = {slice.param + block.size, slice.buffer ? slice.buffer + block.size : nullptr, slice.grad + block.size,
-             slice.size - block.size};
   }
 }
 
@@ -96,14 +97,14 @@ struct Isa {
   void (*update_bfloat16)(Slice<BFloat16>, const GroupRates&, double, bool, float);
 };
 
-#define FREEZEOUT_UPDATE(isa, attribute, T)                                                                           \
+#define FREEZEOUT_UPDATE(isa, attribute, T)                                                                          \
   attribute void update_##isa(Slice<T> slice, const GroupRates& group, double lr, bool first, float inverse_scale) { \
     update<T>(slice, group, lr, first, inverse_scale);                                                               \
   }
-#define FREEZEOUT_ISA(isa, attribute)        \
-  FREEZEOUT_UPDATE(isa, attribute, float)    \
-  FREEZEOUT_UPDATE(isa, attribute, double)   \
-  FREEZEOUT_UPDATE(isa, attribute, Half)     \
+#define FREEZEOUT_ISA(isa, attribute)      \
+  FREEZEOUT_UPDATE(isa, attribute, float)  \
+  FREEZEOUT_UPDATE(isa, attribute, double) \
+  FREEZEOUT_UPDATE(isa, attribute, Half)   \
   FREEZEOUT_UPDATE(isa, attribute, BFloat16)
 
 FREEZEOUT_ISA(baseline, )
@@ -111,7 +112,9 @@ FREEZEOUT_ISA(baseline, )
 FREEZEOUT_ISA(v3, __attribute__((target("avx2,fma,bmi2"))))
 FREEZEOUT_ISA(v4, __attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi2"))))
 
-bool has_v3() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }
+bool has_v3() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
 bool has_v4() {
   return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -127,7 +130,8 @@ const Isa kIsas[] = {
 };
 
 const Isa*& chosen_isa() {
-  static const Isa* chosen = std::find_if(std::begin(kIsas), std::end(kIsas), [](const Isa& isa) { return isa.supported(); });
+  static const Isa* chosen =
+      std::find_if(std::begin(kIsas), std::end(kIsas), [](const Isa& isa) { return isa.supported(); });
   return chosen;
 }
 

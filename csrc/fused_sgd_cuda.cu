@@ -1,8 +1,8 @@
 // fused_sgd_cuda: a block for each chunk of each tensor, all of them in one launch.
+#include <cuda_runtime.h>
+
 #include <stdexcept>
 #include <string>
-
-#include <cuda_runtime.h>
 
 #include "fused_sgd_chunk.h"
 
@@ -11,7 +11,8 @@ namespace freezeout {
 namespace {
 
 template <class T, int kWords>
-__global__ void __launch_bounds__(kThreads) fused_sgd_kernel(const __grid_constant__ LaunchArguments<kWords> arguments) {
+__global__ void __launch_bounds__(kThreads)
+    fused_sgd_kernel(const __grid_constant__ LaunchArguments<kWords> arguments) {
   const int tensor = tensor_of_block(arguments, blockIdx.x);
   if (tensor < 0) return;
   // One thread for the block: the schedule is a cosine in double.
@@ -55,8 +56,8 @@ void run(const std::vector<TensorWork>& work, const std::vector<GroupRates>& gro
     fused_sgd_kernel<T, kWords><<<blocks, kThreads, 0, stream>>>(arguments);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) {
-      const std::string what = "launch of " + std::to_string(blocks) + " blocks for " +
-                               std::to_string(arguments.num_tensors) + " tensors";
+      const std::string what =
+          "launch of " + std::to_string(blocks) + " blocks for " + std::to_string(arguments.num_tensors) + " tensors";
       check(error, what.c_str(), device);
     }
   });

@@ -127,10 +127,12 @@ void Plan::add_tensor(PyObject* param, bool momentum, const py::dict& fresh, int
   tensor.param = param;
   tensor.position = position;
   if (!reader_->read(param, tensor.facts)) throw std::invalid_argument(where + ": no address");
-  const dlpack::Tensor view = tensor.facts.view;
+  dlpack::Tensor& view = tensor.facts.view;
   std::vector<std::int64_t> owned(view.shape, view.shape + view.ndim);
   owned.insert(owned.end(), view.strides, view.strides + view.ndim);
   tensor.facts.owned = std::move(owned);
+  view.shape = tensor.facts.owned.data();
+  view.strides = view.shape + view.ndim;
 
   if (momentum) {
     const py::handle key(param);
@@ -153,12 +155,14 @@ void Plan::add_tensor(PyObject* param, bool momentum, const py::dict& fresh, int
   const int dtype = dtype_of(view.dtype);
   if (dtype < 0) throw std::invalid_argument(where + ": its dtype is not supported");
   std::size_t i = 0;
-  while (i < updates_.size() && !(static_cast<int>(updates_[i]->dtype) == dtype && updates_[i]->device_type == view.device.type &&
-                                  updates_[i]->device_index == view.device.index)) {
+  while (i < updates_.size() &&
+         !(static_cast<int>(updates_[i]->dtype) == dtype && updates_[i]->device_type == view.device.type &&
+           updates_[i]->device_index == view.device.index)) {
     ++i;
   }
   if (i == updates_.size()) {
-    updates_.push_back(std::make_shared<Update>(Update{static_cast<Dtype>(dtype), view.device.type, view.device.index, {}, {}}));
+    updates_.push_back(
+        std::make_shared<Update>(Update{static_cast<Dtype>(dtype), view.device.type, view.device.index, {}, {}}));
   }
   tensor.update = i;
   tensor.slot = updates_[i]->work.size();
@@ -170,7 +174,8 @@ void Plan::add_tensor(PyObject* param, bool momentum, const py::dict& fresh, int
 bool Plan::same_layout(const Tensor& tensor, const TensorFacts& facts) {
   const dlpack::Tensor& a = tensor.facts.view;
   const dlpack::Tensor& b = facts.view;
-  if (a.ndim != b.ndim || std::memcmp(&a.dtype, &b.dtype, sizeof(a.dtype)) || std::memcmp(&a.device, &b.device, sizeof(a.device))) {
+  if (a.ndim != b.ndim || std::memcmp(&a.dtype, &b.dtype, sizeof(a.dtype)) ||
+      std::memcmp(&a.device, &b.device, sizeof(a.device))) {
     return false;
   }
   const std::int64_t* shape = tensor.facts.owned.data();
@@ -189,7 +194,8 @@ const char* Plan::check_state(PyObject* state) const {
   for (Py_ssize_t i = 0; PyDict_Next(state, &i, &param, &values); ++count) {
     if (count == state_.size()) return "a state was added";
     const StateEntry& entry = state_[count];
-    if (entry.param != param || entry.values != values || entry.buffer != buffer_in(values)) return "a state was replaced";
+    if (entry.param != param || entry.values != values || entry.buffer != buffer_in(values))
+      return "a state was replaced";
   }
   return count == state_.size() ? nullptr : "a state was removed";
 }
@@ -213,7 +219,8 @@ const char* Plan::read_group(const Group& group, PyObject* dict, GroupRates* rat
         if (value != group.params_list) return "a group's list of parameters was replaced";
         break;
       case kLr:
-        if (!PyFloat_CheckExact(value) && reader_->is_tensor(value) && py::handle(value).attr("requires_grad").cast<bool>()) {
+        if (!PyFloat_CheckExact(value) && reader_->is_tensor(value) &&
+            py::handle(value).attr("requires_grad").cast<bool>()) {
           return "a learning rate requires grad";
         }
         rates.lr = as_number(value);
@@ -255,13 +262,15 @@ const char* Plan::gather_group(Group& group, PyObject* dict, int index) {
   GroupRates& rates = rates_[index];
   if (const char* changed = read_group(group, dict, group.native ? &rates : nullptr)) return changed;
   if (group.frozen) return nullptr;
-  if (group.native && static_cast<bool>(rates.options & kMomentum) != group.momentum) return "momentum was turned on or off";
+  if (group.native && static_cast<bool>(rates.options & kMomentum) != group.momentum)
+    return "momentum was turned on or off";
   if (!schedule_.empty()) {
     rates.lr = schedule_[index].lr;
     rates.milestone = schedule_[index].milestone;
     rates.warmup = schedule_[index].warmup;
   }
-  if (static_cast<std::size_t>(PyList_GET_SIZE(group.params_list)) != group.params.size()) return "a group's parameters changed";
+  if (static_cast<std::size_t>(PyList_GET_SIZE(group.params_list)) != group.params.size())
+    return "a group's parameters changed";
   for (std::size_t i = 0; i < group.params.size(); ++i) {
     if (PyList_GET_ITEM(group.params_list, i) != group.params[i]) return "a group's parameters changed";
     if (group.tensor_of[i] < 0) continue;
@@ -321,7 +330,8 @@ py::list Plan::updated() const {
 }
 
 void bind_plan(py::module_& module) {
-  py::class_<TensorReader, std::shared_ptr<TensorReader>>(module, "TensorReader", "Reads where a tensor's elements are.")
+  py::class_<TensorReader, std::shared_ptr<TensorReader>>(module, "TensorReader",
+                                                          "Reads where a tensor's elements are.")
       .def(py::init<py::object, py::object, py::dict, bool>(), py::arg("tensor_type"), py::arg("parameter_type"),
            py::arg("dtypes"), py::kw_only(), py::arg("exchange"))
       .def_property_readonly("exchanges", &TensorReader::exchanges);

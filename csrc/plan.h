@@ -49,7 +49,7 @@ class Plan {
     PyObject* param;
     PyObject* buffer;  // null without momentum, and before the first gradient
     bool fresh;
-    int position;       // in its group
+    int position;  // in its group
     std::size_t update;
     std::size_t slot;   // in the update's work
     TensorFacts facts;  // shape and strides are in `owned`

@@ -3,8 +3,8 @@
 // THE formula of FusedSGD for one element, on host and device, in torch.optim.SGD's order of roundings: torch fuses
 // `add(x, alpha)` into one fma and rounds `mul_(momentum)` by itself. Compile without implicit contraction
 // (-ffp-contract=off, -fmad=false): then float and double are bit-equal to torch's for-loop on a CPU with FMA.
-// On CUDA torch's foreach and for-loop kernels are compiled with -fmad and contract the same a + alpha * b, so the result
-// is the same wherever nvcc did contract there: at most 1 ulp of the larger addend per operation.
+// On CUDA torch's foreach and for-loop kernels are compiled with -fmad and contract the same a + alpha * b, so the
+// result is the same wherever nvcc did contract there: at most 1 ulp of the larger addend per operation.
 #pragma once
 
 #include <cmath>

@@ -18,8 +18,8 @@ TensorReader::TensorReader(py::object tensor_type, py::object parameter_type, py
   if (!exchange || !py::hasattr(tensor_type_, "__dlpack_c_exchange_api__")) return;
   exchange_capsule_ = tensor_type_.attr("__dlpack_c_exchange_api__");
   if (!PyCapsule_IsValid(exchange_capsule_.ptr(), dlpack::kCapsuleName)) return;
-  const auto* api = static_cast<const dlpack::ExchangeApi*>(
-      PyCapsule_GetPointer(exchange_capsule_.ptr(), dlpack::kCapsuleName));
+  const auto* api =
+      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_capsule_.ptr(), dlpack::kCapsuleName));
   while (api && api->major > dlpack::kMajorVersion) api = api->older;
   if (api && api->major == dlpack::kMajorVersion) tensor_from_object_ = api->tensor_from_object;
 }

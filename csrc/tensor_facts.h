@@ -27,7 +27,8 @@ struct TensorFacts {
 // Reads tensors by `torch.Tensor.__dlpack_c_exchange_api__` (torch 2.11 and later), else by attributes.
 class TensorReader {
  public:
-  // torch.Tensor, torch.nn.Parameter and {torch.dtype: (DLPack code, bits)}; `exchange` false: by attributes in any case.
+  // torch.Tensor, torch.nn.Parameter and {torch.dtype: (DLPack code, bits)}; `exchange` false: by attributes in any
+  // case.
   TensorReader(pybind11::object tensor_type, pybind11::object parameter_type, pybind11::dict dtypes, bool exchange);
 
   bool exchanges() const { return tensor_from_object_ != nullptr; }

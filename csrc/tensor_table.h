@@ -43,7 +43,9 @@ FREEZEOUT_HOST_DEVICE Rates<R> rates_of(const GroupRates& group, double lr) {
 }
 
 // As torch.amp.GradScaler rounds it.
-FREEZEOUT_HOST_DEVICE float inverse_of_scale(float scale) { return static_cast<float>(1.0 / static_cast<double>(scale)); }
+FREEZEOUT_HOST_DEVICE float inverse_of_scale(float scale) {
+  return static_cast<float>(1.0 / static_cast<double>(scale));
+}
 
 // One tensor as a device sees it; does not change from step to step.
 struct TensorEntry {
@@ -56,7 +58,9 @@ struct TensorEntry {
 static_assert(sizeof(TensorEntry) == 32, "32 bytes a tensor");
 
 // A gradient's address, its lowest bit set on the tensor's first step; 0 for a tensor that is not updated.
-FREEZEOUT_HOST_DEVICE std::uint64_t tag_gradient(std::uint64_t address, bool first) { return address | (first ? 1u : 0u); }
+FREEZEOUT_HOST_DEVICE std::uint64_t tag_gradient(std::uint64_t address, bool first) {
+  return address | (first ? 1u : 0u);
+}
 
 // Elements of one block's work: 2 to the 13 keeps 256 threads busy with 8 vectors each in float.
 constexpr std::int64_t kChunk = 8192;

@@ -16,11 +16,13 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-DeviceInputs inputs_of(const TensorEntry* table, std::uintptr_t step, std::uintptr_t grad_scale, std::uintptr_t found_inf) {
+DeviceInputs inputs_of(const TensorEntry* table, std::uintptr_t step, std::uintptr_t grad_scale,
+                       std::uintptr_t found_inf) {
   return {table, pointer<const std::int64_t>(step), pointer<const float>(grad_scale), pointer<const float>(found_inf)};
 }
 
-// (param, momentum_buffer, grad, size, group, first); (lr, milestone, warmup, momentum, 1 - dampening, weight_decay, options)
+// (param, momentum_buffer, grad, size, group, first); (lr, milestone, warmup, momentum, 1 - dampening, weight_decay,
+// options)
 using WorkTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::uint32_t, bool>;
 using RatesTuple = std::tuple<double, double, double, double, double, double, std::uint64_t>;
 
@@ -39,7 +41,8 @@ Update make_update(int dtype, int device_type, int device_index, const std::vect
                                   std::to_string(group));
     }
     if ((update.groups[group].options & kMomentum) && !buffer && size) {
-      throw std::invalid_argument("momentum_buffer must not be null with momentum (group " + std::to_string(group) + ")");
+      throw std::invalid_argument("momentum_buffer must not be null with momentum (group " + std::to_string(group) +
+                                  ")");
     }
     if (!update.work.empty() && group < update.work.back().group) {
       throw std::invalid_argument("groups must ascend, got " + std::to_string(group) + " after " +
@@ -79,15 +82,16 @@ int Update::run_emulated(std::uintptr_t step, std::uintptr_t grad_scale, std::ui
 }
 
 void bind_update(py::module_& module) {
-  py::class_<Update, std::shared_ptr<Update>>(module, "Update", "Tensors of one dtype on one device, and what runs over them.")
+  py::class_<Update, std::shared_ptr<Update>>(module, "Update",
+                                              "Tensors of one dtype on one device, and what runs over them.")
       .def(py::init(&make_update), py::kw_only(), py::arg("dtype"), py::arg("device_type"), py::arg("device_index"),
            py::arg("work"), py::arg("groups"))
       .def_property_readonly("device_type", [](const Update& update) { return update.device_type; })
       .def_property_readonly("device_index", [](const Update& update) { return update.device_index; })
       .def("table", &Update::table)
       .def("run_cpu", &Update::run_cpu, py::arg("num_threads"), py::arg("step"), py::arg("inverse_scale"))
-      .def("run_cuda", &Update::run_cuda, py::arg("table"), py::arg("step"), py::arg("grad_scale"), py::arg("found_inf"),
-           py::arg("stream"))
+      .def("run_cuda", &Update::run_cuda, py::arg("table"), py::arg("step"), py::arg("grad_scale"),
+           py::arg("found_inf"), py::arg("stream"))
       .def("run_emulated", &Update::run_emulated, py::arg("step"), py::arg("grad_scale"), py::arg("found_inf"));
   module.def("cpu_isas", &cpu_isas);
   module.def("cpu_isa", &cpu_isa);

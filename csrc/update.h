@@ -11,7 +11,7 @@ namespace freezeout {
 
 struct Update {
   Dtype dtype;
-  int device_type;   // DLPack's
+  int device_type;  // DLPack's
   int device_index;
   std::vector<TensorWork> work;
   std::vector<GroupRates> groups;

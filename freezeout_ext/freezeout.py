@@ -15,6 +15,7 @@ from .eval_pin import pin, unpin
 from .execution_order import OrderCheck
 from .layers import Layer, Layers, find_layers
 from .param_groups import check_optimizer, join_groups, let_scaler_skip, set_rate, split_groups
+from .prefix import Prefix, PrefixReport
 from .schedule import Schedule
 from .whole_compile import bare, warn_if_beyond_limit
 
@@ -52,6 +53,9 @@ class FreezeOut:
             in proportion to the rate's sum.
         layers: overrides `find_layers`' search, in its form, or `Layers` that it returned.
         anneal: False leaves the rates of active layers to you (an LR scheduler) and only freezes.
+        prefix: how the forward of the frozen layers runs: "exact" (the original modules, bit-equal), "folded" (batch
+            norms folded into weights, error about 1e-6), "bf16", "fp16" (the same in half precision), "off" (nothing
+            is installed). See `prefix_report()`.
 
     Raises:
         ValueError, TypeError: an argument is out of its range, a parameter is not in the optimizer, an LR scheduler or
@@ -73,6 +77,7 @@ class FreezeOut:
         warmup_steps: int = 0,
         max_transitions: int | None = None,
         anneal: bool = True,
+        prefix: str = "exact",
     ) -> None:
         self.optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
         for each in self.optimizers:
@@ -93,6 +98,7 @@ class FreezeOut:
             warmup_steps=warmup_steps,
             max_transitions=max_transitions,
         )
+        self._prefix = Prefix(model, self.layers, mode=prefix)
         warn_if_beyond_limit(given, self.schedule)
         self.step_count = 0
         self.num_frozen = 0
@@ -156,6 +162,10 @@ class FreezeOut:
         """Leaves it to the caller that the layers run in their order: compiled layers cannot be watched."""
         self._order.close()
 
+    def prefix_report(self) -> PrefixReport:
+        """What runs the frozen layers' forward now: route, what was fused, what fell back and why, error, time."""
+        return self._prefix.report()
+
     def state_dict(self) -> dict:
         """The step, what it is a step of, and the log of transitions; plain containers."""
         return {
@@ -218,6 +228,8 @@ class FreezeOut:
             undo.callback(setattr, self, "num_frozen", self.num_frozen)
             self.num_frozen = num_frozen
             self._ddp_check.watch()
+            undo.callback(self._prefix.freeze, self._prefix.num_frozen)
+            self._prefix.freeze(num_frozen)
             transition = Transition(
                 step=step,
                 num_frozen=num_frozen,
@@ -253,6 +265,7 @@ class FreezeOut:
         return freed
 
     def _thaw(self, num_frozen: int) -> None:
+        self._prefix.freeze(num_frozen)
         for layer in self.layers[num_frozen : self.num_frozen]:
             for p in layer.parameters.values():
                 p.requires_grad_(True)

@@ -36,7 +36,13 @@ def test_train_writes_a_run_and_says_so(tmp_path, capsys):
     shown = capsys.readouterr()
     assert shown.err == ""
     assert "froze stem" in shown.out and "epoch 1/1" in shown.out and "after 4 steps" in shown.out
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "config.json", "log.jsonl", "result.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoint.pt",
+        "config.json",
+        "costs.json",
+        "log.jsonl",
+        "result.json",
+    ]
 
 
 def test_every_flag_reaches_the_config(tmp_path):
@@ -75,7 +81,7 @@ def test_every_flag_reaches_the_config(tmp_path):
     unset = {
         field.name for field in fields(config) if getattr(config, field.name) == getattr(TrainConfig(), field.name)
     }
-    assert unset == {"data", "epochs", "warmup_epochs", "prefix"}
+    assert unset == {"data", "epochs", "warmup_epochs", "prefix", "graph", "compile"}
 
 
 def test_defaults_are_resolved():
@@ -204,7 +210,7 @@ def test_compare_end_to_end(tmp_path, capsys):
     shown = capsys.readouterr().out
     for name in ("full", "freezeout linear 0.5", "freezeout linear 0.8", "freezeout linear 0.9"):
         assert f"{name}, seed 1: " in shown and f"\n{name} " in shown
-    assert sorted(path.name for path in out.iterdir()) == ["compare.json", "compare.png", "runs"]
+    assert sorted(path.name for path in out.iterdir()) == ["compare.json", "compare.png", "costs.json", "runs"]
     assert png_size(out / "compare.png") == (1200, 675)
     (out / "compare.png").unlink()
     assert cli.main(["plot", str(out)]) == 0

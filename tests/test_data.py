@@ -53,7 +53,7 @@ def test_a_channel_of_one_value_is_not_scaled(tmp_path, monkeypatch):
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     images[:, 1] = 51
     part = images, torch.zeros(4, dtype=torch.int64)
-    monkeypatch.setattr("freezeout_ext.training.data.read_cifar", lambda *args, **options: (part, part, ""))
+    monkeypatch.setattr("freezeout_ext.training.cifar.read_cifar", lambda *args, **options: (part, part, ""))
     data = load_data("cifar10", tmp_path)
     assert data.train.mean == (0.0, 0.2, 0.0) and data.train.std == (1.0, 1.0, 1.0)
 
@@ -98,7 +98,7 @@ def test_bad_arguments(arguments, message):
 
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ModuleNotFoundError, match="digits needs scikit-learn, found none: pip install scikit-learn"):
+    with pytest.raises(ModuleNotFoundError, match=r"digits needs scikit-learn, found none: pip install 'freezeout_ext\[train\]'"):
         load_data("digits")
 
 

@@ -487,8 +487,9 @@ def test_each_transition_is_logged(caplog):
     model, optimizer, freezeout = controlled()
     with caplog.at_level("INFO", logger="freezeout_ext"):
         train(model, optimizer, freezeout, range(14))
-    assert len(caplog.records) == len(freezeout.transitions) > 0
-    assert caplog.messages[0].startswith(f"step {freezeout.transitions[0].step}: froze {freezeout.layers[0].name};")
+    logged = [message for message in caplog.messages if message.startswith("step ")]
+    assert len(logged) == len(freezeout.transitions) > 0
+    assert logged[0].startswith(f"step {freezeout.transitions[0].step}: froze {freezeout.layers[0].name};")
 
 
 def test_refused_arguments_are_named():

@@ -80,6 +80,7 @@ def test_transitions_lie_between_their_phases():
         "steps": 5,
         "seconds_per_step": 2.0,
         "seconds_per_step_mean": 2.0,
+        "seconds_error": pytest.approx(1.2533 * 1.4826 * 1.0 / 3**0.5),
         "memory_bytes": 30,
     }
 

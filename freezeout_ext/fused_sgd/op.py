@@ -45,9 +45,7 @@ def fused_sgd_reference_(
         p.add_(d, alpha=-lrs[layer_of[i]])
 
 
-@torch.library.custom_op(
-    "freezeout_ext::fused_sgd_", mutates_args=("params", "grads", "momentum_buffers"), device_types=("cpu", "cuda")
-)
+@torch.library.custom_op("freezeout_ext::fused_sgd_", mutates_args=("params", "grads", "momentum_buffers"))
 def fused_sgd_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -108,7 +106,7 @@ def fused_sgd_(
 
 
 @fused_sgd_.register_fake
-def _(params, grads, momentum_buffers, layer_of, lrs, **options) -> None:
+def _(*arguments, **options) -> None:
     return None
 
 
@@ -126,6 +124,8 @@ def _check(
             raise ValueError(f"{name} must have one entry for each of {len(params)} parameters, got {len(values)}")
     if list(layer_of) != sorted(layer_of) or layer_of[0] < 0 or layer_of[-1] >= len(lrs):
         raise ValueError(f"layer_of must ascend within 0..{len(lrs) - 1}, got {layer_of}")
+    if params[0].device.type not in compiled.DEVICE_TYPES:
+        raise ValueError(f"params must be on the CPU or a CUDA device, got {params[0].device}")
     for i, p in enumerate(params):
         if (p.dtype, p.device) != (params[0].dtype, params[0].device):
             raise ValueError(f"params must share dtype and device, got {p.dtype} on {p.device} (parameter {i})")

@@ -1,4 +1,7 @@
-"""freezeout train | compare | plot. Exit status 0; 2 for bad input, with one sentence on stderr; 130 for Ctrl-C."""
+"""freezeout train | compare | plan | plot | report.
+
+Exit status 0; 2 for bad input, with one sentence on stderr; 130 for Ctrl-C.
+"""
 
 import argparse
 import sys
@@ -11,10 +14,15 @@ from ..models import build_model, model_names
 from ..schedule import Schedule
 from . import plot
 from .checkpoint import RunFolder, make_folder, read_json
+from .cli_plan import add_plan_options, run_plan
 from .compare import KINDS, Comparison, comparison_tables, curves, make_arms
 from .config import AMP_DTYPES, OPTIMIZERS, PREFIXES, BadInput, TrainConfig, faults_of_input
+from .costing import kept_costs
 from .data import NAMES
+from .engagement import engagement_text
+from .html_report import write_report
 from .loop import Run, TrainingFailed
+from .ranks import Ranks, ranks_of_torchrun, traffic_table
 from .report import BarReporter, LineReporter, Reporter, Reporters, TensorBoardReporter, has_live_bar, run_summary
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -43,22 +51,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
+    with ranks_of_torchrun(_given(args).get("device")) as ranks:
+        _train_as(args, ranks)
+
+
+def _train_as(args: argparse.Namespace, ranks: Ranks) -> None:
     with faults_of_input():
         out = _train_folder(args)
         folder = RunFolder(out)
         config = folder.load_config() if args.resume and folder.holds_run() else TrainConfig()
-        reporters: list[Reporter] = [BarReporter() if has_live_bar(sys.stdout) else LineReporter()]
-        if args.tensorboard:
+        reporters: list[Reporter] = []
+        if ranks.is_first:
+            reporters.append(BarReporter() if has_live_bar(sys.stdout) else LineReporter())
+        if args.tensorboard and ranks.is_first:
             reporters.append(TensorBoardReporter(out / "tensorboard"))
         config = replace(config, **_given(args))
-    run = Run.prepare(config, out, resume=bool(args.resume), data_dir=args.data_dir, download=args.download)
+    run = Run.prepare(
+        config, out, resume=bool(args.resume), data_dir=args.data_dir, download=args.download, ranks=ranks
+    )
     reporter = Reporters(*reporters)
+    costs = None
+    if run.trainer.freezeout and ranks.world == 1:  # the costs of one process know no communication
+        costs = kept_costs(out / "costs.json", run.trainer.config, run.trainer.data)
     try:
-        result = run.train(reporter)
+        result = run.train(reporter, costs)
     finally:
         reporter.close()
+    if not ranks.is_first:
+        return
     print(run_summary(result))
-    print(f"written to {out}; its curves: freezeout plot {out}")
+    if result["traffic"]:
+        print(f"\n{traffic_table(result)}")
+    if text := engagement_text(result):
+        print(f"\n{text}")
+    print(f"\nwritten to {out}; its curves: freezeout plot {out}; a page: freezeout report {out}")
 
 
 def _train_folder(args: argparse.Namespace) -> Path:
@@ -87,6 +113,7 @@ def _compare(args: argparse.Namespace) -> None:
         resume=args.resume,
         data_dir=args.data_dir,
         download=args.download,
+        accuracies=args.accuracies,
     )
     bar = has_live_bar(sys.stdout)
     summary = comparison.run(lambda title: BarReporter(title=title, epochs=False) if bar else Reporter())
@@ -113,6 +140,19 @@ def _plot(args: argparse.Namespace) -> None:
         figure, out = plot.plot_run(rows, args.run.name), args.out or args.run / "curves.png"
     make_folder(out.parent)
     plot.save(figure, out)
+    print(f"written: {out}")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    with faults_of_input():
+        config = replace(TrainConfig(), **_given(args)).resolved()
+        run_plan(args, config)
+
+
+@faults_of_input()
+def _report(args: argparse.Namespace) -> None:
+    out = args.out or args.runs[0] / "report.html"
+    write_report(args.runs, out)
     print(f"written: {out}")
 
 
@@ -151,7 +191,7 @@ def _how_scale(text: str) -> str | float:
 
 def _parser() -> Parser:
     parser = Parser(prog="freezeout", description="Train image classifiers with FreezeOut, and measure what it saves.")
-    commands = parser.add_subparsers(required=True, metavar="{train,compare,plot}")
+    commands = parser.add_subparsers(required=True, metavar="{train,compare,plan,plot,report}")
 
     train = commands.add_parser("train", help="train one net", argument_default=argparse.SUPPRESS)
     train.set_defaults(command=_train)
@@ -181,6 +221,17 @@ def _parser() -> Parser:
     _add_freezeout_options(compare, lists=True)
     compare.add_argument("--resume", action="store_true", default=False, help="keep what is done in --out and go on")
 
+    compare.add_argument(
+        "--accuracy", type=float, nargs="+", default=[], dest="accuracies", metavar="A",
+        help="report the time to these test accuracies, in (0, 1] (one point below full training's last)",
+    )  # fmt: skip
+
+    plan = commands.add_parser("plan", help="predict what FreezeOut would save", argument_default=argparse.SUPPRESS)
+    plan.set_defaults(command=_plan)
+    _add_run_options(plan, out=False)
+    _add_freezeout_options(plan, lists=True)
+    add_plan_options(plan)
+
     draw = commands.add_parser("plot", help="draw a run, a comparison or schedules as PNG")
     draw.set_defaults(command=_plot)
     draw.add_argument("run", nargs="?", type=Path, help="folder of a train or a compare; none: the schedules")
@@ -192,10 +243,15 @@ def _parser() -> Parser:
     _add_freezeout_options(draw, lists=True)
     draw.set_defaults(scale_lr=True, max_transitions=None)
     draw.add_argument("--out", type=Path, metavar="PNG")
+
+    report = commands.add_parser("report", help="one HTML page of runs and comparisons, readable offline")
+    report.set_defaults(command=_report)
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a train or a compare")
+    report.add_argument("--out", type=Path, metavar="HTML", help="(report.html in the first folder)")
     return parser
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def _add_run_options(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
     add = parser.add_argument
     add("--data", choices=NAMES, help=f"({TrainConfig.data})")
     add("--data-dir", type=Path, default=None, metavar="DIR", help="where the official CIFAR folder lies")
@@ -218,7 +274,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), help="(auto)")
     add("--deterministic", action="store_true", help="bit-identical runs on CUDA too, at some cost")
     add("--threads", type=int, help="CPU threads of torch (torch's choice)")
-    add("--out", type=Path, default=None, metavar="DIR", help="folder for log, checkpoints and results (runs/...)")
+    add("--graph", action=argparse.BooleanOptionalAction, help="the step as a CUDA graph (no)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile layer by layer (no)")
+    if out:
+        add("--out", type=Path, default=None, metavar="DIR", help="folder for log, checkpoints and results (runs/...)")
 
 
 def _add_freezeout_options(parser: argparse.ArgumentParser, *, lists: bool = False) -> None:

@@ -13,8 +13,8 @@ from ..schedule import POWERS
 from . import plot
 from .checkpoint import make_folder, write_json
 from .config import TrainConfig
+from .costing import training_costs
 from .data import DataSplits, Split, load_data
-from .engagement import training_costs
 from .loop import Trainer
 from .measure import conditions
 from .plan_report import plot_plan

@@ -7,11 +7,15 @@ from statistics import fmean, median, stdev
 
 import torch
 
+from ..planner import StepCosts
 from .checkpoint import RunFolder, check_empty, make_folder, write_json
 from .config import TrainConfig, faults_of_input
+from .costing import kept_costs
 from .data import DataSplits, load_data
+from .engagement import engagement_text, with_engagement
 from .loop import Run, Trainer
 from .measure import conditions
+from .paired import paired_test
 from .report import Reporter, table
 
 # short: full training on a cosine as long as FreezeOut's seconds; const-time: FreezeOut as long as full training's.
@@ -31,6 +35,10 @@ class Arm:
     @property
     def name(self) -> str:
         return self.kind if self.kind == "full" else f"{self.kind} {self.how_scale} {self.t_0:g}"
+
+    @property
+    def freezes(self) -> bool:
+        return self.kind not in ("full", "short")
 
     @property
     def is_matched(self) -> bool:
@@ -68,6 +76,10 @@ class Comparison:
     arms come after the others, whose seconds decide their length. With `resume` finished runs are kept and an
     unfinished one goes on.
 
+    Args:
+        accuracies: of the test split, in (0, 1], whose first time is reported; none: a point below full training's
+            last, or below the worst arm's where there is no full training.
+
     Raises:
         BadInput: one sentence on what is wrong with the input; nothing was written.
     """
@@ -83,7 +95,12 @@ class Comparison:
         resume: bool = False,
         data_dir: str | Path | None = None,
         download: bool = False,
+        accuracies: Sequence[float] = (),
     ) -> None:
+        for accuracy in accuracies:
+            if not 0 < accuracy <= 1:
+                raise ValueError(f"accuracies must be in (0, 1], got {accuracy}")
+        self.accuracies = list(accuracies)
         self.base, self.out, self.arms, self.seeds = base.resolved(), Path(out), list(arms), list(seeds)
         if not resume or RunFolder(self.out).holds_run():
             check_empty(self.out)
@@ -99,31 +116,33 @@ class Comparison:
         results: dict[Arm, dict[int, dict]] = {arm: {} for arm in self.arms}
         if not all(self._folder(arm, seed).result_path.exists() for arm in self.arms for seed in self.seeds):
             self._warm_up()
+        freezes = any(arm.freezes for arm in self.arms)
+        costs = kept_costs(self.out / "costs.json", self.base, self.data) if freezes else None
         for stage in (measured, matched):
             steps = {arm: self._matched_steps(arm, results) for arm in stage}
             for k, seed in enumerate(self.seeds):
                 for arm in stage if k % 2 == 0 else reversed(stage):
                     title = f"{arm.name}, seed {seed}"
-                    results[arm][seed] = self._run_one(arm, seed, steps[arm], make_reporter(title))
+                    results[arm][seed] = self._run_one(arm, seed, steps[arm], costs, make_reporter(title))
                     say(
                         f"{title}: {100 * results[arm][seed]['test_accuracy']:.2f} % in"
                         f" {results[arm][seed]['train_seconds']:.1f} s"
                     )
-        summary = self._summary(results)
+        summary = self._summary(results, costs)
         write_json(self.out / "compare.json", summary)
         return summary
 
     def _folder(self, arm: Arm, seed: int) -> RunFolder:
         return run_folder(self.out, arm.name, seed)
 
-    def _run_one(self, arm: Arm, seed: int, steps: int | None, reporter: Reporter) -> dict:
+    def _run_one(self, arm: Arm, seed: int, steps: int | None, costs: StepCosts | None, reporter: Reporter) -> dict:
         config, folder = arm.config(self.base, seed, steps), self._folder(arm, seed)
         result = folder.load_result()
         if result is not None and result["config"] == config.to_dict():
             return result
         run = Run.prepare(config, folder.path, resume=True, data=self.data)
         try:
-            return run.train(reporter)
+            return run.train(reporter, costs if arm.freezes else None)
         finally:
             reporter.close()
 
@@ -144,14 +163,24 @@ class Comparison:
         total = full[self.seeds[0]]["total_steps"]
         return max(1, round(total * ratio if arm.kind == "short" else total / ratio))
 
-    def _summary(self, results: dict[Arm, dict[int, dict]]) -> dict:
+    def _summary(self, results: dict[Arm, dict[int, dict]], costs: StepCosts | None) -> dict:
         full = results.get(Arm("full"))
+        arms = [_arm_summary(arm, results[arm], full) for arm in self.arms]
+        arms = [
+            with_engagement(summary, costs, self.base.to_dict()) if arm.freezes else summary
+            for arm, summary in zip(self.arms, arms, strict=True)
+        ]
+        reference = arms[:1] if full else arms
+        accuracies = self.accuracies or [min(arm["test_accuracy"]["mean"] for arm in reference) - 0.01]
+        for summary in arms:
+            logs = [run_folder(self.out, summary["name"], seed).read_log() for seed in self.seeds]
+            summary["time_to_accuracy"] = [time_to_accuracy(logs, accuracy) for accuracy in accuracies]
         return {
             "config": self.base.to_dict(),
             "seeds": self.seeds,
             "conditions": conditions(torch.device(self.base.device)),
             "memory_measured": results[self.arms[0]][self.seeds[0]]["memory_measured"],
-            "arms": [_arm_summary(arm, results[arm], full) for arm in self.arms],
+            "arms": arms,
         }
 
 
@@ -166,6 +195,7 @@ def _arm_summary(arm: Arm, runs: dict[int, dict], full: dict[int, dict] | None) 
         "num_layers": len(first["layers"]),
         "test_accuracy": spread([run["test_accuracy"] for run in runs.values()]),
         "train_seconds": spread([run["train_seconds"] for run in runs.values()]),
+        "train_joules": _spread_of_all([run["train_joules"] for run in runs.values()]),
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs.values()),
         "phases": _over_runs([run["phases"] for run in runs.values()]),
         "transitions": _over_runs([run["transitions"] for run in runs.values()]),
@@ -176,7 +206,9 @@ def _arm_summary(arm: Arm, runs: dict[int, dict], full: dict[int, dict] | None) 
     }
     if full is not None and arm.kind != "full":
         pairs = [(run, full[seed]) for seed, run in runs.items()]
-        summary["accuracy_over_full"] = spread([run["test_accuracy"] - f["test_accuracy"] for run, f in pairs])
+        gains = [run["test_accuracy"] - f["test_accuracy"] for run, f in pairs]
+        summary["accuracy_over_full"] = spread(gains)
+        summary["accuracy_over_full_test"] = paired_test(gains)
         summary["seconds_over_full"] = spread([run["train_seconds"] / f["train_seconds"] for run, f in pairs])
     return summary
 
@@ -196,6 +228,20 @@ def curves(out: Path, summary: dict) -> dict[str, list[list[dict]]]:
 def spread(values: Sequence[float]) -> dict:
     """mean, sd (n - 1; None for n = 1) and n."""
     return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None, "n": len(values)}
+
+
+def _spread_of_all(values: Sequence[float | None]) -> dict | None:
+    return None if None in values else spread(values)
+
+
+def time_to_accuracy(logs: Iterable[list[dict]], accuracy: float) -> dict:
+    """The training seconds after which test accuracy first was `accuracy`, at an epoch's end, over the runs that got
+    there; None where none did."""
+    first = []
+    for rows in logs:
+        reached = [row["train_seconds"] for row in rows if row["test_accuracy"] >= accuracy]
+        first += reached[:1]
+    return {"accuracy": accuracy, "reached": len(first), "seconds": spread(first) if first else None}
 
 
 def _over_runs(rows_of_runs: list[list[dict]]) -> list[dict]:
@@ -221,17 +267,27 @@ def comparison_tables(summary: dict) -> str:
         f"{config['data']}, {config['model']}, batch {config['batch_size']}, {config['optimizer']} lr {config['lr']:g},"
         f" seeds {', '.join(map(str, summary['seeds']))}\n"
         f"{device}; torch {where['torch']}, commit {where['commit'] or '-'}",
-        _arms_table(summary["arms"]),
+        table(arms_rows(summary["arms"]), left=[0]),
     ]
     for arm in summary["arms"]:
         if arm["kind"] == "freezeout" and arm["transitions"]:
-            parts.append(f"{arm['name']}: what each transition saved\n{_transitions_table(arm)}")
-    parts.append(f"ms/step: median over the steps between two transitions. peak memory: {summary['memory_measured']}.")
+            parts.append(f"{arm['name']}: what each transition saved\n{table(transitions_rows(arm), left=[2])}")
+            parts.append(engagement_text(arm))
+    parts.append(
+        "p: two-sided paired t-test of the difference in accuracy over the seeds."
+        " ms/step: median over the steps between two transitions."
+        f" peak memory: {summary['memory_measured']}."
+    )
     return "\n\n".join(parts)
 
 
-def _arms_table(arms: list[dict]) -> str:
-    rows = [("", "test accuracy, %", "over full", "seconds", "saved", "steps", "ms/step", "peak MiB")]
+def arms_rows(arms: list[dict]) -> list[tuple[str, ...]]:
+    """One row an arm, header first."""
+    targets = [found["accuracy"] for found in arms[0]["time_to_accuracy"]]
+    has_energy = all(arm["train_joules"] for arm in arms)
+    header = ("", "test accuracy, %", "over full", "p", "seconds", "saved", "steps", "ms/step", "peak MiB")
+    header += tuple(f"s to {100 * target:.1f} %" for target in targets) + ("kJ",) * has_energy
+    rows = [header]
     for arm in arms:
         gain, ratio = arm.get("accuracy_over_full"), arm.get("seconds_over_full")
         first, last = arm["phases"][0], arm["phases"][-1]
@@ -240,17 +296,21 @@ def _arms_table(arms: list[dict]) -> str:
                 arm["name"],
                 f"{_mean_sd(arm['test_accuracy'], 100, 2)} (n={arm['test_accuracy']['n']})",
                 _mean_sd(gain, 100, 2, sign="+") if gain else "",
+                f"{test['p']:.2f}" if (test := arm.get("accuracy_over_full_test")) else "",
                 _mean_sd(arm["train_seconds"], 1, 2),
                 f"{100 * (1 - ratio['mean']):.1f} %" if ratio else "",
                 str(arm["total_steps"]),
                 _change(first["seconds_per_step"], last["seconds_per_step"], 1e3, 2),
                 _change(first["memory_bytes"], last["memory_bytes"], 2**-20, 1),
+                *(_time_to(found, arm["test_accuracy"]["n"]) for found in arm["time_to_accuracy"]),
+                *([_mean_sd(arm["train_joules"], 1e-3, 3)] if has_energy else []),
             )
         )
-    return table(rows, left=[0])
+    return rows
 
 
-def _transitions_table(arm: dict) -> str:
+def transitions_rows(arm: dict) -> list[tuple[str, ...]]:
+    """One row a transition of the arm, header first."""
     rows = [("step", "layers frozen", "newly frozen", "ms/step before -> after", "peak MiB before -> after")]
     for t in arm["transitions"]:
         rows.append(
@@ -262,12 +322,19 @@ def _transitions_table(arm: dict) -> str:
                 _change(t["memory_bytes_before"], t["memory_bytes_after"], 2**-20, 2),
             )
         )
-    return table(rows, left=[2])
+    return rows
 
 
 def _change(before: float | None, after: float | None, factor: float, digits: int) -> str:
     texts = ["-" if value is None else f"{value * factor:.{digits}f}" for value in (before, after)]
     return texts[0] if texts[0] == texts[1] else " -> ".join(texts)
+
+
+def _time_to(found: dict, runs: int) -> str:
+    if found["seconds"] is None:
+        return "never"
+    part = "" if found["reached"] == runs else f" ({found['reached']} of {runs})"
+    return f"{found['seconds']['mean']:.2f}{part}"
 
 
 def _mean_sd(values: dict, factor: float, digits: int, sign: str = "") -> str:

@@ -101,9 +101,7 @@ class TrainConfig:
             amp=("bf16" if cuda and torch.cuda.is_bf16_supported() else "off") if self.amp is None else self.amp,
             channels_last=cuda if self.channels_last is None else self.channels_last,
             scale_lr=not adam if self.scale_lr is None else self.scale_lr,
-            max_transitions=COMPILED_TRANSITIONS
-            if self.compile and self.max_transitions is None
-            else self.max_transitions,
+            max_transitions=self.max_transitions or (COMPILED_TRANSITIONS if self.compile else None),
         )
 
     def to_dict(self) -> dict:

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .cifar import SETS, read_cifar
-
-NAMES = ("digits", *SETS)
+NAMES = ("digits", "cifar10", "cifar100")
 DIGITS_TEST_IMAGES = 450
 
 
@@ -73,7 +71,7 @@ def load_data(
     Raises:
         ValueError: an argument out of its range; a corrupt file.
         FileNotFoundError, ConnectionError: the folder is missing, or cannot be fetched.
-        ModuleNotFoundError: digits without scikit-learn.
+        ModuleNotFoundError: digits without scikit-learn, CIFAR without numpy.
     """
     if name not in NAMES:
         raise ValueError(f"data must be one of {', '.join(NAMES)}, got {name!r}")
@@ -83,6 +81,10 @@ def load_data(
         (images, labels), test, source = _read_digits()
         num_classes, padding, flip = 10, 1, False
     else:
+        try:
+            from .cifar import SETS, read_cifar
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{name} needs numpy, found none: pip install 'freezeout_ext[train]'") from error
         (images, labels), test, source = read_cifar(name, data_dir, download=download)
         num_classes, padding, flip = SETS[name].num_classes, 4, True
     held = torch.zeros(len(labels), dtype=torch.bool)
@@ -202,7 +204,7 @@ def _read_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], str]:
         import sklearn
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("digits needs scikit-learn, found none: pip install scikit-learn") from error
+        raise ModuleNotFoundError("digits needs scikit-learn, found none: pip install 'freezeout_ext[train]'") from error
     digits = load_digits()
     # Pixels are 0..16; times 15 they fill a byte and stay exact.
     images = torch.from_numpy(digits.images).mul(15).to(torch.uint8).unsqueeze(1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import plot
 from .checkpoint import RunFolder, read_json, write_atomically
-from .compare import arms_rows, transitions_rows
+from .compare import arms_rows, curves, transitions_rows
 from .engagement import engagement_rows
 from .report import percent, phases_rows
 
@@ -44,17 +44,6 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
     write_atomically(Path(out), lambda file: file.write(page.encode()))
 
 
-def comparison_curves(folder: Path, summary: dict) -> dict[str, list[list[dict]]]:
-    """For each arm of a comparison the log of each of its runs."""
-    return {
-        arm["name"]: [
-            RunFolder(folder / "runs" / arm["name"].replace(" ", "-") / f"seed-{seed}").read_log()
-            for seed in summary["seeds"]
-        ]
-        for arm in summary["arms"]
-    }
-
-
 def _section(folder: Path) -> str:
     if (folder / "compare.json").exists():
         return _comparison(folder, read_json(folder / "compare.json"))
@@ -85,14 +74,16 @@ def _run(folder: Path, rows: list[dict], config: dict, result: dict | None) -> s
 def _comparison(folder: Path, summary: dict) -> str:
     config = summary["config"]
     seeds = ", ".join(map(str, summary["seeds"]))
-    curves = comparison_curves(folder, summary)
     parts = [
         f"<h2>{escape(folder.name)}</h2>",
         _what(config),
         f"<p>Seeds {seeds}; mean ± sd over them.</p>",
         _where(summary["conditions"]),
         _table(arms_rows(summary["arms"])),
-        _chart(plot.plot_comparison(curves, f"{config['data']}, {config['model']}"), "test accuracy over seconds"),
+        _chart(
+            plot.plot_comparison(curves(folder, summary), f"{config['data']}, {config['model']}"),
+            "test accuracy over seconds",
+        ),
     ]
     for arm in summary["arms"]:
         if arm["transitions"]:

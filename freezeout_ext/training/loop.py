@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,13 +14,16 @@ from ..freezeout import FreezeOut
 from ..fused_sgd import FusedSGD
 from ..graphed import GraphedStep
 from ..integrations.compile import CompiledLayers
+from ..integrations.distributed import LostRank, lost_rank_explained
 from ..layers import find_layers
 from ..models import build_model
+from ..planner import StepCosts
 from ..schedule import Schedule
 from .checkpoint import RunFolder
 from .config import AMP_DTYPES, TrainConfig, faults_of_input
 from .data import DataSplits, Split, batches, load_data
 from .energy import EnergyMeter
+from .engagement import with_engagement
 from .measure import (
     COUNTED_MEMORY,
     CUDA_MEMORY,
@@ -32,14 +34,12 @@ from .measure import (
     held_bytes,
     transitions_measured,
 )
+from .ranks import Ranks
 from .report import Reporter
-
-if TYPE_CHECKING:
-    pass
 
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on (its loss is no longer finite)."""
+    """The run cannot go on (its loss is no longer finite, or another process of it is gone)."""
 
 
 class Trainer:
@@ -48,8 +48,9 @@ class Trainer:
     All that is random comes from (seed, epoch): a resumed run needs the state at an epoch's end and nothing else.
     """
 
-    def __init__(self, config: TrainConfig, data: DataSplits) -> None:
-        self.config, self.data = config, data
+    def __init__(self, config: TrainConfig, data: DataSplits, ranks: Ranks = Ranks()) -> None:  # noqa: B008, frozen
+        ranks.check(config)
+        self.config, self.data, self.ranks = config, data, ranks
         self.device = torch.device(config.device)
         _set_backends(config)
         torch.manual_seed(config.seed)
@@ -83,6 +84,7 @@ class Trainer:
             )
         self.amp_dtype = AMP_DTYPES[config.amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.net, self.follower = ranks.wrapped(self.model, self.freezeout)
         self.compiled = self._compile() if config.compile else None
         self.graphed = self._graph() if config.graph else None
         self.step = 0
@@ -109,7 +111,7 @@ class Trainer:
     def train_epoch(self, on_step: Callable[[int], None] = lambda step: None) -> dict:
         """Trains to the end of the epoch, or of the run; calls on_step(step) after each. Returns the epoch's row."""
         self.model.train()
-        torch.manual_seed(_epoch_seed(self.config.seed, self.epoch))
+        torch.manual_seed(_epoch_seed(self.config.seed, self.epoch) + self.ranks.rank)
         first_step, transitions_before = self.step, len(self.transitions)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, correct
         timer, phase_of, images = StepTimer(self.device), [], 0
@@ -118,7 +120,7 @@ class Trainer:
         timer.mark()
         for inputs, targets in islice(self.train_batches(), self.total_steps - self.step):
             phase_of.append(self._train_step(inputs, targets, totals))
-            images += len(targets)
+            images += len(targets) * self.ranks.world
             timer.mark()
             on_step(self.step)
         seconds = timer.seconds()
@@ -130,7 +132,7 @@ class Trainer:
                 phase.seconds.append(duration)
         self.epoch += 1
         self.train_seconds += sum(seconds)
-        loss, correct = (totals / images).tolist()
+        loss, correct = (self.ranks.sum(totals) / images).tolist()
         if not math.isfinite(loss):
             raise TrainingFailed(f"the loss became {loss} in epoch {self.epoch}: lower the learning rate")
         ordered = sorted(seconds)
@@ -191,6 +193,10 @@ class Trainer:
         self.phases = [Phase(**phase) for phase in state["phases"]]
 
     def train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, targets in self._whole_batches():
+            yield self.ranks.part(inputs), self.ranks.part(targets)
+
+    def _whole_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         return batches(
             self.data.train,
             self.config.batch_size,
@@ -232,7 +238,7 @@ class Trainer:
         if self.graphed:
             return self.graphed(inputs, targets)
         with self._autocast():
-            logits = self.model(inputs)
+            logits = self.net(inputs)
             loss = functional.cross_entropy(logits, targets)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -295,6 +301,7 @@ class Run:
         data_dir: str | Path | None = None,
         download: bool = False,
         data: DataSplits | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008, frozen
     ) -> "Run":
         """Loads the data, builds the model and finds the checkpoint to go on from.
 
@@ -321,15 +328,33 @@ class Run:
                 seed=config.seed,
                 device=config.device,
             )
-        trainer = Trainer(config, data)
+        trainer = Trainer(config, data, ranks)
         if state is not None:
             trainer.load_state_dict(state)
-        if not folder.holds_run():
+        ranks.wait_for_all()  # before the first one writes what the others look for
+        if ranks.is_first and not folder.holds_run():
             folder.create(config)
         return cls(trainer, folder)
 
-    def train(self, reporter: Reporter) -> dict:
-        """Trains to the end, one checkpoint an epoch, and returns what result.json then holds."""
+    def train(self, reporter: Reporter, costs: StepCosts | None = None) -> dict:
+        """Trains to the end, one checkpoint an epoch, and returns what result.json then holds.
+
+        costs: of the run's steps, to put the predicted saving beside the measured one.
+        """
+        trainer = self.trainer
+        try:
+            with lost_rank_explained(lambda: trainer.step):
+                return self._train_first(reporter, costs) if trainer.ranks.is_first else self._train_other()
+        except LostRank as error:
+            raise TrainingFailed(f"{error}: add --resume") from error
+
+    def _train_other(self) -> dict:
+        while self.trainer.epoch < self.trainer.epochs:
+            self.trainer.train_epoch()
+        self.trainer.ranks.wait_for_all()
+        return {}
+
+    def _train_first(self, reporter: Reporter, costs: StepCosts | None) -> dict:
         trainer, folder = self.trainer, self.folder
         folder.cut_log(trainer.epoch)
         best = max((row["val_accuracy"] for row in folder.read_log() if "val_accuracy" in row), default=-1.0)
@@ -346,7 +371,10 @@ class Run:
             folder.save_checkpoint(trainer.state_dict())
             reporter.epoch(row)
         result = self._result(folder.read_log()[-1])
+        if costs is not None:
+            result = with_engagement(result, costs, result["config"])
         folder.save_result(result)
+        trainer.ranks.wait_for_all()
         return result
 
     def _result(self, last: dict) -> dict:
@@ -360,6 +388,9 @@ class Run:
             "transitions": transitions_measured(trainer.transitions, trainer.phases),
             "peak_memory_bytes": max(phase.memory for phase in trainer.phases),
             "memory_measured": CUDA_MEMORY if trainer.device.type == "cuda" else COUNTED_MEMORY,
+            "graphs_compiled": trainer.compiled.graphs if trainer.compiled else None,
+            "processes": trainer.ranks.world,
+            "traffic": [vars(t) for t in trainer.follower.traffic] if trainer.follower else None,
             "config": trainer.config.to_dict(),
             "conditions": conditions(trainer.device),
         }

@@ -33,6 +33,15 @@ class Phase:
     def seconds_per_step(self) -> float | None:
         return median(self.seconds) if self.seconds else None
 
+    @property
+    def seconds_error(self) -> float | None:
+        """The sd that seconds_per_step has by the scatter of the steps, from their median absolute deviation."""
+        if not self.seconds:
+            return None
+        middle = median(self.seconds)
+        # 1.4826: the deviation's ratio to a normal sd; 1.2533: the median's sd to the mean's.
+        return 1.2533 * 1.4826 * median(abs(s - middle) for s in self.seconds) / len(self.seconds) ** 0.5
+
     def summary(self) -> dict:
         return {
             "num_frozen": self.num_frozen,
@@ -40,6 +49,7 @@ class Phase:
             "steps": self.steps,
             "seconds_per_step": self.seconds_per_step,
             "seconds_per_step_mean": fmean(self.seconds) if self.seconds else None,
+            "seconds_error": self.seconds_error,
             "memory_bytes": self.memory,
         }
 

@@ -14,7 +14,7 @@ DOTS_PER_INCH = 150
 
 def plot_schedules(schedules: dict[str, Schedule], *, base_lr: float = 0.1) -> "Figure":
     """lr_i(step) of every layer, one panel a schedule: the paper's Figure 1."""
-    figure, axes = _figure(len(schedules), height=3.2)
+    figure, axes = empty_figure(len(schedules), height=3.2)
     for ax, (title, schedule) in zip(axes, schedules.items(), strict=True):
         last = schedule.num_layers - 1
         for i in range(schedule.num_layers):
@@ -34,7 +34,7 @@ def plot_schedules(schedules: dict[str, Schedule], *, base_lr: float = 0.1) -> "
 
 def plot_run(rows: list[dict], title: str) -> "Figure":
     """Loss, accuracy, learning rate of each layer, layers frozen and milliseconds per step over a run's epochs."""
-    figure, axes = _figure(5, height=2.1, sharex=True)
+    figure, axes = empty_figure(5, height=2.1, sharex=True)
     loss, accuracy, rates, frozen, time = axes
     epochs = [row["epoch"] for row in rows]
     for split in ("train", "val", "test"):
@@ -64,7 +64,7 @@ def plot_comparison(curves: dict[str, list[list[dict]]], title: str) -> "Figure"
 
     curves: for each arm, the rows of the log of each of its runs.
     """
-    figure, (ax,) = _figure(1, height=4.5)
+    figure, (ax,) = empty_figure(1, height=4.5)
     from matplotlib import colormaps
 
     colors = colormaps["tab10"]
@@ -98,7 +98,8 @@ def save(figure: "Figure", path: str | Path) -> None:
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
-def _figure(rows: int, *, height: float, sharex: bool = False):
+def empty_figure(rows: int, *, height: float, sharex: bool = False) -> tuple["Figure", list]:
+    """A figure with `rows` axes below each other, and these."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -176,8 +176,8 @@ def transition_line(transition: dict, num_layers: int) -> str:
     )
 
 
-def run_summary(result: dict) -> str:
-    """The table of a run's phases, and its last line."""
+def phases_rows(result: dict) -> list[tuple[str, ...]]:
+    """A run's phases, header first."""
     rows = [("from step", "layers frozen", "steps", "ms/step", "peak MiB")]
     for phase in result["phases"]:
         rows.append(
@@ -189,8 +189,17 @@ def run_summary(result: dict) -> str:
                 _number(phase["memory_bytes"], 2**-20, 1),
             )
         )
+    return rows
+
+
+def run_summary(result: dict) -> str:
+    """The table of a run's phases, and its last line."""
+    compiled = ""
+    if result.get("graphs_compiled"):
+        counts = ", ".join(f"{count} with {k} frozen" for k, count in result["graphs_compiled"].items())
+        compiled = f"graphs compiled: {counts}\n"
     return (
-        f"{table(rows)}\npeak memory: {result['memory_measured']}\n"
+        f"{table(phases_rows(result))}\npeak memory: {result['memory_measured']}\n{compiled}"
         f"test accuracy {percent(result['test_accuracy'])} after {result['total_steps']} steps,"
         f" {result['train_seconds']:.1f} s of training"
     )
