@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from ..planner import StepCosts
 from .report import milliseconds, table
 
+# Of a step's saving, below which its ratio to a measured one says nothing.
+LEAST_PREDICTED = 0.01
 # A transition is warned of below this part of its predicted drop, where that stands out of the noise by so many sd.
 LEAST_DROP, CLEAR_OF_NOISE = 0.25, 3.0
 
@@ -14,7 +16,8 @@ def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -
 
     predicted_saving, measured_saving: 1 - step / step with nothing frozen; engagement: measured over predicted.
     predicted_drop, measured_drop: by which part of the whole step this transition shortened it; drop_error: the sd of
-    measured_drop that the scatter of the steps leaves. None where no step was measured.
+    measured_drop that the scatter of the steps leaves. None where no step was measured, and engagement where less than
+    a percent is predicted.
 
     Args:
         transitions: as `transitions_measured` gives them.
@@ -38,7 +41,7 @@ def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -
             row["measured_saving"] = 1 - seconds[1] / whole
             row["measured_drop"] = (seconds[0] - seconds[1]) / whole
             row["drop_error"] = (errors[0] ** 2 + errors[1] ** 2) ** 0.5 / whole
-            if row["predicted_saving"] > 0:
+            if row["predicted_saving"] >= LEAST_PREDICTED:
                 row["engagement"] = row["measured_saving"] / row["predicted_saving"]
         rows.append(row)
         before = k

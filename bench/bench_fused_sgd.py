@@ -1,0 +1,185 @@
+"""One optimizer step: torch's for-loop, foreach and fused against FusedSGD, and the time memory needs for the bytes.
+
+pytest bench/bench_fused_sgd.py --benchmark-json=bench/results/fused_sgd.json
+
+Rivals take turns in one process; medians and minima in microseconds, `ratio` is torch fused over FusedSGD. The floor is
+a.add_(b) on as many elements as move a step's 20 bytes a parameter (read p, gradient, buffer; write p, buffer).
+"""
+
+import statistics
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from freezeout_ext import FusedSGD
+from freezeout_ext.models import build_model
+from freezeout_ext.training.measure import conditions
+
+THREADS = 2
+SECONDS = 3.0  # of measuring, for each case
+OPTIONS = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+RIVALS = {
+    "FusedSGD": lambda groups: FusedSGD(groups, **OPTIONS),
+    "torch for-loop": lambda groups: torch.optim.SGD(groups, **OPTIONS, foreach=False),
+    "torch foreach": lambda groups: torch.optim.SGD(groups, **OPTIONS, foreach=True),
+    "torch fused": lambda groups: torch.optim.SGD(groups, **OPTIONS, fused=True),
+}
+NETS = ("densenet-76-12", "wrn-40-4", "vgg-16", "resnet-50")
+
+
+def resnet50_shapes() -> list[list[tuple[int, ...]]]:
+    """For each convolution of ResNet-50 (ImageNet) its weight and its norm's two vectors, then the classifier."""
+
+    def conv(inputs: int, outputs: int, kernel: int) -> list[tuple[int, ...]]:
+        return [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
+
+    layers, inputs = [conv(3, 64, 7)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            layers += [conv(inputs, width, 1), conv(width, width, 3), conv(width, 4 * width, 1)]
+            if block == 0:
+                layers.append(conv(inputs, 4 * width, 1))
+            inputs = 4 * width
+    return [*layers, [(1000, 2048), (1000,)]]
+
+
+def layer_shapes(net: str) -> list[list[tuple[int, ...]]]:
+    """One layer for each convolution or linear, with the norms before it."""
+    if net == "resnet-50":
+        return resnet50_shapes()
+    if net.startswith("tiny"):
+        return [[(16,)] * int(net.removeprefix("tiny-"))] * 76
+    layers, pending = [], []
+    for module in build_model(net).modules():
+        pending += [tuple(p.shape) for p in module.parameters(recurse=False)]
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            layers.append(pending)
+            pending = []
+    layers[-1] += pending
+    return layers
+
+
+def build(net: str, grouping: str, frozen: float = 0.0) -> dict[str, torch.optim.Optimizer]:
+    """Every rival over equal parameters and gradients, after two steps; the first layers frozen as FreezeOut does."""
+    shapes = layer_shapes(net)
+    num_frozen = int(frozen * len(shapes))
+    optimizers = {}
+    for name, make in RIVALS.items():
+        torch.manual_seed(0)
+        layers = [[nn.Parameter(torch.randn(shape)) for shape in layer] for layer in shapes]
+        groups = [{"params": layer} for layer in layers]
+        if grouping == "one group":
+            groups = [{"params": [p for layer in layers for p in layer]}]
+        optimizers[name] = optimizer = make(groups)
+        for p in (p for layer in layers for p in layer):
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        for group in optimizer.param_groups[:num_frozen]:
+            group.update(lr=0.0, frozen=True)
+            for p in group["params"]:
+                p.requires_grad_(False)
+                p.grad = None
+                del optimizer.state[p]
+        optimizer.step()
+    assert_equal(optimizers)
+    return optimizers
+
+
+def assert_equal(optimizers: dict[str, torch.optim.Optimizer]) -> None:
+    """All rivals hold the same parameters as torch's for-loop, bit for bit; torch fused rounds otherwise."""
+    judge = [p for group in optimizers["torch for-loop"].param_groups for p in group["params"]]
+    for name, optimizer in optimizers.items():
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for p, q in zip(params, judge, strict=True):
+            if name == "torch fused":
+                torch.testing.assert_close(p, q)
+            else:
+                assert torch.equal(p, q), name
+
+
+def interleave(calls: dict, *, cold: bool) -> dict[str, list[float]]:
+    """Microseconds of each call. Warm: after one call of the same; cold: after 64 MB of other memory."""
+    other = torch.zeros(1 << 24)
+    times = {name: [] for name in calls}
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(times["FusedSGD"]) < 15:
+        for name, call in calls.items():
+            other.add_(1) if cold else call()
+            for _ in range(1 if cold else 5):
+                start = time.perf_counter_ns()
+                call()
+                times[name].append((time.perf_counter_ns() - start) / 1e3)
+    return times
+
+
+def measure(
+    benchmark, optimizers: dict[str, torch.optim.Optimizer], *, cold: bool = False, threads: int = THREADS
+) -> None:
+    torch.set_num_threads(threads)
+    params = [p for group in optimizers["FusedSGD"].param_groups for p in group["params"] if p.grad is not None]
+    elements = sum(p.numel() for p in params)
+    a, b = torch.zeros(2, elements * 5 // 3)
+    calls = {name: optimizer.step for name, optimizer in optimizers.items()} | {"floor": lambda: a.add_(b)}
+    times = interleave(calls, cold=cold)
+    medians = {name: round(statistics.median(values), 1) for name, values in times.items()}
+    minima = {name: round(min(values), 1) for name, values in times.items()}
+    benchmark.extra_info |= {
+        "median_us": medians,
+        "min_us": minima,
+        "ratio": round(medians["torch fused"] / medians["FusedSGD"], 2),
+        "ratio_of_minima": round(minima["torch fused"] / minima["FusedSGD"], 2),
+        "over_floor": round(medians["FusedSGD"] / medians["floor"], 3),
+        "elements": elements,
+        "tensors": len(params),
+        "groups": len(optimizers["FusedSGD"].param_groups),
+        "samples": len(times["FusedSGD"]),
+        **conditions(torch.device("cpu")),
+        "threads": threads,
+    }
+    benchmark.pedantic(optimizers["FusedSGD"].step, rounds=5)
+
+
+@pytest.mark.parametrize("cache", ["warm", "cold"])
+@pytest.mark.parametrize("grouping", ["one group a layer", "one group"])
+@pytest.mark.parametrize("net", NETS)
+def test_step(benchmark, net, grouping, cache):
+    measure(benchmark, build(net, grouping), cold=cache == "cold")
+
+
+@pytest.mark.parametrize("frozen", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("net", NETS)
+def test_step_with_frozen_layers(benchmark, net, frozen):
+    measure(benchmark, build(net, "one group a layer", frozen))
+
+
+@pytest.mark.parametrize("tensors", [1, 3])
+def test_overhead_alone(benchmark, tensors):
+    """16-element tensors in 76 groups, one thread."""
+    measure(benchmark, build(f"tiny-{tensors}", "one group a layer"), threads=1)
+
+
+@pytest.mark.parametrize("net", ["densenet-76-12", "wrn-40-4"])
+def test_share_of_a_training_step(benchmark, net):
+    """Forward, backward and update at batch 32 of 32x32 images: what share the update is."""
+    torch.set_num_threads(THREADS)
+    model = build_model(net)
+    optimizer = FusedSGD(model.parameters(), **OPTIONS)
+    inputs, parts = torch.randn(32, 3, 32, 32), []
+    for _ in range(4):
+        start = time.perf_counter()
+        model(inputs).square().mean().backward()
+        middle = time.perf_counter()
+        optimizer.step()
+        parts.append((middle - start, time.perf_counter() - middle))
+        optimizer.zero_grad()
+    backward, update = (statistics.median(part[1:]) for part in zip(*parts, strict=True))
+    benchmark.extra_info |= {
+        "forward_and_backward_ms": round(1e3 * backward, 2),
+        "update_ms": round(1e3 * update, 3),
+        "share_percent": round(100 * update / (backward + update), 3),
+        **conditions(torch.device("cpu")),
+        "threads": THREADS,
+    }
+    benchmark.pedantic(optimizer.step, rounds=1)

@@ -1,0 +1,178 @@
+"""The kernels, and whole prefixes by them, on a GPU: device time against cuDNN and against the memory's bandwidth.
+
+pytest bench/bench_kernels.py --benchmark-json=bench/results/kernels.json
+
+Batch 128, bfloat16, images of 32x32. Each rival is a CUDA graph of REPEATS runs, data warm in L2, so that launches
+from Python do not count; seconds are of one graph. Every rival is compared with the reference before it is timed.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freezeout_ext.models import build_model
+from freezeout_ext.training.measure import conditions
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU: there is nothing to time", allow_module_level=True)
+
+from freezeout_ext import kernels
+from freezeout_ext.prefix.cuda import CudaEngine
+from freezeout_ext.prefix.cuda_conv import Constants, ConvCall
+from freezeout_ext.prefix.folding import lower_chain
+
+BATCH, DTYPE, REPEATS = 128, torch.bfloat16, 20
+
+
+def image(c: int, size: int, buffer: int | None = None, first: int = 0) -> Tensor:
+    whole = torch.randn(BATCH, buffer or c, size, size, dtype=DTYPE, device="cuda")
+    return whole.contiguous(memory_format=torch.channels_last)[:, first : first + c]
+
+
+def vectors(c: int) -> tuple[Tensor, Tensor]:
+    scale, shift = torch.randn(2, c, device="cuda")
+    return scale, shift
+
+
+def conv(name: str) -> ConvCall:
+    """One convolution of DenseNet-76-12 or WRN-40-4 as the prefix runs it."""
+    c, k, size, map_size, relu, slices, adds = {
+        "densenet 1x1 96 -> 48": (96, 48, 1, 32, True, True, False),
+        "densenet 1x1 156 -> 48": (156, 48, 1, 32, True, True, False),
+        "densenet 3x3 48 -> 12": (48, 12, 3, 32, False, True, False),
+        "wrn 3x3 64": (64, 64, 3, 32, True, False, False),
+        "wrn 3x3 64 two outputs": (64, 64, 3, 32, False, False, True),
+        "wrn 3x3 128 two outputs": (128, 128, 3, 16, False, False, True),
+        "wrn 3x3 256 two outputs": (256, 256, 3, 8, False, False, True),
+    }[name]
+    module = nn.Conv2d(c, k, size, padding=size // 2, bias=False).cuda().requires_grad_(False)
+    return ConvCall(
+        ops=kernels,
+        module=module,
+        x=image(c, map_size, 176 if slices and size == 1 else None),
+        constants=Constants.of(module.weight, torch.randn(k, device="cuda") if relu else None, DTYPE),
+        prologue=vectors(c) if size == 1 else None,
+        residual=image(k, map_size) if adds else None,
+        relu=relu,
+        second=vectors(k) if adds else None,
+        out=image(k, map_size, 176, 24) if slices and size == 3 else None,
+        tf32=False,
+    )
+
+
+CONVS = ("densenet 1x1 96 -> 48", "densenet 1x1 156 -> 48", "densenet 3x3 48 -> 12", "wrn 3x3 64")
+CONVS += ("wrn 3x3 64 two outputs", "wrn 3x3 128 two outputs", "wrn 3x3 256 two outputs")
+
+
+def timed(benchmark, run, *, bytes_moved: int, flops: int = 0) -> None:
+    run()
+    graph, _ = kernels.capture(lambda: [run() for _ in range(REPEATS)])
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(replay, rounds=20, warmup_rounds=3)
+    seconds = benchmark.stats.stats.median / REPEATS
+    benchmark.extra_info |= {
+        "microseconds_a_run": 1e6 * seconds,
+        "gigabytes_per_second": bytes_moved / seconds / 1e9,
+        "teraflops_per_second": flops / seconds / 1e12,
+        **conditions(torch.device("cuda")),
+    }
+
+
+def check(found: tuple[Tensor, ...], wanted: list[Tensor]) -> None:
+    for result, want in zip(found, wanted, strict=True):
+        assert (result.double() - want).abs().max() <= kernels.tolerance(DTYPE) * want.abs().max()
+
+
+@pytest.mark.parametrize("rival", ["plain", "cudnn", "triton"])
+@pytest.mark.parametrize("name", CONVS)
+def test_conv(benchmark, name: str, rival: str) -> None:
+    torch.manual_seed(0)
+    call = conv(name)
+    ways = [way for way in call.ways() if (way if isinstance(way, str) else "triton") == rival]
+    if not ways:
+        pytest.skip("cuDNN's fused convolutions end in a ReLU")
+    for way in ways:
+        check(call.run(way), call.expected(slice(None)))
+    seconds = kernels.choice.device_seconds({way: lambda way=way: call.run(way) for way in ways})
+    best = min(seconds, key=seconds.get)
+    results = call.run(best)
+    reads = [call.x, call.constants.weight] + ([] if call.residual is None else [call.residual])
+    timed(
+        benchmark,
+        lambda: call.run(best),
+        bytes_moved=sum(t.nbytes for t in [*reads, *results]),
+        flops=2 * results[0].numel() * call.constants.weight[0].numel(),
+    )
+    benchmark.extra_info |= {"way": str(best), "candidates_us": {str(w): 1e6 * s for w, s in seconds.items()}}
+
+
+@pytest.mark.parametrize("rival", ["torch", "kernel"])
+@pytest.mark.parametrize("c", [64, 180])
+def test_affine_relu(benchmark, c: int, rival: str) -> None:
+    torch.manual_seed(0)
+    x, (scale, shift) = image(c, 32), vectors(c)
+    out, wanted = torch.empty_like(x), torch.empty_like(x, dtype=torch.float64)
+    kernels.affine_relu_reference(x, scale, shift, out=wanted)
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+
+    def by_torch() -> Tensor:
+        return torch.nn.functional.batch_norm(x, zeros, ones, scale, shift, eps=0.0).relu_()
+
+    run = by_torch if rival == "torch" else lambda: kernels.affine_relu(x, scale, shift, out=out)
+    check((run(),), [wanted])
+    timed(benchmark, run, bytes_moved=2 * x.nbytes)
+
+
+NETS = {"densenet-76-12": 0.25, "wrn-40-4": 0.6, "vgg-16": None, "resnet-18": None}  # to reach, over eager
+
+
+@pytest.mark.parametrize("rival", ["eager", "eager in a graph", "torch.compile", "engine"])
+@pytest.mark.parametrize("name", NETS)
+def test_prefix(benchmark, name: str, rival: str) -> None:
+    """Half the units, images in float32 given, bfloat16 inside, against eager in bfloat16 channels-last."""
+    torch.manual_seed(0)
+    net = build_model(name).cuda().eval().requires_grad_(False)
+    children = [net.features] if hasattr(net, "features") else [net.stem, net.blocks]
+    units = [unit for child in children for unit in (child if isinstance(child, nn.Sequential) else [child])]
+    units = units[: len(units) // 2]
+    x = torch.randn(BATCH, 3, 32, 32, device="cuda")
+    eager = nn.Sequential(*units)
+    with torch.no_grad():
+        wanted = eager(x)
+        half = build_copy(eager)
+        engine = CudaEngine(
+            lower_chain(units), dtype=DTYPE, output_dtypes=[DTYPE], channels_last=[True], weights={}
+        )  # fmt: skip
+        rivals = {
+            "eager": lambda: half(x.to(DTYPE, memory_format=torch.channels_last)),
+            "torch.compile": torch.compile(half, mode="max-autotune-no-cudagraphs"),
+            "engine": lambda: engine(x)[0],
+        }
+        run = rivals["eager" if rival == "eager in a graph" else rival]
+        if rival == "torch.compile":
+            compiled = run
+            run = lambda: compiled(x.to(DTYPE, memory_format=torch.channels_last))  # noqa: E731
+        for _ in range(3):
+            error = ((run().float() - wanted).abs().max() / wanted.abs().max()).item()
+        assert error <= 5e-2
+        if rival == "eager in a graph" or rival == "torch.compile":
+            graph, _ = kernels.capture(run)
+            run = graph.replay
+
+        def waited() -> None:
+            run()
+            torch.cuda.synchronize()
+
+        benchmark.pedantic(waited, rounds=30, warmup_rounds=5)
+    benchmark.extra_info |= {"error": error, "units": len(units), "to_reach_over_eager": NETS[name]}
+    benchmark.extra_info |= {"fused": engine.fused() if rival == "engine" else {}, **conditions(torch.device("cuda"))}
+
+
+def build_copy(net: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(net).to(DTYPE, memory_format=torch.channels_last)

@@ -1,0 +1,174 @@
+"""The frozen prefix against its rivals, interleaved in one process: medians and the ratio to eager under no_grad.
+
+pytest bench/bench_prefix.py --benchmark-json=bench/results/prefix.json
+
+FREEZEOUT_BENCH_COMPILE=1 adds torch.compile with freezing (minutes), FREEZEOUT_BENCH_BATCH another batch than 64. Page
+faults are much of eager's time on a CPU, so the allocator's settings are stored with the numbers.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from freezeout_ext.eval_pin import pin
+from freezeout_ext.layers import Layers, find_layers
+from freezeout_ext.models import build_model
+from freezeout_ext.prefix import Prefix
+from freezeout_ext.prefix.cpu import CpuEngine, unsupported_dtype
+from freezeout_ext.prefix.folding import lower_chain
+from freezeout_ext.prefix.runtime import TOLERANCE, median
+from freezeout_ext.training.measure import conditions
+
+NETS = ("densenet-76-12", "wrn-40-4", "vgg-16", "resnet-18")
+BATCH = int(os.environ.get("FREEZEOUT_BENCH_BATCH", "64"))
+THREADS = 2
+ROUNDS = 7
+HALF = {"folded": torch.float32, "bf16": torch.bfloat16}
+
+
+def settings() -> dict:
+    allocator = {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
+    return {"batch": BATCH, "threads": THREADS, "allocator": allocator or "glibc, as it comes"} | conditions(
+        torch.device("cpu")
+    )
+
+
+def interleaved(rivals: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Milliseconds, the median of `rounds` for each rival, one call of each in turn."""
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for run in rivals.values():
+        run()
+    for _ in range(rounds):
+        for name, run in rivals.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: median(values) for name, values in times.items()}
+
+
+def net(name: str) -> torch.nn.Module:
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    model = build_model(name).train()
+    with torch.no_grad():
+        model(torch.randn(16, 3, 32, 32))
+    return model
+
+
+def freeze(model: torch.nn.Module, fraction: float) -> tuple[Layers, int]:
+    layers = find_layers(model)
+    num_frozen = int(fraction * len(layers))
+    for layer in layers[:num_frozen]:
+        for p in layer.parameters.values():
+            p.requires_grad_(False)
+        for module in layer.submodules:
+            pin(module)
+    return layers, num_frozen
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("mode", HALF)
+def test_half_the_units(benchmark, name, mode):
+    if missing := unsupported_dtype(HALF[mode]):
+        pytest.skip(missing)
+    layers, num_frozen = freeze(model := net(name), 0.5)
+    units = [module for layer in layers[:num_frozen] for module in layer.modules.values()]
+    eager, last = (
+        torch.nn.Sequential(*units),
+        copy.deepcopy(torch.nn.Sequential(*units)).to(memory_format=torch.channels_last),
+    )
+    x = torch.randn(BATCH, 3, 32, 32)
+    x_last = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = eager(x)
+        start = time.perf_counter()
+        engine = CpuEngine(
+            lower_chain(units), dtype=HALF[mode], output_dtypes=[torch.float32], channels_last=[False], weights={}
+        )
+        (found,) = engine(x)
+        preparation = 1e3 * (time.perf_counter() - start)
+        error = ((found - expected).abs().max() / expected.abs().max()).item()
+        assert error <= TOLERANCE[mode]
+        rivals = {"eager": lambda: eager(x), "eager channels-last": lambda: last(x_last), mode: lambda: engine(x)}
+        if os.environ.get("FREEZEOUT_BENCH_COMPILE"):
+            import torch._inductor.config as config
+
+            config.freezing = True
+            start = time.perf_counter()
+            compiled = torch.compile(eager)
+            compiled(x)
+            benchmark.extra_info["compile_seconds"] = time.perf_counter() - start
+            rivals["torch.compile, freezing"] = lambda: compiled(x)
+        times = interleaved(rivals)
+        benchmark.pedantic(engine, args=(x,), rounds=1)
+    del model
+    benchmark.extra_info |= {
+        "milliseconds": times,
+        "over_eager": {k: v / times["eager"] for k, v in times.items()},
+        "first_call_with_preparation_ms": preparation,
+        "error": error,
+        "fused": engine.fused(),
+        "buffer_MiB": engine.bytes_held / 2**20,
+        "frozen": f"{num_frozen} of {len(layers)}",
+    } | settings()
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("name", NETS)
+def test_whole_iteration(benchmark, name, fraction):
+    """Forward and backward of the user's own code: plain freezing, and the same with the prefix in two modes."""
+    x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
+    base, prefixes, rivals = net(name), {}, {}
+
+    def iteration(model: torch.nn.Module) -> torch.Tensor:
+        model.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss.detach()
+
+    for mode in ("off", "exact", "folded"):
+        model = copy.deepcopy(base)
+        layers, num_frozen = freeze(model, fraction)
+        prefixes[mode] = prefix = Prefix(model, layers, mode=mode, measure=False)
+        prefix.freeze(num_frozen)
+        iteration(model)
+        rivals["plain freezing" if mode == "off" else mode] = lambda model=model: iteration(model)
+    assert all(prefix.report().route == "chain" for mode, prefix in prefixes.items() if mode != "off")
+    times = interleaved(rivals, 5)
+    benchmark.pedantic(rivals["folded"], rounds=1)
+    benchmark.extra_info |= {
+        "milliseconds": times,
+        "over_plain": {k: v / times["plain freezing"] for k, v in times.items()},
+        "frozen": f"{num_frozen} of {len(layers)}",
+        "report": str(prefixes["folded"].report()),
+    } | settings()
+
+
+@pytest.mark.parametrize("name", NETS[:3])
+@pytest.mark.parametrize("mode", ["exact", "folded"])
+def test_transition_of_one_layer(benchmark, name, mode):
+    """Milliseconds that a transition adds: `freeze` itself, and the capture at the end of the next forward."""
+    layers, num_frozen = freeze(model := net(name), 0.5)
+    x = torch.randn(BATCH, 3, 32, 32)
+    prefix = Prefix(model, layers, mode=mode, measure=False)
+    prefix.freeze(num_frozen - 1)
+    model(x)
+    captures, calls = [], []
+    for k in (num_frozen, num_frozen - 1, num_frozen):
+        kept = dict(prefix._weights), set(prefix._verified)
+        start = time.perf_counter()
+        prefix.freeze(k)
+        calls.append(1e3 * (time.perf_counter() - start))
+        if k < num_frozen:
+            # Back to the frontier before, with what a run would have kept.
+            prefix._weights.update(kept[0]), prefix._verified.update(kept[1])
+            prefix._verified.difference_update(layers[k].modules.values())
+        model(x)
+        captures.append(1e3 * prefix.report().seconds)
+    benchmark.pedantic(prefix.report, rounds=1)
+    benchmark.extra_info |= {"freeze_ms": calls[2], "capture_ms": captures[2], "frozen": num_frozen} | settings()

@@ -1,0 +1,302 @@
+"""GraphedStep: one training step as a CUDA graph, captured anew after each freeze."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import native
+from .freezeout import FreezeOut
+from .fused_sgd import FusedSGD
+from .param_groups import set_rate
+from .schedule import Schedule
+
+# Eager steps before a capture: cuDNN tries its algorithms, optimizers make their state and prepare their tables.
+WARM_UP_STEPS = 3
+# Graphs of one frontier; batches of further shapes run eagerly.
+MAX_SHAPES = 4
+
+Result = tuple[Tensor, Tensor]  # loss, outputs
+Body = Callable[[], Result]
+
+
+class Backend(Protocol):
+    """How steps run on a device that captures."""
+
+    def run(self, body: Body) -> Result:
+        """body(), now, where a later capture will run it."""
+
+    def capture(self, body: Body) -> Body:
+        """Records body without running it. Returns what runs it, each time into the same result tensors."""
+
+
+class GraphedStep:
+    """loss = criterion(model(inputs), targets); backward; optimizer.step(); zero_grad(); freezeout.step().
+
+    On CUDA all but the last is one CUDA graph for each (batch shape, number of frozen layers): the first steps of each
+    run eagerly, then it is captured; after a transition all are captured anew, in the same memory. Batches of more than
+    a few shapes run eagerly, and so does everything on CPU. Every call is exactly one optimizer step in either way.
+
+    A captured step holds what it was captured with: change no other hyperparameter than the rates, and call model,
+    criterion and optimizer in no other way that changes which tensors they use. Hooks of the optimizer, and prints in
+    the model, run at capture only. Not for DistributedDataParallel, nor for models that read values back to the host.
+
+    Args:
+        criterion: (outputs, targets) -> scalar loss.
+        optimizer: on CUDA one that reads its rates from the device: FusedSGD with its compiled CUDA half, or a torch
+            optimizer made with fused=True or capturable=True, whose rates become tensors.
+        freezeout: None trains all layers.
+        cosine: rate = its group's lr as given * cosine.lr_factor(0, step), for active groups; None leaves the rates to
+            FreezeOut or, where there is none (or one with anneal=False), as they are.
+        scaler: of the loss, for amp_dtype=torch.float16.
+        amp_dtype: autocast's dtype, None for none.
+        backend: instead of CUDA graphs, for tests.
+
+    Raises:
+        ValueError: the optimizer cannot be captured; cosine beside a FreezeOut that anneals.
+        RuntimeError: at a capture that fails, with the reason; a rate that a captured step cannot follow.
+
+    Source: PyTorch's notes on CUDA graphs, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        freezeout: FreezeOut | None = None,
+        *,
+        cosine: Schedule | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        amp_dtype: torch.dtype | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        anneals = freezeout is not None and freezeout.anneal
+        if cosine is not None and anneals:
+            raise ValueError("cosine must be None where freezeout anneals, which sets the rates itself")
+        self.model, self.criterion, self.optimizer, self.freezeout = model, criterion, optimizer, freezeout
+        self.cosine = cosine
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
+        self.amp_dtype = amp_dtype
+        self.device = next(model.parameters()).device
+        self._step_count = freezeout.step_count if freezeout else 0
+        # What each kind of step was used for.
+        self.captures = self.replays = self.eager_steps = 0
+        if backend is None and self.device.type == "cuda":
+            backend = _CudaGraphs(self.device)
+        self._backend = backend
+        self._rates = None if backend is None else _device_rates(optimizer, self.device)
+        self._base_rates = [group.get("base_lr", float(group["lr"])) for group in optimizer.param_groups]
+        self._seen: dict[tuple, int] = {}
+        self._graphs: dict[tuple, _Graph] = {}
+        self._stale: list[_Graph] = []
+        self._on_load = optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
+        self._remove_hook = freezeout.register_transition_hook(lambda *_: self._forget()) if freezeout else None
+        self._set_rates()
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps done. To set it is to resume; FreezeOut's own count takes precedence."""
+        return self._step_count
+
+    @step_count.setter
+    def step_count(self, step: int) -> None:
+        self._step_count = step
+        self._forget()
+        self._set_rates()
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Result:
+        """One optimizer step on one batch. Returns (loss, outputs), detached, in memory of their own."""
+        if self.freezeout is not None and self.freezeout.step_count != self._step_count:
+            self.step_count = self.freezeout.step_count  # a state was loaded
+        if self._rates is not None:
+            self._rates.prepare(self)
+        if self._backend is None:
+            result = self._step(inputs, targets)
+            self.eager_steps += 1
+        else:
+            result = self._step_on_device(self._backend, inputs, targets)
+        self._step_count += 1
+        if self.freezeout is not None:
+            self.freezeout.step()
+        self._set_rates()
+        return result
+
+    def close(self) -> None:
+        """Frees the graphs and leaves model, optimizer and FreezeOut to others."""
+        self._on_load.remove()
+        if self._remove_hook is not None:
+            self._remove_hook()
+        self._graphs.clear()
+        self._stale.clear()
+        if isinstance(self.optimizer, FusedSGD):
+            self.optimizer.set_device_schedule(None)
+
+    def _step_on_device(self, backend: Backend, inputs: Tensor, targets: Tensor) -> Result:
+        key = (_layout(inputs), _layout(targets))
+        seen = self._seen.get(key, 0)
+        self._seen[key] = seen + 1
+        if key not in self._graphs:
+            if seen < WARM_UP_STEPS or len(self._graphs) == MAX_SHAPES:
+                self.eager_steps += 1
+                return backend.run(lambda: self._step(inputs, targets))
+            self._graphs[key] = _Graph(backend, self._step, inputs, targets)
+            # Kept until now, so that the new graph finds their memory in the pool.
+            self._stale.clear()
+            self.captures += 1
+        self.replays += 1
+        return self._graphs[key].replay(inputs, targets)
+
+    def _step(self, inputs: Tensor, targets: Tensor) -> Result:
+        with self._autocast():
+            outputs = self.model(inputs)
+            loss = self.criterion(outputs, targets)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # Inside the graph too: the next replay then writes its gradients, and adds to none.
+        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self._rates, _ScheduledRates):
+            self._rates.counter.add_(1)
+        return loss.detach(), outputs.detach()
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def _set_rates(self) -> None:
+        if self.cosine is not None:
+            factor = self.cosine.lr_factor(0, self._step_count)
+            for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+                if not group.get("frozen"):
+                    set_rate(group, base * factor)
+
+    def _forget(self) -> None:
+        self._stale += self._graphs.values()
+        self._graphs.clear()
+        self._seen.clear()
+        if self._rates is not None:
+            self._rates.is_set = False
+
+
+class _Graph:
+    """A captured step and the tensors that it reads."""
+
+    def __init__(self, backend: Backend, step: Callable[[Tensor, Tensor], Result], *batch: Tensor) -> None:
+        self._inputs = [torch.empty_like(tensor).copy_(tensor) for tensor in batch]
+        try:
+            self._run = backend.capture(lambda: step(*self._inputs))
+        except RuntimeError as error:
+            raise RuntimeError(f"the step cannot be captured as a CUDA graph; run it without: {error}") from error
+
+    def replay(self, *batch: Tensor) -> Result:
+        for mine, given in zip(self._inputs, batch, strict=True):
+            mine.copy_(given, non_blocking=True)
+        loss, outputs = self._run()
+        # The next replay, of any graph in the pool, writes there.
+        return loss.clone(), outputs.clone()
+
+
+class _CudaGraphs:
+    """CUDA graphs in one memory pool. Eager steps run on the stream of the captures, as these need: a gradient's
+    accumulation stays on the stream where it first ran."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, body: Body) -> Result:
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = body()
+        current.wait_stream(self._stream)
+        return result
+
+    def capture(self, body: Body) -> Body:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as a loader's that pins memory, may go on.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = body()
+
+        def replay() -> Result:
+            graph.replay()
+            return result
+
+        return replay
+
+
+# The rates of a captured step; `is_set` is False at first and once a state was loaded or a layer froze.
+
+
+class _TensorRates:
+    """torch's optimizers read their rates from tensors, which FreezeOut and `cosine` fill."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.is_set = False
+
+    def prepare(self, graphed: GraphedStep) -> None:
+        if self.is_set:
+            return
+        for group in graphed.optimizer.param_groups:
+            lr = group["lr"]
+            # A loaded state brings rates on the CPU.
+            if not isinstance(lr, Tensor) or lr.device.type != self._device.type:
+                group["lr"] = torch.tensor(float(lr), device=self._device)
+        self.is_set = True
+
+
+class _ScheduledRates:
+    """FusedSGD computes its rates on the device from a counter of steps, which the step itself advances."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.counter = torch.zeros((), dtype=torch.int64, device=device)
+        self.is_set = False
+        self._constant: list[float] | None = None
+
+    def prepare(self, graphed: GraphedStep) -> None:
+        groups = graphed.optimizer.param_groups
+        if not self.is_set:
+            self.counter.fill_(graphed.step_count)
+            rates = [_scheduled(graphed, group, base) for group, base in zip(groups, graphed._base_rates, strict=True)]
+            graphed.optimizer.set_device_schedule(self.counter, rates)
+            free = graphed.cosine is None and (graphed.freezeout is None or not graphed.freezeout.anneal)
+            self._constant = [float(group["lr"]) for group in groups] if free else None
+            self.is_set = True
+        elif self._constant is not None and self._constant != [float(group["lr"]) for group in groups]:
+            raise RuntimeError(
+                "lr must not change between graphed steps of FusedSGD: pass cosine=, or use torch.optim.SGD(fused=True)"
+            )
+
+
+def _scheduled(graphed: GraphedStep, group: dict, base: float) -> tuple[float, float, float]:
+    """(peak, milestone, warmup) of a group, as FusedSGD.set_device_schedule takes them."""
+    if graphed.cosine is not None:
+        schedule, layer = graphed.cosine, 0
+    elif graphed.freezeout is not None and graphed.freezeout.anneal:
+        schedule, layer = graphed.freezeout.schedule, group["layer"]
+    else:
+        return float(group["lr"]), float("inf"), 0
+    peak = base / schedule.t(layer) if schedule.scale_lr else base
+    return peak, schedule.milestone(layer), schedule.warmup_steps
+
+
+def _device_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> _TensorRates | _ScheduledRates:
+    if isinstance(optimizer, FusedSGD):
+        reason = native.import_error if device.type == "cpu" else native.cuda_unavailable_reason(device)
+        if reason is not None:
+            raise ValueError(f"optimizer must have its compiled half to be captured: {reason}")
+        return _ScheduledRates(device)
+    for i, group in enumerate(optimizer.param_groups):
+        if not (group.get("fused") or group.get("capturable")):
+            raise ValueError(
+                f"optimizer must be FusedSGD, or made with fused=True or capturable=True, to be captured, got"
+                f" {type(optimizer).__name__} with neither (param group {i})"
+            )
+    return _TensorRates(device)
+
+
+def _layout(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.stride()

@@ -1,0 +1,169 @@
+"""Several processes: DistributedDataParallel follows the transitions, and what a step sends is measured."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..execution_order import Transient
+from ..freezeout import FreezeOut
+from . import in_process_group
+
+logger = logging.getLogger("freezeout_ext")
+
+
+class LostRank(RuntimeError):
+    """Another process of the run is gone, or no longer does what this one does."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one optimizer step hands to the collectives from `step` on, in bytes per rank."""
+
+    step: int
+    num_frozen: int
+    gradient_bytes: int  # the reducer's buckets
+    buffer_bytes: int  # broadcast at each forward
+
+
+class DDPFollower:
+    """sum of the buckets' bytes == bytes of the parameters that still train, also after each transition.
+
+    Wraps again where layers froze (or thawed), once for several layers, at the top of the next iteration and without
+    the broadcast of DDP's constructor. The DistributedDataParallel object stays the same one, so that whoever holds it
+    (Accelerate, Lightning, Transformers) need not know. Buffers of frozen layers are no longer broadcast.
+
+    Args:
+        freezeout: of the bare module. Schedule, layers and step must be the same on all ranks.
+        ddp: what wraps the module; None: whatever is seen to wrap it at its first forward.
+
+    Raises:
+        ValueError: the ranks were not given the same schedule.
+    """
+
+    def __init__(self, freezeout: FreezeOut, ddp: DistributedDataParallel | None = None) -> None:
+        self.freezeout = freezeout
+        self.traffic: list[Traffic] = []
+        self._ignored: set[str] = set()  # as the user had it
+        self._ddp: DistributedDataParallel | None = None
+        self._num_frozen: int | None = None  # at the last look
+        self._remove_hook = freezeout.register_transition_hook(self._sync_frozen)
+        if ddp is not None:
+            self._attach(ddp)
+        else:
+            self._handle = freezeout.model.register_forward_pre_hook(Transient(self._find), prepend=True)
+
+    def close(self) -> None:
+        self._handle.remove()
+        self._remove_hook()
+
+    def _find(self, *_: object) -> None:
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        if ddp is None:
+            return
+        self._handle.remove()
+        self._attach(ddp)
+        if self._is_due():  # a resumed run; this iteration's forward has begun, its graph has not
+            self._wrap_again()
+            if ddp.require_backward_grad_sync:
+                ddp.reducer.prepare_for_forward()
+
+    def _attach(self, ddp: DistributedDataParallel) -> None:
+        check_same_on_all_ranks(self.freezeout, ddp.process_group)
+        self._ddp, self._ignored = ddp, set(ddp.parameters_to_ignore)
+        self._handle = ddp.register_forward_pre_hook(Transient(self._before_forward), prepend=True)
+        self._record()
+
+    def _is_due(self) -> bool:
+        built_for = self._ddp._get_ddp_logging_data()["num_parameter_tensors"]
+        names = (name for name, p in self._ddp.module.named_parameters() if p.requires_grad)
+        return built_for != sum(name not in self._ddp.parameters_to_ignore for name in names)
+
+    def _before_forward(self, *_: object) -> None:
+        if self._num_frozen != self.freezeout.num_frozen:
+            self._num_frozen = self.freezeout.num_frozen
+            if self._is_due():
+                self._wrap_again()
+
+    def _sync_frozen(self, *_: object) -> None:
+        # Each rank's running statistics are its own until the next forward's broadcast, which frozen ones get no more.
+        if self._ddp is not None and self._ddp.broadcast_buffers and self._ddp.modules_buffers:
+            self._ddp._sync_buffers()
+
+    def _wrap_again(self) -> None:
+        """The reducer of DDP(module, init_sync=False), as DDP itself makes it anew when it is unpickled."""
+        ddp = self._ddp
+        ddp.parameters_to_ignore = self._ignored | _frozen_buffers(ddp.module, self.freezeout)
+        parameters, sparse = ddp._build_params_for_reducer()
+        names = ddp._build_debug_param_to_name_mapping(parameters)
+        ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
+        ddp._has_rebuilt_buckets = False
+        if ddp.static_graph:
+            ddp.static_graph = False  # its first iteration is special, and comes again
+            ddp._set_static_graph()
+        for hook, state in ddp._comm_hooks:
+            dist._register_comm_hook(ddp.reducer, state, hook)
+        self._record()
+        was, now = self.traffic[-2:]
+        logger.info(
+            "step %d: DDP wrapped again, %d bytes of gradients a step (were %d), %d of buffers (were %d)",
+            now.step, now.gradient_bytes, was.gradient_bytes, now.buffer_bytes, was.buffer_bytes,
+        )  # fmt: skip
+
+    def _record(self) -> None:
+        buckets = self._ddp._get_ddp_logging_data()["bucket_sizes"]
+        sent = self._ddp.modules_buffers if self._ddp.broadcast_buffers else []
+        self.traffic.append(
+            Traffic(
+                step=self.freezeout.step_count,
+                num_frozen=self.freezeout.num_frozen,
+                gradient_bytes=sum(int(size) for size in buckets.split(",")),
+                buffer_bytes=sum(b.numel() * b.element_size() for b in sent),
+            )
+        )
+
+
+def check_same_on_all_ranks(freezeout: FreezeOut, group: dist.ProcessGroup | None = None) -> None:
+    """Raises ValueError, on every rank, unless schedule, layers and step are those of rank 0: what freezes when."""
+    mine = {**asdict(freezeout.schedule), "layers": len(freezeout.layers), "step": freezeout.step_count}
+    every: list[dict] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(every, mine, group=group)
+    for rank, other in enumerate(every):
+        for name in mine:
+            if other[name] != every[0][name]:
+                raise ValueError(
+                    f"{name} must be the same on all ranks, rank 0 has {every[0][name]!r}, "
+                    f"rank {rank} {other[name]!r}"
+                )
+
+
+@contextmanager
+def lost_rank_explained(step: Callable[[], int]) -> Iterator[None]:
+    """Turns what a collective raises when a peer died into LostRank, whose message names the step."""
+    try:
+        yield
+    except RuntimeError as error:
+        if in_process_group() and any(text in str(error) for text in _LOST):
+            raise LostRank(
+                f"lost contact with another rank in step {step()}: it ended, or hangs; its own output "
+                "says why. Start all ranks again from the last checkpoint"
+            ) from error
+        raise
+
+
+# gloo, then NCCL
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "aborted")
+
+
+def _frozen_buffers(module: nn.Module, freezeout: FreezeOut) -> set[str]:
+    frozen = {m for layer in freezeout.layers[: freezeout.num_frozen] for m in layer.submodules}
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, m in module.named_modules(remove_duplicate=False)
+        if m in frozen
+        for name, _ in m.named_buffers(recurse=False)
+    }

@@ -1,0 +1,95 @@
+"""FreezeOut in Transformers: add_freezeout(trainer, t_0=0.5); trainer.train()."""
+
+from typing import Any
+
+import torch
+
+from ..freezeout import FreezeOut
+from . import follow_if_distributed
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        "freezeout_ext.integrations.transformers needs Transformers: pip install freezeout_ext[transformers]"
+    ) from error
+
+
+class FreezeOutCallback(TrainerCallback):
+    """freezeout.step() once for each optimizer step. `add_freezeout` makes it; training sets its `freezeout`."""
+
+    def __init__(self) -> None:
+        self.freezeout: FreezeOut | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step:  # resumed: what is frozen is a function of the step alone
+            self.freezeout.load_state_dict({**self.freezeout.state_dict(), "step": state.global_step})
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        while self.freezeout.step_count < state.global_step:
+            self.freezeout.step()
+
+
+def add_freezeout(trainer: Trainer, **arguments: Any) -> FreezeOutCallback:
+    """Trains `trainer` with FreezeOut: each layer on its own cosine in place of the Trainer's LR scheduler.
+
+    The Trainer makes its optimizer as ever (or is given one, without a scheduler). The steps of the warm-up are those
+    of its arguments, total_steps is what it will run. `anneal=False` keeps the Trainer's scheduler and only freezes.
+
+    Args:
+        arguments: of FreezeOut (t_0, how_scale, layers, ...).
+
+    Returns: the callback, added to the trainer; its `freezeout` exists once training has started.
+
+    Raises:
+        ValueError: the trainer was given an LR scheduler.
+    """
+    if trainer.lr_scheduler is not None:
+        raise ValueError("trainer must not have an LR scheduler: pass optimizers=(optimizer, None)")
+    callback = FreezeOutCallback()
+    create_scheduler = trainer.create_scheduler
+
+    # The one moment at which the optimizer exists, the number of steps is known and no state is loaded yet.
+    def create(num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if callback.freezeout is not None:
+            callback.freezeout.close()
+        optimizer = trainer.optimizer if optimizer is None else optimizer
+        callback.freezeout = FreezeOut(
+            trainer.model,
+            getattr(optimizer, "optimizer", optimizer),  # Accelerate's wrapper
+            **{
+                "total_steps": num_training_steps,
+                "warmup_steps": trainer.args.get_warmup_steps(num_training_steps),
+                **arguments,
+            },
+        )
+        follow_if_distributed(callback.freezeout)
+        if not arguments.get("anneal", True):
+            return create_scheduler(num_training_steps, optimizer)
+        trainer.lr_scheduler = _Rates(callback.freezeout)
+        return trainer.lr_scheduler
+
+    trainer.create_scheduler = create
+    trainer.add_callback(callback)
+    return callback
+
+
+class _Rates:
+    """The LR scheduler that the Trainer asks for: FreezeOut sets the rates, this one reports the last layer's."""
+
+    def __init__(self, freezeout: FreezeOut) -> None:
+        self._freezeout = freezeout
+
+    def step(self) -> None:
+        pass
+
+    def get_last_lr(self) -> list[float]:
+        return self._freezeout.learning_rates()[-1:]
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        pass

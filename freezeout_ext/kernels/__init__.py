@@ -1,0 +1,39 @@
+"""Triton kernels on channels-last images, each beside its PyTorch reference of the same name + `_reference`.
+
+Importing this package needs Triton: CUDA builds of torch bring it, for the interpreter (TRITON_INTERPRET=1, CPU
+tensors) install the version that this torch was released with.
+"""
+
+from .affine import (
+    affine_relu,
+    affine_relu_avg_pool2x2,
+    affine_relu_avg_pool2x2_reference,
+    affine_relu_reference,
+)
+from .capture import capture, side_stream
+from .choice import choices, choose, chosen, tolerance
+from .conv import Config, configs, conv1x1, conv1x1_reference, conv3x3, conv3x3_reference, verified_config
+from .layout import DTYPES, Rows, look_alike
+
+__all__ = [
+    "DTYPES",
+    "Config",
+    "Rows",
+    "affine_relu",
+    "affine_relu_avg_pool2x2",
+    "affine_relu_avg_pool2x2_reference",
+    "affine_relu_reference",
+    "capture",
+    "choices",
+    "choose",
+    "chosen",
+    "configs",
+    "conv1x1",
+    "conv1x1_reference",
+    "conv3x3",
+    "conv3x3_reference",
+    "look_alike",
+    "side_stream",
+    "tolerance",
+    "verified_config",
+]

@@ -1,0 +1,364 @@
+"""1x1 and 3x3 convolutions of channels-last images, with what comes before and after them in the same kernel."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .choice import choose, chosen, tolerance
+from .layout import (
+    Rows,
+    check_affine,
+    check_input,
+    check_tensor,
+    look_alike,
+    multiple,
+    own_generator,
+    relu,
+    vector_width,
+)
+
+Affine = tuple[Tensor, Tensor]  # scale, shift: float32, one a channel
+Second = tuple[Tensor, Tensor, Tensor]  # scale, shift, the image to write
+
+
+class Config(NamedTuple):
+    """The block shapes of one launch: pixels, output channels, input channels a step."""
+
+    block_p: int
+    block_k: int
+    block_c: int
+    num_stages: int = 3
+    num_warps: int = 4
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_pixels", "n_in", "n_out", "height", "width", "height_out", "width_out", "skip_x", "stride_x",
+        "skip_residual", "stride_residual", "skip_y", "stride_y", "skip_second", "stride_second",
+    ]
+)  # fmt: skip
+def _conv_kernel(
+    p_x,  # [N * height * width, n_in], rows of stride_x
+    p_weight,  # [n_out, KERNEL, KERNEL, n_in]
+    p_in_scale, p_in_shift,  # [n_in] float32, or None
+    p_bias,  # [n_out] float32, or None
+    p_residual,  # as y, or None
+    p_y,  # [n_pixels, n_out], n_pixels = N * height_out * width_out
+    p_scale, p_shift,  # [n_out] float32, or None
+    p_second,  # as y, or None
+    n_pixels, n_in, n_out, height, width, height_out, width_out,
+    skip_x, stride_x, skip_residual, stride_residual, skip_y, stride_y, skip_second, stride_second,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,  # of a float32 product: "ieee" or "tf32"
+    UPCAST: tl.constexpr,  # the interpreter multiplies bfloat16 wrongly
+    VEC_IN: tl.constexpr,
+    VEC_OUT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    n_in = multiple(n_in, VEC_IN)
+    n_out = multiple(n_out, VEC_OUT)
+    n_blocks_k = tl.cdiv(n_out, BLOCK_K)
+    i_p = tl.program_id(0) // n_blocks_k * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_k = tl.program_id(0) % n_blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_k = i_k < n_out
+    i_image = i_p // (height_out * width_out)
+    i_h = i_p // width_out % height_out * STRIDE - KERNEL // 2
+    i_w = i_p % width_out * STRIDE - KERNEL // 2
+
+    b_acc = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    n_blocks_c = tl.cdiv(n_in, BLOCK_C)
+    # One loop over taps and channel blocks, so that loads are pipelined across taps.
+    for i_step in range(KERNEL * KERNEL * n_blocks_c):
+        i_tap = i_step // n_blocks_c
+        i_c = i_step % n_blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        in_c = i_c < n_in
+        i_y = i_h + i_tap // KERNEL
+        i_x = i_w + i_tap % KERNEL
+        inside = (i_p < n_pixels) & (i_y >= 0) & (i_y < height) & (i_x >= 0) & (i_x < width)
+        at_x = multiple(skip_x, VEC_IN) + ((i_image * height + i_y) * width + i_x).to(tl.int64) * multiple(
+            stride_x, VEC_IN
+        )
+        b_x = tl.load(p_x + at_x[:, None] + i_c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
+        if p_in_scale is not None:
+            b_scale = tl.load(p_in_scale + i_c, mask=in_c, other=0.0)
+            b_shift = tl.load(p_in_shift + i_c, mask=in_c, other=0.0)
+            b_x = relu(b_x.to(tl.float32) * b_scale[None, :] + b_shift[None, :]).to(b_x.dtype)
+        at_weight = (i_k * (KERNEL * KERNEL) + i_tap) * n_in
+        b_weight = tl.load(p_weight + at_weight[None, :] + i_c[:, None], mask=in_k[None, :] & in_c[:, None], other=0.0)
+        if UPCAST:
+            b_x = b_x.to(tl.float32)
+            b_weight = b_weight.to(tl.float32)
+        b_acc = tl.dot(b_x, b_weight, b_acc, input_precision=PRECISION)
+
+    inside_y = (i_p < n_pixels)[:, None] & in_k[None, :]
+    i_row = i_p.to(tl.int64)
+    if p_bias is not None:
+        b_acc += tl.load(p_bias + i_k, mask=in_k, other=0.0)[None, :]
+    if p_residual is not None:
+        at_residual = multiple(skip_residual, VEC_OUT) + i_row * multiple(stride_residual, VEC_OUT)
+        b_acc += tl.load(p_residual + at_residual[:, None] + i_k[None, :], mask=inside_y, other=0.0).to(tl.float32)
+    if RELU:
+        b_acc = relu(b_acc)
+    at_y = multiple(skip_y, VEC_OUT) + i_row * multiple(stride_y, VEC_OUT)
+    tl.store(p_y + at_y[:, None] + i_k[None, :], b_acc.to(p_y.dtype.element_ty), mask=inside_y)
+    if p_second is not None:
+        b_scale = tl.load(p_scale + i_k, mask=in_k, other=0.0)
+        b_shift = tl.load(p_shift + i_k, mask=in_k, other=0.0)
+        b_second = relu(b_acc * b_scale[None, :] + b_shift[None, :])
+        at_second = multiple(skip_second, VEC_OUT) + i_row * multiple(stride_second, VEC_OUT)
+        tl.store(p_second + at_second[:, None] + i_k[None, :], b_second.to(p_second.dtype.element_ty), mask=inside_y)
+
+
+def conv1x1(
+    x: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [K, C, 1, 1]
+    *,
+    out: Tensor,  # [N, K, H', W'], H' = ceil(H / stride)
+    stride: int = 1,
+    prologue: Affine | None = None,  # [C] each
+    bias: Tensor | None = None,  # [K] float32
+    residual: Tensor | None = None,  # as out
+    relu: bool = False,
+    second: Second | None = None,  # [K], [K], as out
+    tf32: bool = False,
+    config: Config | None = None,
+) -> Tensor:
+    """out = relu(conv1x1(relu(scale * x + shift)) + bias + residual), out_second = relu(scale' * out + shift').
+
+    Prologue, bias, residual, relu and second each only where given. The prologue's result is rounded to x's dtype,
+    as it would be in memory; the second output is computed from the unrounded first. Sums in float32; float32 images
+    multiply in float32, or in TF32 where `tf32`. Images are channels-last or channel slices of channels-last buffers,
+    of one dtype; `out` may be `residual`, or another slice of x's buffer.
+
+    Args:
+        config: None takes `verified_config`'s, which measures once a shape: run once before a graph capture.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout that is not as stated.
+    """
+    return _conv(x, weight, 1, out, stride, tf32, config, prologue, bias, residual, relu, second)
+
+
+def conv3x3(
+    x: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [K, C, 3, 3], channels-last
+    *,
+    out: Tensor,  # [N, K, H', W'], H' = ceil(H / stride)
+    stride: int = 1,
+    bias: Tensor | None = None,  # [K] float32
+    residual: Tensor | None = None,  # as out
+    relu: bool = False,
+    second: Second | None = None,  # [K], [K], as out
+    tf32: bool = False,
+    config: Config | None = None,
+) -> Tensor:
+    """out = relu(conv3x3(x, padding=1) + bias + residual), out_second = relu(scale' * out + shift').
+
+    As `conv1x1`, without its prologue, which would run nine times an element (and the padding's zeros come after it).
+    """
+    return _conv(x, weight, 3, out, stride, tf32, config, None, bias, residual, relu, second)
+
+
+def conv1x1_reference(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    out: Tensor,
+    stride: int = 1,
+    prologue: Affine | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    second: Second | None = None,
+) -> Tensor:
+    """out = relu(conv1x1(relu(scale * x + shift)) + bias + residual), out_second = relu(scale' * out + shift')."""
+    return _conv_reference(x, weight, out, stride, prologue, bias, residual, relu, second)
+
+
+def conv3x3_reference(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    out: Tensor,
+    stride: int = 1,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    second: Second | None = None,
+) -> Tensor:
+    """out = relu(conv3x3(x, padding=1) + bias + residual), out_second = relu(scale' * out + shift')."""
+    return _conv_reference(x, weight, out, stride, None, bias, residual, relu, second)
+
+
+def _conv_reference(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    stride: int,
+    prologue: Affine | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    second: Second | None,
+) -> Tensor:
+    """float64 inside, but the prologue's result as it is in memory."""
+    if prologue is not None:
+        scale, shift = prologue
+        x = (x.float() * scale[:, None, None] + shift[:, None, None]).relu().to(x.dtype)
+    y = F.conv2d(x.double(), weight.double(), stride=stride, padding=weight.shape[-1] // 2)
+    if bias is not None:
+        y = y + bias.double()[:, None, None]
+    if residual is not None:
+        y = y + residual.double()
+    y = y.relu() if relu else y
+    if second is not None:
+        scale, shift, out_second = second
+        out_second.copy_((y * scale.double()[:, None, None] + shift.double()[:, None, None]).relu())
+    return out.copy_(y)
+
+
+def configs(n_in: int, n_out: int, dtype: torch.dtype, tf32: bool) -> list[Config]:
+    """The candidates for a conv of n_in to n_out channels."""
+    block_k = min(64, max(16, triton.next_power_of_2(n_out)))
+    block_c = min(32, max(16, triton.next_power_of_2(n_in)))
+    if dtype == torch.float32 and not tf32:
+        return [Config(64, min(32, block_k), 16)]
+    if dtype == torch.float32:
+        return [Config(128, block_k, block_c, 3), Config(64, block_k, 16)]
+    found = [Config(128, block_k, block_c, 4), Config(64, block_k, block_c, 4)]
+    if n_in > 32:
+        found.append(Config(128, block_k, 64, 3))
+    if n_in % 32 and n_in > 16:
+        found.append(Config(128, block_k, 16, 4))
+    if n_out > 64:
+        found.append(Config(64, 128, 32, 4))
+    return found
+
+
+def verified_config(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    out: Tensor,
+    stride: int = 1,
+    prologue: Affine | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    second: Second | None = None,
+    tf32: bool = False,
+    candidates: Sequence[Config] | None = None,
+) -> Config:
+    """The fastest of the candidates that agree with F.conv2d, for this shape, layout and fusion; cached.
+
+    Runs on random operands of its own, laid out as the arguments, and compares the first and the last images.
+    """
+    n, c, k = x.shape[0], x.shape[1], weight.shape[0]
+    found = tuple(candidates or configs(c, k, x.dtype, tf32))
+    given = (prologue is not None, bias is not None, residual is not None, relu, second is not None)
+    widths = (Rows.of("x", x).stride, vector_width(c, Rows.of("x", x)), vector_width(k, Rows.of("out", out)))
+    key = ("conv", tuple(x.shape), tuple(weight.shape), stride, x.dtype, tf32, str(x.device), widths, given, found)
+    if (known := chosen(key)) is not None:
+        return known
+
+    generator = own_generator(x.device)
+
+    def vector(channels: int) -> Tensor:
+        return torch.randn(channels, device=x.device, generator=generator)
+
+    ends = slice(None, None, max(n - 1, 1))  # the first and the last image
+    my_x, my_out = look_alike(x), look_alike(out)
+    my_weight = torch.empty_like(weight).normal_(0, weight[0].numel() ** -0.5, generator=generator)
+    my_prologue = None if prologue is None else (vector(c), vector(c))
+    my_bias = None if bias is None else vector(k)
+    my_residual = None if residual is None else look_alike(residual)
+    my_second = None if second is None else (vector(k), vector(k), look_alike(second[2]))
+    outputs = [my_out[ends]] + ([] if my_second is None else [my_second[2][ends]])
+
+    def run(config: Config) -> list[Tensor]:
+        _conv(
+            my_x, my_weight, weight.shape[2], my_out, stride, tf32, config, my_prologue, my_bias, my_residual, relu,
+            my_second,
+        )  # fmt: skip
+        return outputs
+
+    def expected() -> list[Tensor]:
+        wanted = [torch.empty_like(o, dtype=torch.float64) for o in outputs]
+        _conv_reference(
+            my_x[ends], my_weight, wanted[0], stride, my_prologue, my_bias,
+            None if my_residual is None else my_residual[ends], relu,
+            None if my_second is None else (*my_second[:2], wanted[1]),
+        )  # fmt: skip
+        return wanted
+
+    runs = {config: partial(run, config) for config in found}
+    return choose(key, runs, outputs=outputs, expected=expected, tolerance=tolerance(x.dtype, tf32))
+
+
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    kernel: int,
+    out: Tensor,
+    stride: int,
+    tf32: bool,
+    config: Config | None,
+    prologue: Affine | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    second: Second | None,
+) -> Tensor:
+    check_input(x)
+    n, c, h, w = x.shape
+    k, h_out, w_out = weight.shape[0], (h - 1) // stride + 1, (w - 1) // stride + 1
+    check_tensor("weight", weight, (k, c, kernel, kernel), x.dtype, x.device)
+    if not weight.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"weight must be contiguous in channels_last, got strides {weight.stride()}")
+    for name, image in (("out", out), ("residual", residual), ("second out", second and second[2])):
+        if image is not None:
+            check_tensor(name, image, (n, k, h_out, w_out), x.dtype, x.device)
+    for name, affine, channels in (("prologue", prologue, c), ("second", second and second[:2], k)):
+        if affine is not None:
+            check_affine(name, affine, channels, x.device)
+    if bias is not None:
+        check_tensor("bias", bias, (k,), torch.float32, x.device)
+    if out.numel() == 0:
+        return out
+    r_x, r_y = Rows.of("x", x), Rows.of("out", out)
+    r_residual = None if residual is None else Rows.of("residual", residual)
+    r_second = None if second is None else Rows.of("second out", second[2])
+    # https://github.com/pytorch/pytorch/issues/173068
+    if config is not None and config.num_warps > 4:
+        raise ValueError(f"config must have num_warps <= 4 (3x3 convs with 8 were miscompiled), got {config}")
+    if config is None:
+        config = verified_config(
+            x, weight, out=out, stride=stride, prologue=prologue, bias=bias, residual=residual, relu=relu,
+            second=second, tf32=tf32,
+        )  # fmt: skip
+    none = Rows(None, 0, 0)
+    n_pixels = n * h_out * w_out
+    in_scale, in_shift = prologue or (None, None)
+    scale, shift = second[:2] if second else (None, None)
+    grid = (triton.cdiv(n_pixels, config.block_p) * triton.cdiv(k, config.block_k),)
+    _conv_kernel[grid](
+        r_x.base, weight, in_scale, in_shift, bias, (r_residual or none).base, r_y.base, scale, shift,
+        (r_second or none).base, n_pixels, c, k, h, w, h_out, w_out,
+        *r_x[1:], *(r_residual or none)[1:], *r_y[1:], *(r_second or none)[1:],
+        KERNEL=kernel, STRIDE=stride, RELU=relu, PRECISION="tf32" if tf32 else "ieee",
+        UPCAST=triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
+        VEC_IN=vector_width(c, r_x), VEC_OUT=vector_width(k, r_y, r_residual, r_second),
+        BLOCK_P=config.block_p, BLOCK_K=config.block_k, BLOCK_C=config.block_c,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out

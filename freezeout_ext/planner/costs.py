@@ -1,0 +1,174 @@
+"""StepCosts: what a training step costs with k layers frozen; predict: what a schedule then saves."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+from ..schedule import Schedule
+
+LEAST_T_0 = 0.01
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """T(k) = sum_{i<k} frozen_forward_i + sum_{i>=k} forward_i + loss + backward_first_k + sum_{i>k} backward_i
+    + optimizer_k + other: the step with layers 0 .. k-1 frozen, in `unit`.
+
+    A loader that works ahead hides behind T(k) where it is faster; one that does not is added to it.
+
+    Attributes:
+        forward: of layer i in training.
+        frozen_forward: of layer i in eval mode, nothing saved for backward.
+        backward: of layer i with its weights' and its input's gradients.
+        backward_first: of layer i where it is the first active one, so that its input needs no gradient.
+        optimizer: the update with k layers frozen, k = 0 .. L.
+        loss: the criterion's forward; its backward counts with layer L.
+        loader: to fetch one batch with nothing else going on; `loader_ahead`: it works while the step runs.
+        other: what freezing does not shorten, such as communication.
+        memory: bytes at the peak with k layers frozen: parameters, buffers, gradients, optimizer state and tensors
+            saved for backward, counted (no workspaces); None where not measured.
+        whole_step: the step with nothing frozen, measured whole and without instruments; None where counted.
+        unit: "s" or "FLOP".
+        source: how they were found, for people.
+    """
+
+    layers: tuple[str, ...]
+    forward: tuple[float, ...]
+    frozen_forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    backward_first: tuple[float, ...]
+    optimizer: tuple[float, ...]
+    loss: float = 0.0
+    loader: float = 0.0
+    loader_ahead: bool = False
+    other: float = 0.0
+    memory: tuple[int, ...] | None = None
+    whole_step: float | None = None
+    unit: str = "s"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "frozen_forward", "backward", "backward_first", "optimizer", "memory"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.layers):
+                raise ValueError(f"{name} must have one value a layer, got {len(values)} for {len(self.layers)} layers")
+
+    def step(self, num_frozen: int, *, free_prefix: bool = False) -> float:
+        """T(num_frozen) with the loader's wait; `free_prefix`: were the frozen layers' forward free."""
+        k = num_frozen
+        prefix = 0.0 if free_prefix else sum(self.frozen_forward[:k])
+        compute = prefix + sum(self.forward[k:]) + self.loss + self.optimizer[k] + self.other
+        compute += self.backward_first[k] + sum(self.backward[k + 1 :])
+        return max(compute, self.loader) if self.loader_ahead else compute + self.loader
+
+    def saving(self, num_frozen: int) -> float:
+        """1 - T(num_frozen) / T(0): what a step saves while so many layers are frozen."""
+        return 1 - self.step(num_frozen) / self.step(0)
+
+    @property
+    def closure_error(self) -> float | None:
+        """(sum of the parts - the whole step) / the whole step, nothing frozen, loader and `other` left out."""
+        if self.whole_step is None:
+            return None
+        parts = sum(self.forward) + self.loss + self.backward_first[0] + sum(self.backward[1:]) + self.optimizer[0]
+        return parts / self.whole_step - 1
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "StepCosts":
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """saving = 1 - sum over the run's steps of T(num_frozen(step)) / (total_steps * T(0)).
+
+    Attributes:
+        ceiling: the saving were the frozen layers' forward free.
+        cost, full_cost: of the whole run, with FreezeOut and without, in the costs' unit.
+        memory: bytes at the peak (while nothing is frozen, as without FreezeOut), after the last freeze, and their mean
+            over the steps; None where not measured.
+    """
+
+    how_scale: str | float
+    t_0: float
+    saving: float
+    ceiling: float
+    cost: float
+    full_cost: float
+    memory: tuple[int, int, float] | None
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """The largest t_0 whose predicted saving reaches `wanted`; None where none does, and the most that is possible."""
+
+    how_scale: str | float
+    wanted: float
+    t_0: float | None
+    saving: float
+
+
+def phases(schedule: Schedule) -> Iterator[tuple[int, int]]:
+    """(num_frozen, steps) of each stretch of the run between two transitions."""
+    starts = [0]
+    while (step := schedule.next_milestone(starts[-1])) is not None and step < schedule.total_steps:
+        starts.append(step)
+    for start, end in pairwise([*starts, schedule.total_steps]):
+        yield schedule.num_frozen(start), end - start
+
+
+def predict(costs: StepCosts, schedule: Schedule) -> Prediction:
+    """What `schedule` would save of a run whose steps cost `costs`.
+
+    Raises:
+        ValueError: they are not of equally many layers.
+    """
+    if schedule.num_layers != len(costs.layers):
+        raise ValueError(f"schedule must have the {len(costs.layers)} layers of costs, got {schedule.num_layers}")
+    spans = list(phases(schedule))
+    full = schedule.total_steps * costs.step(0)
+    cost = sum(steps * costs.step(k) for k, steps in spans)
+    least = sum(steps * costs.step(k, free_prefix=True) for k, steps in spans)
+    memory = None
+    if costs.memory:
+        mean = sum(steps * costs.memory[k] for k, steps in spans) / schedule.total_steps
+        memory = costs.memory[0], costs.memory[spans[-1][0]], mean
+    return Prediction(schedule.how_scale, schedule.t_0, 1 - cost / full, 1 - least / full, cost, full, memory)
+
+
+def suggest_t_0(costs: StepCosts, wanted: float, *, how_scale: str | float = "cubic", **schedule) -> Suggestion:
+    """The largest t_0, in hundredths, with predict(...).saving >= wanted.
+
+    Args:
+        wanted: a fraction in (0, 1).
+        schedule: total_steps and what else `Schedule` takes.
+    """
+    if not 0 < wanted < 1:
+        raise ValueError(f"wanted must be a saving in (0, 1), got {wanted}")
+
+    def saving(hundredths: int) -> float:
+        t_0 = hundredths / 100
+        return predict(costs, Schedule(len(costs.layers), t_0=t_0, how_scale=how_scale, **schedule)).saving
+
+    # A warm-up must end before the first layer freezes, which bounds t_0 from below.
+    low, high = _least_hundredths(len(costs.layers), how_scale, schedule), 100
+    if saving(low) < wanted:
+        return Suggestion(how_scale, wanted, None, saving(low))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if saving(middle) >= wanted else (low, middle)
+    return Suggestion(how_scale, wanted, low / 100, saving(low))
+
+
+def _least_hundredths(num_layers: int, how_scale: str | float, schedule: dict) -> int:
+    for hundredths in range(round(100 * LEAST_T_0), 100):
+        try:
+            Schedule(num_layers, t_0=hundredths / 100, how_scale=how_scale, **schedule)
+        except ValueError:
+            continue
+        return hundredths
+    Schedule(num_layers, t_0=1.0, how_scale=how_scale, **schedule)
+    return 100

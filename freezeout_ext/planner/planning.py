@@ -1,0 +1,170 @@
+"""plan: what FreezeOut would save of your training, for every strategy and t_0."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import Layers
+from ..schedule import POWERS, Schedule
+from .costs import Prediction, StepCosts, Suggestion, predict, suggest_t_0
+from .measuring import MakeOptimizer, measure_costs, measure_loader
+
+T_0S = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """predictions[j] = predict(costs, schedule j); prints as tables: the layers' costs, the predictions.
+
+    Attributes:
+        schedule: total_steps, warmup_steps and max_transitions, as for `Schedule`.
+    """
+
+    costs: StepCosts
+    schedule: dict
+    predictions: tuple[Prediction, ...]
+
+    def suggest(self, saving: float, how_scales: Sequence[str | float] | None = None) -> list[Suggestion]:
+        """For each strategy (those of the predictions) the largest t_0 that saves the fraction `saving`."""
+        scales = how_scales or list(dict.fromkeys(p.how_scale for p in self.predictions))
+        return [suggest_t_0(self.costs, saving, how_scale=scale, **self.schedule) for scale in scales]
+
+    def to_dict(self) -> dict:
+        return {
+            "costs": self.costs.to_dict(),
+            "closure_error": self.costs.closure_error,
+            "schedule": self.schedule,
+            "predictions": [asdict(prediction) for prediction in self.predictions],
+        }
+
+    def __str__(self) -> str:
+        return f"{layers_table(self.costs)}\n\n{predictions_table(self.predictions, self.costs.unit)}"
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Tensor,
+    targets: Tensor,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    *,
+    total_steps: int,
+    t_0s: Iterable[float] = T_0S,
+    how_scales: Iterable[str | float] = tuple(POWERS),
+    warmup_steps: int = 0,
+    max_transitions: int | None = None,
+    layers: Layers | None = None,
+    make_optimizer: MakeOptimizer | None = None,
+    amp_dtype: torch.dtype | None = None,
+    loader: Iterable | None = None,
+    other_seconds: float = 0.0,
+    rounds: int = 3,
+    max_seconds: float = 60.0,
+) -> Plan:
+    """Plan of every (how_scale, t_0), from forward and backward of each layer measured on the model's device.
+
+    Args:
+        example_inputs, targets: one batch of the size to train with.
+        criterion: (outputs, targets) -> scalar loss.
+        total_steps, warmup_steps, max_transitions: the run, see `Schedule`.
+        layers, make_optimizer, amp_dtype, rounds, max_seconds: see `measure_costs`.
+        loader: the batches to train with, whose wait is measured (None: already on the device).
+        other_seconds: a step's time that freezing does not shorten, such as communication.
+    """
+    wait, ahead = measure_loader(loader) if loader is not None else (0.0, False)
+    costs = measure_costs(
+        model,
+        example_inputs,
+        targets,
+        criterion,
+        layers=layers,
+        make_optimizer=make_optimizer,
+        amp_dtype=amp_dtype,
+        rounds=rounds,
+        max_seconds=max_seconds,
+        loader=wait,
+        loader_ahead=ahead,
+        other=other_seconds,
+    )
+    schedule = {"total_steps": total_steps, "warmup_steps": warmup_steps, "max_transitions": max_transitions}
+    return plan_from_costs(costs, schedule, t_0s, how_scales)
+
+
+def plan_from_costs(
+    costs: StepCosts, schedule: dict, t_0s: Iterable[float] = T_0S, how_scales: Iterable[str | float] = tuple(POWERS)
+) -> Plan:
+    """Plan of every (how_scale, t_0) from costs that are known already; `schedule` as in `Plan`."""
+    t_0s = list(t_0s)
+    predictions = (
+        predict(costs, Schedule(len(costs.layers), t_0=t_0, how_scale=how_scale, **schedule))
+        for how_scale in how_scales
+        for t_0 in t_0s
+    )
+    return Plan(costs, schedule, tuple(predictions))
+
+
+def layers_table(costs: StepCosts) -> str:
+    """Forward, backward and share of each layer, the rest of the step, and how well they add up."""
+    factor, unit = (1e3, "ms") if costs.unit == "s" else (1e-6, "MFLOP")
+    full = costs.step(0)
+    rows = [("layer", "name", f"forward, {unit}", "frozen", "backward", "as first", "share of step")]
+    for i, name in enumerate(costs.layers):
+        whole = costs.forward[i] + costs.backward[i]
+        parts = (costs.forward[i], costs.frozen_forward[i], costs.backward[i], costs.backward_first[i])
+        rows.append((str(i), name, *(f"{factor * part:.3f}" for part in parts), f"{100 * whole / full:.1f} %"))
+    lines = [_aligned(rows, left=1)]
+    rest = {"loss": costs.loss, "optimizer": costs.optimizer[0], "loader": costs.loader, "other": costs.other}
+    lines += [
+        f"{name}: {factor * value:.3f} {unit} ({100 * value / full:.1f} %)" for name, value in rest.items() if value
+    ]
+    if costs.closure_error is not None:
+        lines.append(
+            f"whole step: {factor * costs.whole_step:.3f} {unit} without instruments; the parts add up to"
+            f" {100 * costs.closure_error:+.1f} % of it"
+        )
+    lines.append(costs.source)
+    return "\n".join(lines)
+
+
+def predictions_table(predictions: Iterable[Prediction], unit: str = "s") -> str:
+    rows = [("strategy", "t_0", "saving", "ceiling", "run", "without", "peak MiB at start", "mean", "at end")]
+    for p in predictions:
+        memory = ["-"] * 3
+        if p.memory:
+            start, end, mean = (f"{value / 2**20:.1f}" for value in p.memory)
+            memory = [start, mean, end]
+        percents = (f"{100 * value:.1f} %" for value in (p.saving, p.ceiling))
+        runs = (_duration(cost) if unit == "s" else f"{cost:.3g} {unit}" for cost in (p.cost, p.full_cost))
+        rows.append((str(p.how_scale), f"{p.t_0:g}", *percents, *runs, *memory))
+    note = "saving: of the whole run; ceiling: were the frozen layers' forward free"
+    return f"{_aligned(rows, left=0)}\n{note}"
+
+
+def suggestions_text(suggestions: Iterable[Suggestion]) -> str:
+    lines = []
+    for s in suggestions:
+        if s.t_0 is None:
+            lines.append(f"{s.how_scale}: saves at most {100 * s.saving:.1f} %, not {100 * s.wanted:g} %")
+        else:
+            lines.append(f"{s.how_scale}: t_0 = {s.t_0:.2f} saves {100 * s.saving:.1f} % (wanted {100 * s.wanted:g} %)")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _aligned(rows: list[tuple[str, ...]], left: int) -> str:
+    """Columns to the right, but for the one called `left`."""
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [
+            cell.ljust(w) if c == left else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(map(line, rows))

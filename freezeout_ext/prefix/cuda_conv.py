@@ -1,0 +1,207 @@
+"""One fused convolution on a GPU and the ways to run it: cuDNN with a pass behind it, cuDNN's own fusions, Triton."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cuda_plan import is_triton_conv
+
+PLAIN, CUDNN = "plain", "cudnn"
+
+
+class Constants(NamedTuple):
+    """The folded weight, channels-last [K, C, kh, kw] or [K, C]; the bias in float32, and in its dtype for cuDNN."""
+
+    weight: Tensor
+    bias: Tensor | None
+    bias_like: Tensor | None
+    ones: Tensor
+    zeros: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "Constants":
+        k = weight.shape[0]
+        layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        return cls(
+            weight.to(dtype).contiguous(memory_format=layout),
+            None if bias is None else bias.float(),
+            None if bias is None else bias.to(dtype),
+            torch.ones(k, device=weight.device),
+            torch.zeros(k, device=weight.device),
+        )
+
+
+@dataclass
+class ConvCall:
+    """out = relu?(conv(relu(scale * x + shift)) + bias + residual), second = relu(scale' * out + shift').
+
+    Args:
+        ops: the kernels, `freezeout_ext.kernels` or what has its names.
+        out: where the result must lie (a slice of a block), None: in new memory.
+    """
+
+    ops: Any
+    module: nn.Conv2d
+    x: Tensor
+    constants: Constants
+    prologue: tuple[Tensor, Tensor] | None
+    residual: Tensor | None
+    relu: bool
+    second: tuple[Tensor, Tensor] | None
+    out: Tensor | None
+    tf32: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        conv = self.module
+        geometry = zip(self.x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+        height, width = (
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, pad, dilation in geometry
+        )
+        return self.x.shape[0], conv.out_channels, height, width
+
+    def run(self, way: Hashable) -> tuple[Tensor, ...]:
+        """-> out, and the second output where there is one."""
+        if way == PLAIN:
+            return self._plain()
+        if way == CUDNN:
+            return self._cudnn()
+        return self._triton(way)
+
+    def way(self) -> Hashable:
+        """The fastest way for this shape, layout and fusion, measured once in the process."""
+        ways = self.ways()
+        if len(ways) == 1:
+            return PLAIN
+        key = self._key(ways)
+        if (known := self.ops.chosen(key)) is not None:
+            return known
+        twin = self._twin()
+        ends = slice(None, None, max(self.x.shape[0] - 1, 1))  # the first and the last image
+
+        def run(way: Hashable) -> list[Tensor]:
+            return [result[ends] for result in twin.run(way)]
+
+        return self.ops.choose(
+            key,
+            {way: partial(run, way) for way in ways},
+            outputs=[] if twin.out is None else [twin.out],
+            expected=lambda: twin.expected(ends),
+            tolerance=self.ops.tolerance(self.x.dtype, self.tf32),
+        )
+
+    def ways(self) -> list[Hashable]:
+        found: list[Hashable] = [PLAIN]
+        if self._has_cudnn():
+            found.append(CUDNN)
+        if is_triton_conv(self.module) and self._adds_evenly():
+            k, c = self.constants.weight.shape[:2]
+            found += self.ops.configs(c, k, self.x.dtype, self.tf32)
+        return found
+
+    def expected(self, images: slice) -> list[Tensor]:
+        """The results for some of the images by the reference, or by plain torch where there is none."""
+        x, residual = (
+            None if t is None else t[images].contiguous(memory_format=torch.channels_last)
+            for t in (self.x, self.residual)
+        )  # fmt: skip
+        few = replace(self, x=x, residual=residual, out=None)
+        if not is_triton_conv(self.module):
+            return list(few._plain())
+        wanted = [torch.empty(few.shape, dtype=torch.float64, device=self.x.device) for _ in self._results()]
+        second = None if self.second is None else (*self.second, wanted[1])
+        self.ops.conv1x1_reference(  # of any kernel size, with a prologue too
+            few.x, self.constants.weight, stride=self.module.stride[0], prologue=self.prologue,
+            bias=self.constants.bias, residual=few.residual, relu=self.relu, out=wanted[0], second=second,
+        )  # fmt: skip
+        return wanted
+
+    def _plain(self) -> tuple[Tensor, ...]:
+        """cuDNN without a bias (torch adds it in a pass of its own), then one pass for all that is left."""
+        conv, bias, ops = self.module, self.constants.bias, self.ops
+        y = F.conv2d(
+            self._operand(), self.constants.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+        y = y.contiguous(memory_format=torch.channels_last)
+        residual = self.residual
+        if not self._adds_evenly():
+            y, residual = (y + residual).contiguous(memory_format=torch.channels_last), None
+        out = y if self.out is None else self.out
+        if self.second is not None and bias is None and not self.relu:
+            second = torch.empty_like(y, memory_format=torch.channels_last)
+            ops.affine_relu(y, *self.second, residual=residual, out=second, out_sum=out)
+            return out, second
+        if bias is not None or residual is not None or self.relu:
+            shift = self.constants.zeros if bias is None else bias
+            ops.affine_relu(y, self.constants.ones, shift, residual=residual, relu=self.relu, out=out)
+        elif out is not y:
+            out.copy_(y)
+        return self._with_second(out)
+
+    def _cudnn(self) -> tuple[Tensor, ...]:
+        conv, bias = self.module, self.constants.bias_like
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        if self.residual is None:
+            y = torch.cudnn_convolution_relu(self._operand(), self.constants.weight, bias, *geometry)
+        else:
+            residual = self.residual.contiguous(memory_format=torch.channels_last)
+            y = torch.cudnn_convolution_add_relu(self._operand(), self.constants.weight, residual, 1.0, bias, *geometry)
+        return self._with_second(y if self.out is None else self.out.copy_(y))
+
+    def _triton(self, config: Any) -> tuple[Tensor, ...]:
+        out = self._new(self.shape) if self.out is None else self.out
+        second = None if self.second is None else (*self.second, self._new(self.shape))
+        given = {"stride": self.module.stride[0], "bias": self.constants.bias, "residual": self.residual}
+        given |= {"relu": self.relu, "second": second, "tf32": self.tf32, "config": config, "out": out}
+        if self.module.kernel_size == (1, 1):
+            self.ops.conv1x1(self.x, self.constants.weight, prologue=self.prologue, **given)
+        else:
+            self.ops.conv3x3(self.x, self.constants.weight, **given)
+        return (out,) if second is None else (out, second[2])
+
+    def _operand(self) -> Tensor:
+        if self.prologue is None:
+            return self.x
+        return self.ops.affine_relu(self.x, *self.prologue, out=self._new(self.x.shape))
+
+    def _with_second(self, out: Tensor) -> tuple[Tensor, ...]:
+        if self.second is None:
+            return (out,)
+        return out, self.ops.affine_relu(out, *self.second, out=self._new(out.shape))
+
+    def _new(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last)
+
+    def _results(self) -> range:
+        return range(1 if self.second is None else 2)
+
+    def _adds_evenly(self) -> bool:
+        return self.residual is None or tuple(self.residual.shape) == self.shape
+
+    def _has_cudnn(self) -> bool:
+        ops = ("cudnn_convolution_relu", "cudnn_convolution_add_relu")
+        return self.relu and self.x.is_cuda and self._adds_evenly() and all(hasattr(torch, name) for name in ops)
+
+    def _key(self, ways: list[Hashable]) -> Hashable:
+        conv = self.module
+        layouts = tuple(None if t is None else (t.stride(), t.storage_offset() % 16) for t in self._images())
+        given = (self.prologue is not None, self.constants.bias is not None, self.relu, self.second is not None)
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return (
+            "fused conv", tuple(self.x.shape), conv.out_channels, geometry, self.x.dtype, self.tf32, str(self.x.device),
+            layouts, given, tuple(ways),
+        )  # fmt: skip
+
+    def _images(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.residual, self.out
+
+    def _twin(self) -> "ConvCall":
+        """The same call on random operands, laid out as this one's, so that nothing is written that counts."""
+        x, residual, out = (None if t is None else self.ops.look_alike(t) for t in self._images())
+        return replace(self, x=x, residual=residual, out=out)

@@ -1,0 +1,144 @@
+"""What of a model is the frozen prefix: seen in one real forward, cut into chains of units."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .chain import Unit
+from .guard import OwnHook, autocast_state, ineligible
+from .runtime import PROBE_SAMPLES
+
+
+@dataclass
+class Segment:
+    """Units in order of execution, each given the very tensor that the one before it returned.
+
+    For the probe, as eager had them: x, y, input of the unit at `start` and output of the last one, and their versions;
+    few, copies of the first samples of the first unit's input and of the last one's output.
+    """
+
+    units: list[Unit]
+    start: int
+    x: Tensor
+    autocast: tuple
+    x_version: int
+    y: Tensor | None = None
+    y_version: int = 0
+    few: tuple[Tensor, Tensor] | None = None
+
+    def probe(self) -> tuple[int, Tensor, Tensor]:
+        """-> the first unit to probe, its input and the last one's output; a few samples where they were written to."""
+        if _version(self.x) != self.x_version or _version(self.y) != self.y_version:
+            return 0, *self.few
+        return self.start, self.x, self.y
+
+
+@dataclass
+class Recording:
+    segments: list[Segment] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def single_chain(self, units: Iterable[Unit]) -> bool:
+        return len(self.segments) == 1 and len(self.segments[0].units) == len(list(units)) and not self.refused
+
+
+class Recorder:
+    """Hooks on the frozen units during one forward of the user's own; nothing runs twice.
+
+    Args:
+        units: the frozen units, in any order.
+        verified: units whose part of a chain was verified before; the probe starts at the first other one.
+        cut_after: units whose output is used by more than the next unit.
+    """
+
+    def __init__(self, units: list[Unit], *, verified: set[nn.Module], cut_after: set[nn.Module]) -> None:
+        self.recording = Recording()
+        self._verified, self._cut_after = verified, cut_after
+        self._segment: Segment | None = None
+        self._given: Any = None
+        self._called: dict[nn.Module, int] = {}
+        self._handles = []
+        for unit in units:
+            reason = ineligible(unit.module)
+            if reason is not None:
+                self.recording.refused[unit.name] = reason
+                continue
+            before, after = OwnHook(partial(self._before, unit)), OwnHook(partial(self._after, unit))
+            self._handles.append(unit.module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(unit.module.register_forward_hook(after))
+
+    def finish(self) -> Recording:
+        self.remove()
+        recording = self.recording
+        often = {module for module, count in self._called.items() if count > 1}
+        kept = []
+        for segment in recording.segments:
+            if any(unit.module in often for unit in segment.units):
+                for unit in segment.units:
+                    if unit.module in often:
+                        recording.refused[unit.name] = "it runs several times in a forward"
+                continue
+            kept.append(segment)
+        recording.segments = kept
+        return recording
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before(self, unit: Unit, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._called[module] = self._called.get(module, 0) + 1
+        self._given = None
+        if len(args) != 1 or kwargs or type(args[0]) is not Tensor:
+            self.recording.refused[unit.name] = "it is called with something else than one tensor"
+        elif args[0].requires_grad and torch.is_grad_enabled():
+            self.recording.refused[unit.name] = "its input needs a gradient"
+        else:
+            self._given = (args[0], _version(args[0]))
+
+    def _after(self, unit: Unit, module: nn.Module, args: tuple, output: Any) -> None:
+        given, self._given = self._given, None
+        if given is None:
+            self._segment = None
+            return
+        x, version = given
+        if type(output) is not Tensor:
+            self.recording.refused[unit.name] = f"it returns a {type(output).__name__}"
+            self._segment = None
+            return
+        if output.device != x.device or output.requires_grad:
+            self.recording.refused[unit.name] = "its output is on another device or needs a gradient"
+            self._segment = None
+            return
+        if _version(x) != version and x is not output:
+            self.recording.refused[unit.name] = "it changes its input in place"
+            self._segment = None
+            return
+        autocast = autocast_state(x.device)
+        segment = self._segment
+        if segment is None or segment.y is not x or segment.autocast != autocast:
+            segment = Segment([], 0, x, autocast, _version(x))
+            self.recording.segments.append(segment)
+        self._extend(segment, unit, x, output)
+        self._segment = None if module in self._cut_after else segment
+
+    def _extend(self, segment: Segment, unit: Unit, x: Tensor, y: Tensor) -> None:
+        first = not segment.units
+        segment.units.append(unit)
+        segment.few = ((x if first else segment.few[0])[:PROBE_SAMPLES], y[:PROBE_SAMPLES].detach().clone())
+        if first:
+            segment.few = (segment.few[0].detach().clone(), segment.few[1])
+        if unit.module in self._verified and segment.start == len(segment.units) - 1:
+            # Verified in an earlier transition: the probe may start behind it.
+            segment.start += 1
+            segment.x, segment.x_version = y, _version(y)
+        segment.y, segment.y_version = y, _version(y)
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version

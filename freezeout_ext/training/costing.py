@@ -1,0 +1,63 @@
+"""The costs of a run's steps, for the prediction that stands beside what the run measures."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..planner import StepCosts, flop_costs, measure_costs, measure_loader
+from .checkpoint import read_json, write_json
+from .config import TrainConfig
+from .data import DataSplits
+from .loop import Trainer, make_optimizer
+
+# What measuring may take of a run: its steps over the run's. Else FLOP are counted.
+LARGEST_SHARE = 0.1
+MAX_ROUNDS, MAX_SECONDS = 5, 60.0
+
+
+def kept_costs(path: Path, config: TrainConfig, data: DataSplits) -> StepCosts:
+    """The costs that `path` keeps; measured and written there where it does not exist."""
+    if path.exists():
+        return StepCosts.from_dict(read_json(path))
+    costs = run_costs(config, data)
+    write_json(path, costs.to_dict())
+    return costs
+
+
+def run_costs(config: TrainConfig, data: DataSplits) -> StepCosts:
+    """The step's costs for a run of `config`: measured on its device, or FLOP counted where the run is too short.
+
+    The net that steps is another one than the run's; torch's generators are left as they are.
+    """
+    with torch.random.fork_rng():
+        trainer = Trainer(replace(config, method="full", compile=False), data)
+        # A round steps nine times whole, and twice from each layer on.
+        round_steps = 9 + len(trainer.layer_names)
+        rounds = min(MAX_ROUNDS, int(LARGEST_SHARE * trainer.total_steps / round_steps))
+        if rounds:
+            return training_costs(trainer, rounds=rounds, max_seconds=MAX_SECONDS)
+        return flop_costs(trainer.model, _batch(trainer)[0])
+
+
+def training_costs(trainer: Trainer, *, rounds: int, max_seconds: float) -> StepCosts:
+    """measure_costs with the trainer's net, batches, optimizer and precision; its weights stay as they are."""
+    loader, ahead = measure_loader(trainer.train_batches()) if trainer.steps_per_epoch > 1 else (0.0, False)
+    return measure_costs(
+        trainer.model,
+        *_batch(trainer),
+        functional.cross_entropy,
+        make_optimizer=lambda groups: make_optimizer(trainer.config, groups),
+        amp_dtype=trainer.amp_dtype,
+        rounds=rounds,
+        max_seconds=max_seconds,
+        loader=loader,
+        loader_ahead=ahead,
+    )
+
+
+def _batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
+    inputs, targets = next(iter(trainer.train_batches()))
+    return inputs.contiguous(memory_format=trainer.memory_format), targets

@@ -1,0 +1,151 @@
+"""Predicted beside measured: the ratios by hand, the warnings and their causes, and costs for a real run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from freezeout_ext.planner import StepCosts
+from freezeout_ext.training.config import TrainConfig
+from freezeout_ext.training.costing import kept_costs, run_costs
+from freezeout_ext.training.data import load_data
+from freezeout_ext.training.engagement import (
+    engaged,
+    engagement_text,
+    run_savings,
+    warnings_of,
+    with_engagement,
+)
+
+# A whole step of 10, of 8 with one layer frozen and of 5 with two.
+COSTS = StepCosts(
+    layers=("a", "b", "c"),
+    forward=(1.0, 1.0, 1.0),
+    frozen_forward=(1.0, 1.0, 1.0),
+    backward=(2.0, 3.0, 2.0),
+    backward_first=(2.0, 3.0, 2.0),
+    optimizer=(0.0, 0.0, 0.0),
+    source="worked out by hand",
+)
+
+
+def phase(num_frozen, seconds, error=0.0, steps=10):
+    return {"num_frozen": num_frozen, "steps": steps, "seconds_per_step": seconds, "seconds_error": error}
+
+
+def transition(num_frozen, before, after):
+    return {
+        "step": 10 * num_frozen,
+        "num_frozen": num_frozen,
+        "layers": ["ab"[num_frozen - 1]],
+        "seconds_per_step_before": before,
+        "seconds_per_step_after": after,
+    }
+
+
+def test_engagement_is_measured_over_predicted():
+    rows = engaged(
+        [transition(1, 0.2, 0.17), transition(2, 0.17, 0.12)],
+        [phase(0, 0.2, 0.003), phase(1, 0.17, 0.004), phase(2, 0.12)],
+        COSTS,
+    )
+    assert [row["predicted_saving"] for row in rows] == pytest.approx([0.2, 0.5])
+    assert [row["measured_saving"] for row in rows] == pytest.approx([0.15, 0.4])
+    assert [row["engagement"] for row in rows] == pytest.approx([0.75, 0.8])
+    assert [row["predicted_drop"] for row in rows] == pytest.approx([0.2, 0.3])
+    assert [row["measured_drop"] for row in rows] == pytest.approx([0.15, 0.25])
+    assert [row["drop_error"] for row in rows] == pytest.approx([0.005 / 0.2, 0.004 / 0.2])
+    assert rows[0]["layers"] == ["a"]
+
+
+def test_a_phase_without_a_timed_step_has_no_engagement():
+    rows = engaged([transition(1, 0.2, None), transition(2, None, 0.1)], [phase(0, 0.2), phase(1, None)], COSTS)
+    assert [row["engagement"] for row in rows] == [None, None]
+    assert rows[0]["predicted_saving"] == pytest.approx(0.2)
+    assert warnings_of(rows, COSTS, {}) == []
+
+
+def test_the_run_saves_the_mean_over_its_steps():
+    predicted, measured = run_savings(
+        [phase(0, 0.2, steps=50), phase(1, 0.17, steps=30), phase(2, 0.12, steps=20)], COSTS
+    )
+    assert predicted == pytest.approx(0.3 * 0.2 + 0.2 * 0.5)
+    assert measured == pytest.approx(0.3 * 0.15 + 0.2 * 0.4)
+    assert run_savings([phase(1, 0.2)], COSTS) is None
+    assert run_savings([phase(0, None)], COSTS) is None
+
+
+@pytest.mark.parametrize(
+    ("after", "error", "warns"), [(0.199, 0.001, True), (0.19, 0.001, False), (0.199, 0.02, False)]
+)
+def test_warns_of_a_transition_that_clearly_shortened_nothing(after, error, warns):
+    phases = [phase(0, 0.2, error), phase(1, after)]
+    rows = engaged([transition(1, 0.2, after)], phases, COSTS)
+    found = warnings_of(rows, COSTS, {"device": "cpu"})
+    assert len(found) == warns
+    if warns:
+        assert found[0].startswith(
+            "step 10: freezing a should have saved 20.0 % of a step and saved 0.5 %. Likely causes:"
+        )
+        assert "other work on this machine" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "costs", "cause"),
+    [
+        ({}, replace(COSTS, loader=20.0), "waits for the loader (20000.00 ms a batch)"),
+        ({"device": "cuda"}, COSTS, "waits for the host"),
+        ({"compile": True}, COSTS, "recompiled"),
+        ({"prefix": "folded"}, COSTS, "prefix=folded"),
+        ({"device": "cuda", "graph": True, "prefix": "exact"}, COSTS, None),
+    ],
+)
+def test_names_the_causes_that_fit(config, costs, cause):
+    rows = engaged([transition(1, 0.2, 0.2)], [phase(0, 0.2), phase(1, 0.2)], costs)
+    (text,) = warnings_of(rows, costs, config)
+    causes = text.partition("Likely causes: ")[2].split("; ")
+    assert len(causes) == (2 if cause is None else 3)
+    assert cause is None or cause in causes[0]
+
+
+def test_text():
+    result = {
+        "transitions": [transition(1, 0.2, 0.2), transition(2, 0.2, 0.1)],
+        "phases": [phase(0, 0.2), phase(1, 0.2), phase(2, 0.1)],
+    }
+    text = engagement_text(with_engagement(result, COSTS, {"device": "cpu"}))
+    assert "20.0 %" in text and "0.00" in text and "1.00" in text
+    assert "worked out by hand" in text
+    assert "all steps: predicted saving 23.3 %, measured 16.7 %, engagement 0.71" in text
+    assert text.count("warning: ") == 1
+    assert engagement_text(result) == ""
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits")
+
+
+BASE = TrainConfig(model="wrn-10-1", batch_size=16, steps=300, threads=1, device="cpu")
+
+
+def test_costs_of_a_run_are_measured_with_its_own_batches(digits):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    costs = run_costs(BASE.resolved(), digits)
+    assert torch.equal(torch.get_rng_state(), state)
+    # A round of 9 + 5 steps twice fits into a tenth of 300.
+    assert costs.unit == "s" and "batch 16" in costs.source and costs.source.endswith("of 2 rounds")
+    assert costs.loader > 0 and not costs.loader_ahead
+    assert len(costs.layers) == 5
+
+
+def test_a_run_too_short_to_measure_gets_flop(digits):
+    costs = run_costs(replace(BASE, steps=20).resolved(), digits)
+    assert costs.unit == "FLOP" and costs.whole_step is None
+
+
+def test_costs_are_kept(digits, tmp_path):
+    config = replace(BASE, steps=20).resolved()
+    costs = kept_costs(tmp_path / "costs.json", config, digits)
+    assert kept_costs(tmp_path / "costs.json", replace(config, model="vgg-16"), digits) == costs

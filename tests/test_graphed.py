@@ -1,0 +1,351 @@
+"""GraphedStep: equal to the plain loop, eagerly and through a stand-in for CUDA graphs that replays on the host."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from freezeout_ext import FreezeOut, FusedSGD, Schedule, native
+from freezeout_ext.graphed import MAX_SHAPES, WARM_UP_STEPS, GraphedStep
+from freezeout_ext.models import build_model
+
+STEPS = 40
+needs_native = pytest.mark.skipif(native.C is None, reason=f"the compiled half is missing: {native.import_error}")
+
+
+class HostGraphs:
+    """Records a step without running it; a replay runs it, into the same result tensors."""
+
+    def __init__(self):
+        self.ran = 0
+
+    def run(self, body):
+        self.ran += 1
+        return body()
+
+    def capture(self, body):
+        result = []
+
+        def replay():
+            new = body()
+            if not result:
+                result.extend(new)
+            for old, value in zip(result, new, strict=True):
+                old.copy_(value)
+            return tuple(result)
+
+        return replay
+
+
+def batches(steps=STEPS, odd=None):
+    generator = torch.Generator().manual_seed(3)
+    for step in range(steps):
+        size = 5 if odd and step % odd == odd - 1 else 8
+        yield torch.randn(size, 3, 8, 8, generator=generator), torch.randint(4, (size,), generator=generator)
+
+
+def make(sgd=torch.optim.SGD, *, freeze=True, anneal=True, **options):
+    torch.manual_seed(1)
+    model = build_model("wrn-10-1", 4, image_size=8).train()
+    optimizer = sgd(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3, **options)
+    freezeout = None
+    if freeze:
+        freezeout = FreezeOut(model, optimizer, total_steps=STEPS, t_0=0.3, how_scale="linear", anneal=anneal)
+    return model, optimizer, freezeout
+
+
+def plain_loop(model, optimizer, freezeout, data):
+    losses = []
+    for inputs, targets in data:
+        loss = functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        freezeout.step()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_equal_weights(a, b):
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("backend", [None, HostGraphs], ids=["eager", "graphs"])
+def test_equals_the_plain_loop(backend):
+    expected, *rest = make()
+    losses = plain_loop(expected, *rest, batches())
+    model, optimizer, freezeout = make(fused=True) if backend else make()
+    step = GraphedStep(
+        model, functional.cross_entropy, optimizer, freezeout, backend=backend() if backend else None
+    )  # fmt: skip
+    results = [step(*batch) for batch in batches()]
+    assert freezeout.num_frozen == rest[1].num_frozen == len(freezeout.layers) - 1
+    if backend:
+        # torch's fused update rounds otherwise than its for-loop.
+        torch.testing.assert_close(torch.stack([loss for loss, _ in results]), torch.tensor(losses), rtol=1e-4, atol=0)
+    else:
+        assert [loss.item() for loss, _ in results] == losses
+        assert_equal_weights(model, expected)
+    assert not results[-1][0].requires_grad and not results[-1][1].requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert (step.captures > 0, step.eager_steps + step.replays) == (backend is not None, STEPS)
+
+
+def test_one_graph_a_shape_and_frontier_after_some_eager_steps():
+    model, optimizer, freezeout = make(fused=True)
+    backend = HostGraphs()
+    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
+    expected = 0
+    seen = {}
+    for inputs, targets in batches(odd=4):
+        key = len(inputs), freezeout.num_frozen
+        step(inputs, targets)
+        seen[key] = seen.get(key, 0) + 1
+        expected += seen[key] == WARM_UP_STEPS + 1
+        assert step.captures == expected
+    assert len({frozen for _, frozen in seen}) == len(freezeout.layers)
+    assert {size for size, _ in seen} == {8, 5}
+    eager = sum(min(count, WARM_UP_STEPS) for count in seen.values())
+    assert (step.eager_steps, step.replays, backend.ran) == (eager, STEPS - eager, eager)
+    assert expected > 1 and step.replays > 0
+
+
+def test_many_shapes_run_eagerly_beyond_the_first_few():
+    model, optimizer, _ = make(fused=True, freeze=False)
+    step = GraphedStep(model, functional.cross_entropy, optimizer, backend=HostGraphs())
+    for size in range(2, 2 + MAX_SHAPES + 2):
+        for _ in range(WARM_UP_STEPS + 1):
+            step(torch.randn(size, 3, 8, 8), torch.randint(4, (size,)))
+    assert (step.captures, step.replays) == (MAX_SHAPES, MAX_SHAPES)
+
+
+def test_results_outlive_the_next_replay():
+    model, optimizer, _ = make(fused=True, freeze=False)
+    step = GraphedStep(model, functional.cross_entropy, optimizer, backend=HostGraphs())
+    results = [step(*batch) for batch in batches(WARM_UP_STEPS + 3)]
+    (loss, outputs), (later, _) = results[-2:]
+    *_, (_, targets) = batches(WARM_UP_STEPS + 2)
+    assert loss != later
+    assert loss == functional.cross_entropy(outputs, targets)
+
+
+def test_the_graph_before_is_kept_until_the_next_one_has_its_memory():
+    model, optimizer, freezeout = make(fused=True)
+    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+    data = batches()
+    while freezeout.num_frozen == 0:
+        step(*next(data))
+    assert (len(step._graphs), len(step._stale)) == (0, 1)
+    for _ in range(WARM_UP_STEPS + 1):
+        step(*next(data))
+    assert (len(step._graphs), len(step._stale)) == (1, 0)
+
+
+@needs_native
+@pytest.mark.parametrize("warmup_steps", [0, 5])
+def test_fused_sgd_computes_its_rates_from_the_counter(warmup_steps):
+    def train(graphed):
+        torch.manual_seed(1)
+        model = build_model("wrn-10-1", 4, image_size=8)
+        optimizer = FusedSGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+        freezeout = FreezeOut(
+            model, optimizer, total_steps=STEPS, t_0=0.3, how_scale="linear", warmup_steps=warmup_steps
+        )  # fmt: skip
+        if not graphed:
+            return model, plain_loop(model, optimizer, freezeout, batches()), freezeout
+        step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+        losses = []
+        for batch in batches():
+            # What the host believes must not matter.
+            for group in optimizer.param_groups:
+                group["lr"] = 1e9
+            losses.append(step(*batch)[0].item())
+        assert step._rates.counter.item() == STEPS
+        return model, losses, freezeout
+
+    expected, losses, _ = train(graphed=False)
+    model, graphed_losses, freezeout = train(graphed=True)
+    assert freezeout.num_frozen > 0
+    # cos^2 of half the angle instead of (1 + cos) / 2: the last bits of the rates differ, and the runs drift apart.
+    torch.testing.assert_close(torch.tensor(graphed_losses), torch.tensor(losses), rtol=1e-3, atol=1e-4)
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+@needs_native
+def test_fused_sgd_without_a_schedule_keeps_its_rate_and_refuses_another():
+    model, optimizer, _ = make(FusedSGD, freeze=False)
+    expected = copy.deepcopy(model)
+    reference = torch.optim.SGD(expected.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    step = GraphedStep(model, functional.cross_entropy, optimizer, backend=HostGraphs())
+    for inputs, targets in batches(6):
+        step(inputs, targets)
+        functional.cross_entropy(expected(inputs), targets).backward()
+        reference.step()
+        reference.zero_grad()
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    optimizer.param_groups[0]["lr"] = 0.01
+    with pytest.raises(RuntimeError, match="lr must not change"):
+        step(*next(batches()))
+
+
+@pytest.mark.parametrize("sgd", [torch.optim.SGD, pytest.param(FusedSGD, marks=needs_native)])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_one_cosine_for_all_layers(sgd, freeze):
+    fused = {"fused": True} if sgd is torch.optim.SGD else {}
+    cosine = Schedule(1, STEPS, t_0=1.0, warmup_steps=4)
+    runs = []
+    for backend in (None, HostGraphs()):
+        model, optimizer, freezeout = make(sgd, freeze=freeze, anneal=False, **fused)
+        step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, cosine=cosine, backend=backend)
+        assert float(optimizer.param_groups[-1]["lr"]) == pytest.approx(0.05 / 5)
+        for batch in batches():
+            step(*batch)
+        assert float(optimizer.param_groups[-1]["lr"]) == 0
+        runs.append(model)
+    for p, q in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_a_loaded_state_is_captured_anew():
+    def start():
+        model, optimizer, freezeout = make(fused=True)
+        return model, optimizer, freezeout, GraphedStep(
+            model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs()
+        )  # fmt: skip
+
+    model, optimizer, freezeout, step = start()
+    data = list(batches())
+    for batch in data[:20]:
+        step(*batch)
+    saved = copy.deepcopy([part.state_dict() for part in (model, optimizer, freezeout)])
+    for batch in data[20:]:
+        step(*batch)
+
+    again, optimizer, freezeout, step = start()
+    for batch in data[:6]:
+        step(*batch)
+    assert step._graphs
+    freezeout.load_state_dict(saved[2])
+    again.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert not step._graphs
+    for group in optimizer.param_groups:
+        group["lr"] = float(group["lr"])  # as a state that was saved without graphs brings it
+    for batch in data[20:]:
+        step(*batch)
+    assert all(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
+    assert_equal_weights(again, model)
+
+
+@needs_native
+def test_a_loaded_state_sets_the_counter():
+    runs = []
+    data = list(batches())
+    for graphs in (False, True):
+        model, optimizer, freezeout = make(FusedSGD)
+        backend = HostGraphs() if graphs else None
+        step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
+        for batch in data[:6]:
+            step(*batch)
+        state = freezeout.state_dict()
+        freezeout.load_state_dict({**state, "step": 25})
+        for batch in data[25:30]:
+            step(*batch)
+        runs.append(model)
+    assert step._rates.counter.item() == 30
+    # cos^2 of half the angle: the last bits of the rates differ.
+    for p, q in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+def test_step_count_resumes_where_there_is_no_freezeout():
+    model, optimizer, _ = make(fused=True, freeze=False)
+    step = GraphedStep(
+        model, functional.cross_entropy, optimizer, cosine=Schedule(1, 10, t_0=1.0), backend=HostGraphs()
+    )  # fmt: skip
+    step.step_count = 5
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.025)
+    step(*next(batches()))
+    assert step.step_count == 6
+
+
+def test_mixed_precision_with_a_scaler():
+    runs = []
+    for backend in (None, HostGraphs()):
+        model, optimizer, freezeout = make(fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=5)
+        step = GraphedStep(
+            model, functional.cross_entropy, optimizer, freezeout, scaler=scaler, amp_dtype=torch.bfloat16,
+            backend=backend,
+        )  # fmt: skip
+        outputs = [step(*batch)[1] for batch in batches()]
+        assert outputs[0].dtype == torch.bfloat16
+        assert scaler.get_scale() == 256.0 * 2 ** (STEPS // 5)
+        runs.append(model)
+    assert_equal_weights(*runs)
+
+
+def test_what_cannot_be_captured_is_refused_by_name():
+    model, optimizer, freezeout = make()
+    with pytest.raises(ValueError, match=r"must be FusedSGD, or made with fused=True .* got SGD with neither"):
+        GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+    with pytest.raises(ValueError, match="cosine must be None where freezeout anneals"):
+        GraphedStep(model, functional.cross_entropy, optimizer, freezeout, cosine=Schedule(1, 10))
+
+    class Fails(HostGraphs):
+        def capture(self, body):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, optimizer, freezeout = make(fused=True)
+    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=Fails())
+    with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph; run it without: operation not perm"):
+        for batch in batches():
+            step(*batch)
+
+
+def test_close_leaves_all_to_others():
+    model, optimizer, freezeout = make(fused=True)
+    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+    for batch in batches(6):
+        step(*batch)
+    step.close()
+    assert not step._graphs and not freezeout._transition_hooks
+    plain_loop(model, optimizer, freezeout, batches(STEPS - 6))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["fused-sgd", "sgd"])
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
+def test_cuda_graphs_equal_eager_steps(name, amp_dtype):
+    if name == "fused-sgd" and (reason := native.cuda_unavailable_reason()):
+        pytest.skip(reason)
+    runs = []
+    for graphs in (False, True):
+        torch.manual_seed(1)
+        model = build_model("wrn-10-1", 4, image_size=8).cuda()
+        model.blocks[0].dropout = nn.Dropout(0.0)
+        if name == "sgd":
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
+        else:
+            optimizer = FusedSGD(model.parameters(), lr=0.05, momentum=0.9)
+        freezeout = FreezeOut(model, optimizer, total_steps=STEPS, t_0=0.3, how_scale="linear")
+        scaler = torch.amp.GradScaler("cuda", init_scale=256.0, enabled=amp_dtype == torch.float16)
+        step = GraphedStep(
+            model, functional.cross_entropy, optimizer, freezeout, scaler=scaler, amp_dtype=amp_dtype
+        )  # fmt: skip
+        if not graphs:
+            step._backend = None
+            if name == "fused-sgd":
+                optimizer.set_device_schedule(None)
+            step._rates = None
+        losses = [step(inputs.cuda(), targets.cuda())[0].item() for inputs, targets in batches(odd=4)]
+        runs.append(losses)
+        if graphs:
+            assert step.captures > 1 and step.replays > 0
+    # The device's cosine differs in its last bits from the host's; half precision amplifies it.
+    torch.testing.assert_close(torch.tensor(runs[1]), torch.tensor(runs[0]), rtol=1e-2, atol=1e-2)

@@ -1,0 +1,150 @@
+"""The kernels compiled for sm_80 and sm_90, no GPU needed: registers, shared memory, spills, instructions."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from freezeout_ext.kernels import affine, conv  # noqa: E402
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set: there is nothing to compile", allow_module_level=True)
+
+# A thread has 255 registers, and 232 keep two blocks of 128 threads on a multiprocessor with room to spare; two blocks
+# of 80 KiB fit its shared memory on sm_80 (164 KiB) and sm_90 (228 KiB).
+MOST_REGISTERS = 232
+MOST_SHARED = 80 * 1024
+
+DENSE_1X1 = {"p_in_scale", "p_in_shift", "p_bias"}  # conv1(relu(bn1(x))) of a bottleneck, bn2 folded
+DENSE_3X3: set[str] = set()  # conv2, into a slice of 12 channels
+WIDE_3X3 = {"p_bias", "p_residual", "p_scale", "p_shift", "p_second"}  # conv2 + shortcut, and relu(bn(.)) of it
+VECTORS = {"p_scale", "p_shift", "p_bias", "p_in_scale", "p_in_shift"}
+
+
+@dataclass
+class Compiled:
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+
+
+def compiled(
+    kernel, given: set[str], constants: dict, *, arch: int, dtype: str = "bf16", num_stages: int = 3
+) -> Compiled:
+    """What the launch of `kernel` compiles to, the pointers in `given` being there and aligned to 16 bytes."""
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants or (name.startswith("p_") and name not in given):
+            signature[name], constexprs[(i,)] = "constexpr", constants.get(name)
+        elif name.startswith("p_"):
+            signature[name] = "*fp32" if name in VECTORS else f"*{dtype}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    options = {"num_warps": 4, "num_stages": num_stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    return Compiled(registers, stack, binary.metadata.shared, binary.asm["ptx"])
+
+
+def compiled_conv(
+    config: conv.Config, given: set[str], *, size: int, arch: int, vec_in: int, vec_out: int, dtype: str = "bf16",
+    precision: str = "ieee",
+) -> Compiled:  # fmt: skip
+    constants = {
+        "KERNEL": size, "STRIDE": 1, "RELU": True, "PRECISION": precision, "UPCAST": False, "VEC_IN": vec_in,
+        "VEC_OUT": vec_out, "BLOCK_P": config.block_p, "BLOCK_K": config.block_k, "BLOCK_C": config.block_c,
+    }  # fmt: skip
+    pointers = given | {"p_x", "p_weight", "p_y"}
+    return compiled(conv._conv_kernel, pointers, constants, arch=arch, dtype=dtype, num_stages=config.num_stages)
+
+
+def assert_lean(found: Compiled) -> None:
+    assert found.stack == 0, "registers spill to the stack"
+    assert found.registers <= MOST_REGISTERS
+    assert found.shared <= MOST_SHARED
+
+
+def on_tensor_cores(found: Compiled, arch: int) -> bool:
+    return ("wgmma.mma_async" if arch == 90 else "mma.sync") in found.ptx
+
+
+@pytest.mark.parametrize("config", conv.configs(180, 48, torch.bfloat16, False), ids=str)
+def test_conv1x1_with_a_prologue(config: conv.Config) -> None:
+    found = compiled_conv(config, DENSE_1X1, size=1, arch=90, vec_in=4, vec_out=16)
+    assert_lean(found)
+    assert on_tensor_cores(found, 90)
+    assert "cp.async" in found.ptx  # the operand is on its way while the last one is multiplied
+    assert "ld.global.b16" not in found.ptx  # 36 channels a pixel are read four at a time
+
+
+@pytest.mark.parametrize("config", conv.configs(48, 12, torch.bfloat16, False), ids=str)
+def test_conv3x3_into_a_slice(config: conv.Config) -> None:
+    found = compiled_conv(config, DENSE_3X3, size=3, arch=90, vec_in=16, vec_out=4)
+    assert_lean(found)
+    assert on_tensor_cores(found, 90)
+    assert "st.global.v2.b32" in found.ptx and "st.global.b16" not in found.ptx  # four of 12 channels at a time
+
+
+@pytest.mark.parametrize("config", conv.configs(128, 128, torch.bfloat16, False), ids=str)
+def test_conv3x3_with_two_outputs(config: conv.Config) -> None:
+    found = compiled_conv(config, WIDE_3X3, size=3, arch=90, vec_in=16, vec_out=16)
+    assert_lean(found)
+    assert on_tensor_cores(found, 90)
+    assert "cp.async.cg.shared.global" in found.ptx and "st.global.v4.b32" in found.ptx  # 16 bytes an access
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee")])
+def test_the_other_precisions(dtype: str, precision: str) -> None:
+    torch_dtype = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
+    config = conv.configs(128, 128, torch_dtype, precision == "tf32")[0]
+    found = compiled_conv(
+        config, WIDE_3X3, size=3, arch=90, vec_in=16, vec_out=16, dtype=dtype, precision=precision
+    )  # fmt: skip
+    assert_lean(found)
+    assert on_tensor_cores(found, 90) == (dtype == "fp16" or precision == "tf32")
+
+
+@pytest.mark.parametrize(
+    ("size", "given", "n_in", "n_out", "vec_in", "vec_out"),
+    [(1, DENSE_1X1, 180, 48, 4, 16), (3, DENSE_3X3, 48, 12, 16, 4), (3, WIDE_3X3, 128, 128, 16, 16)],
+)
+def test_sm_80(size: int, given: set[str], n_in: int, n_out: int, vec_in: int, vec_out: int) -> None:
+    heaviest = max(conv.configs(n_in, n_out, torch.bfloat16, False), key=lambda c: c.block_p * c.block_k * c.block_c)
+    found = compiled_conv(heaviest, given, size=size, arch=80, vec_in=vec_in, vec_out=vec_out)
+    assert_lean(found)
+    assert on_tensor_cores(found, 80)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_affine_relu(arch: int) -> None:
+    pointers = {"p_x", "p_y", "p_scale", "p_shift", "p_residual", "p_sum"}
+    found = compiled(
+        affine._affine_relu_kernel, pointers, {"RELU": True, "VEC": 16, "BLOCK_P": 64, "BLOCK_C": 64}, arch=arch
+    )  # fmt: skip
+    assert_lean(found)
+    assert found.registers <= 96  # five blocks of 128 threads and more: it lives on loads in flight
+    assert "ld.global.v4.b32" in found.ptx and "st.global.v4.b32" in found.ptx
+    assert "max.NaN.f32" in found.ptx
+    pooled = compiled(
+        affine._affine_relu_avg_pool2x2_kernel, {"p_x", "p_y", "p_scale", "p_shift"},
+        {"VEC": 16, "BLOCK_P": 32, "BLOCK_C": 64}, arch=arch,
+    )  # fmt: skip
+    assert_lean(pooled)
+    assert pooled.registers <= 96
+    assert "ld.global.v4.b32" in pooled.ptx

@@ -1,0 +1,408 @@
+import copy
+import io
+import pickle
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from prefix_cases import NETS, assert_same_steps, freeze, images, one_step, pair, trained
+from torch import nn
+
+from freezeout_ext.layers import find_layers
+from freezeout_ext.prefix import MODES, Prefix
+from freezeout_ext.prefix.runtime import TOLERANCE, Originals, Trial
+
+# The routes that a net's frontiers take, in any mode.
+CHAINS = {"densenet", "wrn", "vgg", "resnet-18", "mobilenet"}
+
+
+def frontiers(name: str) -> list[int]:
+    return list(range(1, len(find_layers(NETS[name]()))))
+
+
+def steps_until_installed(model: nn.Module, prefix: Prefix) -> None:
+    for seed in range(4):
+        if prefix.report().route != "waiting":
+            return
+        one_step(model, seed)
+    raise AssertionError(prefix.report())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_exact_is_bit_equal_in_loss_gradients_and_buffers_at_every_frontier(name):
+    model = trained(name)
+    for num_frozen in frontiers(name):
+        plain, other, prefix = pair(copy.deepcopy(model), num_frozen, "exact")
+        assert_same_steps(plain, other)
+        report = prefix.report()
+        assert report.route == ("chain" if name in CHAINS else report.route) != "waiting", report
+        assert report.error == 0.0
+        assert report.units > 0
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_folded_is_within_1e_5_and_its_gradients_within_a_perturbation_at_every_frontier(name):
+    model = trained(name)
+    for num_frozen in frontiers(name):
+        plain, other, prefix = pair(copy.deepcopy(model), num_frozen, "folded")
+        steps_until_installed(other, prefix)
+        report = prefix.report()
+        assert report.error <= TOLERANCE["folded"], report
+        assert report.fused, report
+        # The forwards watched above moved the statistics of the active layers.
+        state = copy.deepcopy(other.state_dict())
+        found = one_step(other, 7, 5)
+        runs = []
+        for perturbation in (0, 1, 2, 3):
+            plain.load_state_dict(state)
+            with perturbed(plain, num_frozen, 1e-6 if perturbation else 0.0, seed=perturbation):
+                runs.append(one_step(plain, 7, 5))
+        expected = runs[0]
+        assert expected.keys() == found.keys()
+        # Where a true gradient is 0 (a bias in front of a norm) all of it is rounding: judged by all gradients' scale.
+        scale = max(value.abs().max() for key, value in expected.items() if key.startswith("gradient"))
+        for key, value in expected.items():
+            effect = max((value - run[key]).abs().max() for run in runs[1:])
+            floor = 1e-6 * max(scale, value.abs().max())
+            assert (value - found[key]).abs().max() <= 10 * effect + floor, f"{key} at {num_frozen}"
+
+
+@contextmanager
+def perturbed(model: nn.Module, num_frozen: int, size: float, seed: int):
+    """Adds noise of `size` times the largest value to what the frozen layers without active ones below give."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def add(module, args, output):
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            noise = torch.randn(output.shape, generator=generator)
+            return output + size * output.abs().max() * noise if size else None
+
+    frozen = [m for m in model.modules() if not any(p.requires_grad for p in m.parameters())]
+    leaves = [m for m in frozen if not list(m.children()) and list(m.parameters())]
+    handles = [m.register_forward_hook(add) for m in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("name", ["resnet-50", "unet", "branches"])
+def test_code_between_frozen_modules_goes_by_the_split(name):
+    routes = set()
+    for num_frozen in frontiers(name)[1:]:
+        _, model, prefix = pair(trained(name), num_frozen, "folded")
+        steps_until_installed(model, prefix)
+        routes.add(prefix.report().route)
+    assert routes == {"split"}
+
+
+def test_a_module_that_runs_twice_is_one_of_the_split():
+    _, model, prefix = pair(trained("shared"), 2, "folded")
+    steps_until_installed(model, prefix)
+    assert prefix.report().route == "split"
+
+
+@pytest.mark.parametrize("name", ["wrn", "resnet-50"])
+def test_the_prefix_runs_and_saves_nothing_for_backward(name):
+    _, model, prefix = pair(trained(name), 3, "folded")
+    steps_until_installed(model, prefix)
+    runner = prefix._parts[0].runner
+    calls, saved = runner.calls, []
+    engine = runner.engine
+    marks = []
+
+    def watched(*inputs):
+        marks.append(len(saved))
+        outputs = engine(*inputs)
+        marks.append(len(saved))
+        assert not any(out.requires_grad for out in outputs)
+        return outputs
+
+    watched.fused, watched.fallbacks, watched.bytes_held = engine.fused, [], 0
+    runner.engine = watched
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(images())
+    assert runner.calls == calls + 1
+    assert marks[0] == marks[1] and saved
+
+
+def test_outputs_stay_when_the_prefix_runs_again_before_the_backward():
+    plain, model, prefix = pair(trained("densenet"), 3, "folded")
+    steps_until_installed(model, prefix)
+    plain.load_state_dict(model.state_dict())
+    x1, x2 = images(), images()
+    grads = []
+    for net in (plain, model):
+        net.zero_grad()
+        (net(x1).square().sum() + net(x2).square().sum()).backward()
+        grads.append([p.grad for p in net.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item())  # 1e-6 at the frontier, amplified
+
+
+@pytest.mark.parametrize("mode", ["exact", "folded"])
+def test_a_transition_adds_layers_and_a_thaw_takes_them_back(mode):
+    model = trained("wrn")
+    plain = copy.deepcopy(model)
+    layers, plain_layers = find_layers(model), find_layers(plain)
+    prefix = Prefix(model, layers, mode=mode, measure=False)
+    for num_frozen in (1, 3, 5, 2, 0, 4):
+        freeze(model, num_frozen, layers)
+        freeze(plain, num_frozen, plain_layers)
+        prefix.freeze(num_frozen)
+        plain.load_state_dict(model.state_dict())
+        for seed in range(3):
+            expected, found = one_step(plain, seed), one_step(model, seed)
+            assert expected.keys() == found.keys()
+            torch.testing.assert_close(found["loss"], expected["loss"], rtol=0 if mode == "exact" else 1e-4, atol=0)
+        report = prefix.report()
+        assert report.route == ("chain" if num_frozen else "eager")
+        assert report.units == report.of_units == num_frozen
+
+
+def test_packed_weights_are_kept_for_the_next_transition_and_freed_at_the_end():
+    model = trained("wrn")
+    layers = find_layers(model)
+    prefix = Prefix(model, layers, mode="folded", measure=False)
+    for num_frozen in (3, 5):
+        freeze(model, num_frozen, layers)
+        prefix.freeze(num_frozen)
+        kept = dict(prefix._weights)
+        one_step(model, 0)
+        assert all(prefix._weights[key] is value for key, value in kept.items())
+        assert len(prefix._weights) > len(kept)
+    assert prefix.report().bytes_held > 0
+    prefix.close()
+    assert prefix.report().bytes_held == 0
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["wrn", "resnet-50"])
+@pytest.mark.parametrize("when", ["waiting", "installed"])
+def test_deepcopy_pickle_save_and_state_dict_know_nothing_of_the_prefix(name, when, tmp_path):
+    model = trained(name)
+    names = list(model.state_dict())
+    _, model, prefix = pair(model, 3, "folded")
+    if when == "installed":
+        steps_until_installed(model, prefix)
+    assert list(model.state_dict()) == names
+    torch.save(model, tmp_path / "model.pt")
+    copies = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+        torch.optim.swa_utils.AveragedModel(model).module,
+    ]
+    copies.append(pickle.loads(pickle.dumps(copy.deepcopy(copies[1]))))
+    calls = [part.runner.calls for part in prefix._parts]
+    x = images()
+    for other in copies:
+        other.eval()
+        with torch.no_grad():
+            for p in other.parameters():
+                p.zero_()
+            # All zeros in, so that a copy that ran the original's engine would show.
+            assert torch.equal(other(x), other(2 * x))
+    assert [part.runner.calls for part in prefix._parts] == calls
+
+
+def test_weights_loaded_into_a_frozen_layer_are_noticed_and_the_prefix_is_rebuilt():
+    plain, model, prefix = pair(trained("wrn"), 3, "folded")
+    steps_until_installed(model, prefix)
+    other = {
+        name: value * 1.5 + 0.1 if value.is_floating_point() else value for name, value in plain.state_dict().items()
+    }
+    for assign in (False, True):
+        model.load_state_dict(copy.deepcopy(other), assign=assign)
+        plain.load_state_dict(copy.deepcopy(other))
+        model.requires_grad_(True)
+        freeze(model, 3, prefix.layers if not assign else None)
+        model.eval(), plain.eval()
+        with torch.no_grad():
+            assert torch.equal(model(images(4).mul_(0).add_(1)), plain(torch.ones(4, 3, 16, 16)))
+        model.train(), plain.train()
+        for seed in range(3):
+            one_step(model, seed)
+        assert prefix.report().route == "chain"
+        plain.load_state_dict(model.state_dict())
+        expected, found = one_step(plain, 5), one_step(model, 5)
+        torch.testing.assert_close(found["output"], expected["output"], rtol=1e-4, atol=1e-4)  # folding
+
+
+@pytest.mark.parametrize("change", ["copy_", "data", "replaced"])
+def test_any_way_of_changing_a_frozen_tensor_is_noticed_at_the_next_call(change):
+    plain, model, prefix = pair(trained("vgg"), 3, "folded")
+    steps_until_installed(model, prefix)
+    for net in (plain, model):
+        bn = net.features[1].bn
+        with torch.no_grad():
+            if change == "copy_":
+                bn.running_mean.add_(1)
+            elif change == "data":
+                bn.weight.data = bn.weight.data * 3
+            else:
+                net.features[1].conv.weight = nn.Parameter(net.features[1].conv.weight * 2, requires_grad=False)
+    plain.load_state_dict(model.state_dict())
+    expected, found = one_step(plain, 5), one_step(model, 5)
+    assert torch.equal(expected["loss"], found["loss"])  # that call ran the modules as they are
+
+
+def test_evaluation_runs_the_chain_and_gives_what_the_modules_give():
+    plain, model, prefix = pair(trained("densenet"), 3, "folded")
+    steps_until_installed(model, prefix)
+    plain.load_state_dict(model.state_dict())
+    calls = prefix._parts[0].runner.calls
+    for context in (torch.no_grad, torch.inference_mode):
+        model.eval(), plain.eval()
+        x = images()
+        with context():
+            torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)  # folding
+        model.train(), plain.train()
+    assert prefix._parts[0].runner.calls == calls + 2
+    expected, found = one_step(plain, 3), one_step(model, 3)
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-4, atol=0)  # folding
+
+
+def test_a_whole_run_with_exact_gives_the_weights_of_plain_freezing():
+    weights = []
+    for mode in ("off", "exact"):
+        torch.manual_seed(3)
+        model = NETS["wrn"]()
+        layers = find_layers(model)
+        prefix = Prefix(model, layers, mode=mode)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+        for step in range(16):
+            if step and step % 3 == 0:
+                freeze(model, step // 3, layers)
+                prefix.freeze(step // 3)
+            optimizer.zero_grad()
+            F.cross_entropy(model(images()), torch.randint(10, (6,))).backward()
+            optimizer.step()
+        assert prefix.report().route == ("off" if mode == "off" else "chain")
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+def test_under_autocast_exact_is_bit_equal_and_another_autocast_runs_the_modules():
+    def autocast(net, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return net(x).float()
+
+    plain, model, prefix = pair(trained("wrn"), 3, "exact")
+    assert_same_steps(plain, model, run=autocast)
+    calls = prefix._parts[0].runner.calls
+    assert_same_steps(plain, model)
+    assert prefix._parts[0].runner.calls == calls
+    assert "autocast" in str(prefix.report())
+
+
+@pytest.mark.parametrize("mode", ["bf16", "fp16"])
+def test_a_half_mode_is_within_its_tolerance_or_says_why_it_is_not_used(mode):
+    _plain, model, prefix = pair(trained("resnet-18"), 4, mode)
+    steps_until_installed(model, prefix)
+    report = prefix.report()
+    assert report.route == "chain" and report.fused
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[mode]
+    if prefix._parts[0].runner.engine.dtype == dtype:
+        assert 1e-5 < report.error <= TOLERANCE[mode]
+    else:
+        assert report.error <= TOLERANCE["folded"]
+        assert f"{mode} runs as folded float32: this processor has no" in str(report)
+    assert one_step(model, 9)["output"].dtype == torch.float32
+
+
+# The trial
+
+
+def test_eager_and_the_engine_take_turns_and_the_faster_one_stays():
+    for slow in ("engine", "eager"):
+        trial, turns = Trial(), []
+        while trial.open:
+            turn = trial.turn("shape")
+            turns.append(turn)
+            if turn != "untimed":
+                trial.note(turn, 2.0 if turn == slow else 1.0)
+        assert turns == ["untimed", *["eager", "engine"] * 3]
+        assert trial.eager_wins() == (slow == "engine")
+        assert trial.turn("shape") == "untimed"
+
+
+def test_calls_of_another_shape_are_not_timed():
+    trial = Trial()
+    assert [trial.turn(s) for s in ("a", "b", "a", "b")] == ["untimed", "untimed", "eager", "untimed"]
+
+
+def test_where_eager_wins_the_modules_are_as_they_were_and_the_report_says_so(monkeypatch):
+    _, model, prefix = pair(trained("wrn"), 3, "folded", measure=True)
+    times = iter(range(1000))
+    slow = {"engine": 5.0, "eager": 1.0}
+    original = Trial.note
+    monkeypatch.setattr(Trial, "note", lambda self, turn, seconds: original(self, turn, slow[turn] + 0 * next(times)))
+    for seed in range(9):
+        one_step(model, seed)
+    report = prefix.report()
+    assert report.route == "eager" and report.units == 0
+    assert (report.eager_ms, report.prefix_ms) == (1000.0, 5000.0)
+    assert "eager is as fast" in str(report)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+# Arguments
+
+
+def test_the_mode_off_installs_nothing():
+    plain, model, prefix = pair(trained("wrn"), 3, "off")
+    assert_same_steps(plain, model, batches=(6, 6))
+    assert prefix.report().route == "off"
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_errors_name_what_was_expected_and_found():
+    model = NETS["wrn"]()
+    layers = find_layers(model)
+    with pytest.raises(ValueError, match=r"prefix must be one of exact, folded, bf16, fp16, off, got 'fast'"):
+        Prefix(model, layers, mode="fast")
+    with pytest.raises(ValueError, match=rf"num_frozen must be in 0..{len(layers)}, got 99"):
+        Prefix(model, layers).freeze(99)
+    assert MODES[0] == "exact"
+
+
+def test_the_report_reads_well():
+    _, model, prefix = pair(trained("densenet"), 3, "folded", measure=True)
+    assert str(prefix.report()).startswith("prefix: mode folded, route waiting, 3 layers frozen")
+    for seed in range(9):
+        one_step(model, seed)
+    lines = str(prefix.report())
+    assert "time: " in lines and "ms eager" in lines
+    if prefix.report().route == "chain":  # where the engine was the faster one
+        assert "affine+relu" in lines and "error against eager" in lines
+
+
+def test_the_engine_of_exact_is_the_modules_themselves():
+    _, model, prefix = pair(trained("wrn"), 3, "exact", measure=True)
+    one_step(model, 0)
+    assert type(prefix._parts[0].runner.engine) is Originals
+    assert not prefix._parts[0].runner.trial.open  # nothing to time
+
+
+def test_torch_save_of_the_whole_model_in_memory_while_a_batch_is_watched():
+    _, model, prefix = pair(trained("wrn"), 3, "folded")
+    saved = []
+
+    def save(module, args, output):
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        saved.append(buffer)
+
+    handle = model.blocks[4].register_forward_hook(save)
+    # A local function as hook does not pickle; that is the user's. Ours must.
+    with pytest.raises((AttributeError, pickle.PicklingError), match=r"local object"):
+        one_step(model, 0)
+    handle.remove()
+    one_step(model, 0)
+    assert prefix.report().route == "chain"

@@ -1,0 +1,521 @@
+"""The GPU runtime of the prefix: its plan, and its steps with the kernels' references on the CPU; the rest on a GPU."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from freezeout_ext import kernels
+from freezeout_ext.models import VGG, DenseNet, ResNet, WideResNet
+from freezeout_ext.prefix import cuda
+from freezeout_ext.prefix.cuda_conv import CUDNN, PLAIN, Constants, ConvCall
+from freezeout_ext.prefix.cuda_plan import FusedConv, PooledAffine, outs, plan
+from freezeout_ext.prefix.folding import Affine, Cat, lower_chain
+from freezeout_ext.prefix.runtime import Refused
+
+# Folding rounds each weight anew, float32 sums in another order; bfloat16 rounds each of some 30 images.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+
+def ignore_config(function):
+    return lambda *tensors, tf32=False, config=None, **given: function(*tensors, **given)
+
+
+def references(choose) -> SimpleNamespace:
+    """The kernels' names, computed by their references."""
+    return SimpleNamespace(
+        affine_relu=kernels.affine_relu_reference,
+        affine_relu_avg_pool2x2=kernels.affine_relu_avg_pool2x2_reference,
+        conv1x1=ignore_config(kernels.conv1x1_reference),
+        conv3x3=ignore_config(kernels.conv3x3_reference),
+        conv1x1_reference=kernels.conv1x1_reference,
+        configs=kernels.configs,
+        choose=choose,
+        chosen=lambda key: None,
+        look_alike=kernels.look_alike,
+        tolerance=kernels.tolerance,
+    )
+
+
+def first_way(key, candidates, **_):
+    return next(iter(candidates))
+
+
+def last_way(key, candidates, **_):
+    return list(candidates)[-1]
+
+
+def checked_last_way(key, candidates, *, outputs, expected, tolerance):
+    """As `kernels.choose` compares, the last candidate taken."""
+    wanted = expected()
+    for run in candidates.values():
+        for out in outputs:
+            out.fill_(torch.nan)
+        for found, want in zip(run(), wanted, strict=True):
+            assert (found.double() - want).abs().max() <= tolerance * want.abs().max()
+    return last_way(key, candidates)
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """BatchNorms that do something, in eval mode, frozen."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.5), (module.bias, -0.5, 0.5),
+                (module.running_mean, -0.5, 0.5), (module.running_var, 0.5, 2.0),
+            ):  # fmt: skip
+                tensor.data.uniform_(low, high, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+class Units(nn.Module):
+    """The first units of a net, one after the other."""
+
+    def __init__(self, units: list[nn.Module]) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(units)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for unit in self.units:
+            x = unit(x)
+        return x
+
+
+def prefix_of(name: str, count: int | None = None) -> Units:
+    torch.manual_seed(0)
+    nets = {
+        "densenet": lambda: DenseNet(16, 12),
+        "wrn": lambda: WideResNet(16, 1),
+        "vgg": lambda: VGG(11, 0.25, image_size=8),
+        "resnet": lambda: ResNet(18, 0.25),
+    }
+    net = nets[name]()
+    children = [net.features] if name == "vgg" else [net.stem, net.blocks] if hasattr(net, "blocks") else [net]
+    units = [unit for child in children for unit in (child if isinstance(child, nn.Sequential) else [child])]
+    return trained(Units(units[:count]))
+
+
+def engine_of(net: Units, *, dtype: torch.dtype = torch.float32, ops: SimpleNamespace = kernels) -> cuda.CudaEngine:
+    return cuda.CudaEngine(
+        lower_chain(list(net.units)), dtype=dtype, output_dtypes=[torch.float32], channels_last=[False], weights={},
+        ops=ops,
+    )  # fmt: skip
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    return ((found.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
+
+
+def images(n: int = 3, size: int = 8, device: str = "cpu") -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+# The plan
+
+
+def test_launches_of_the_paper_nets() -> None:
+    """DenseNet-76-12: 77, WRN-40-4: 40, a Cat being none; and nothing but fused convolutions and pools."""
+    for net, launches, also in ((DenseNet(76, 12), 77, {Cat: 36, PooledAffine: 2}), (WideResNet(40, 4), 40, {})):
+        steps = plan(lower_chain(list(trained(Units([net.stem, *net.blocks])).units))).steps
+        kinds = Counter(type(step) for step in steps)
+        assert sum(kinds.values()) - kinds[Cat] == launches
+        assert {kind: n for kind, n in kinds.items() if kind is not FusedConv} == also
+
+
+def test_plan_of_densenet() -> None:
+    net = prefix_of("densenet")
+    found = plan(lower_chain(list(net.units)))
+    convs = [step for step in found.steps if isinstance(step, FusedConv)]
+    ones = [step for step in convs if step.conv.module.kernel_size == (1, 1)]
+    # Two bottlenecks a stage read the block through bn1 and ReLU; a transition's conv reads what was pooled.
+    assert [step.before is not None for step in ones] == [True, True, False, True, True, False, True, True]
+    assert not any(step.after for step in convs)
+    blocks = {id(block): block for block, _, _ in found.places.values()}
+    assert [(len(b.pieces), b.channels) for b in blocks.values()] == [(3, 48), (3, 48), (3, 48)]
+    # The stem and each bottleneck's second conv, or the transition, write their slice themselves.
+    pieces = [piece for block in blocks.values() for piece in block.pieces]
+    assert set(pieces) <= {step.out for step in convs}
+    assert [found.places[piece][1:] for piece in next(iter(blocks.values())).pieces] == [(0, 24), (24, 12), (36, 12)]
+
+
+def test_plan_of_wide_resnet() -> None:
+    found = plan(lower_chain(list(prefix_of("wrn").units)))
+    convs = [step for step in found.steps if isinstance(step, FusedConv)]
+    assert len(convs) == len(found.steps)
+    # Each block's last conv gives the sum and relu(bn(sum)) of the next block; there is none behind the last.
+    assert [step.after is not None for step in convs if step.conv.add is not None] == [True] * 5 + [False]
+    assert not any(Affine in map(type, found.steps) for _ in found.steps) and not found.places
+
+
+def test_only_one_affine_runs_behind_a_convolution() -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return torch.relu(self.a(y)) + torch.sigmoid(torch.relu(self.b(y))) * y
+
+    net = trained(Units([Fork()]))
+    for way in (first_way, last_way):
+        engine = engine_of(net, ops=references(way))
+        assert error(engine.run_measured(images())[0], net(images())) < 1e-5
+    fused = engine.fused()
+    assert fused["conv3x3 and affine+relu"] == 1 and fused["affine+relu"] == 1
+
+
+def test_affines_without_a_relu_run_by_themselves() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.conv, self.last = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+            self.pool, self.second = nn.AvgPool2d(2), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(self.first(x))
+            return self.pool(self.second(y + y)) + self.pool(y - self.last(y))
+
+    net = trained(Units([Plain()]))
+    engine = engine_of(net, ops=references(last_way))
+    assert error(engine.run_measured(images())[0], net(images())) < 1e-5
+    assert engine.fused()["affine"] == 3 and engine.fused()["conv1x1"] == 1
+
+
+def test_measuring_leaves_the_callers_random_numbers_alone() -> None:
+    engine = engine_of(prefix_of("densenet"), ops=references(checked_last_way))
+    state = torch.get_rng_state()
+    engine.run_measured(images())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_known_choice_is_not_measured_again() -> None:
+    """Nor are operands made for it: not inside a capture."""
+    calls: dict = {}
+
+    def choose(key, candidates, **_):
+        calls[key] = list(candidates)[-1]
+        return calls[key]
+
+    ops = references(choose)
+    ops.chosen = calls.get
+    engine, x = engine_of(prefix_of("densenet"), ops=ops), images()
+    engine.run_measured(x)
+    known, ops.choose, ops.look_alike = len(calls), None, None
+    ways = dict(engine.ways)
+    engine.run_measured(x)
+    # Two bottlenecks a stage, of like 3x3 convolutions into unlike slices.
+    assert known > 10 and engine.ways == ways
+
+
+def test_a_value_is_placed_once() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.conv(x)
+            return torch.cat([torch.cat([a, self.other(a)], 1), torch.cat([self.other(a), a], 1)], 1)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.other = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 3, padding=1)
+
+    net = trained(Units([Twice()]))
+    for way in (first_way, last_way):
+        engine = engine_of(net, ops=references(way))
+        assert error(engine.run_measured(images())[0], net(images())) < 1e-5
+    places = {v: place for v, place in engine.plan.places.items() if v not in engine.plan.joined}
+    ranges = [(id(block), i) for block, first, n in places.values() for i in range(first, first + n)]
+    assert ranges and len(set(ranges)) == len(ranges)
+    assert {block.channels for block, _, _ in places.values()} == {32}  # 18 channels used: 16 bytes a step
+    assert engine.fused()["cat"] == 1 and engine.fused()["cat in a block buffer"] == 2
+
+
+# The steps, on the CPU with the references
+
+
+@pytest.mark.parametrize("name", ["densenet", "wrn", "vgg", "resnet"])
+@pytest.mark.parametrize("way", [first_way, checked_last_way], ids=["plain", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_engine_against_eager(name: str, way, dtype: torch.dtype) -> None:
+    net, x = prefix_of(name), images()
+    engine = engine_of(net, dtype=dtype, ops=references(way))
+    (wanted,) = (net(x),)
+    (found,) = engine._finish(engine.run_measured(x))
+    assert found.dtype == torch.float32 and found.is_contiguous()
+    assert error(found, wanted) <= TOLERANCE[dtype]
+    (called,) = engine(x)  # off the GPU the plain way, and no graph
+    assert error(called, wanted) <= TOLERANCE[dtype]
+    assert set(engine.ways.values()) == {PLAIN} and engine.fused()["CUDA graph"] == 0
+
+
+@pytest.mark.parametrize("name", ["densenet", "wrn"])
+def test_every_frontier(name: str) -> None:
+    whole, x = prefix_of(name), images(2)
+    weights: dict = {}
+    for count in range(1, len(whole.units) + 1):
+        net = Units(list(whole.units)[:count])
+        engine = cuda.CudaEngine(
+            lower_chain(list(net.units)), dtype=torch.float32, output_dtypes=[torch.float32], channels_last=[True],
+            weights=weights, ops=references(last_way),
+        )  # fmt: skip
+        (found,) = engine._finish(engine.run_measured(x))
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert error(found, net(x)) <= 1e-5, count
+
+
+@pytest.mark.parametrize("way", [first_way, last_way], ids=["plain", "triton"])
+def test_nothing_is_copied_into_a_block(way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece is written where the concatenation has it, and no channel outside [0, channels) of it is written."""
+    net, x = prefix_of("densenet", 4), images()  # the stem, a stage of two bottlenecks, a transition
+    engine = engine_of(net, ops=references(way))
+    buffers = []
+
+    def place(value, shape, blocks, _place=engine._place):
+        known = set(blocks)
+        found = _place(value, shape, blocks)
+        for block in set(blocks) - known:
+            buffers.append(blocks[block].fill_(torch.nan))
+        return found
+
+    def no_cat(*_):
+        raise AssertionError("the pieces were concatenated by a copy")
+
+    monkeypatch.setattr(engine, "_place", place)
+    monkeypatch.setattr(torch, "cat", no_cat)
+    results = engine.run_measured(x)
+    monkeypatch.undo()
+    assert error(results[0], net(x)) < 1e-5
+    (buffer,) = buffers
+    assert buffer.shape[1] == 48 and not buffer.isnan().any()
+    assert error(buffer, Units(list(net.units)[:3])(x)) < 1e-5
+
+
+def test_values_are_dropped_after_their_last_use() -> None:
+    found = plan(lower_chain(list(prefix_of("wrn").units)))
+    made = [value for step in found.steps for value in outs(step)]
+    dropped = [value for dead in found.dead_after for value in dead]
+    assert len(dropped) == len(set(dropped)) and set(made) - set(dropped) == {made[-1]}
+    for i, dead in enumerate(found.dead_after):
+        for step in found.steps[i + 1 :]:
+            assert not set(dead) & set(step.inputs())
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_odd_convolutions_run_plain(padding: int) -> None:
+    """Groups, dilation, other sizes and paddings, an add that broadcasts, an affine behind a ReLU."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Conv2d(3, 8, 5, padding=2)
+            self.grouped = nn.Conv2d(8, 8, 3, padding=padding, groups=4)
+            self.dilated = nn.Conv2d(8, 8, 3, padding=2 + padding, dilation=2 + padding, bias=False)
+            self.pooled = nn.AdaptiveAvgPool2d(1)
+            self.bn, self.last = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.grouped(torch.relu(self.wide(x)))
+            b = torch.relu(self.dilated(a) + self.pooled(a))
+            return self.last(torch.relu(self.bn(b)) + b)
+
+    net, x = trained(Units([Odd()])), images()
+    engine = engine_of(net, ops=references(last_way))
+    assert error(engine.run_measured(x)[0], net(x)) < 1e-5
+    assert set(engine.ways.values()) == {PLAIN}
+
+
+def test_an_add_that_broadcasts_runs_plain() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(x) + self.pool(x))
+
+    net, x = trained(Units([Gate()])), images()
+    engine = engine_of(net, ops=references(last_way))
+    assert error(engine.run_measured(x)[0], net(x)) < 1e-5
+    assert list(engine.ways.values()) == [PLAIN] and engine.fused()["conv3x3+add+relu"] == 1
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_is_expected_of_the_first_and_the_last_image(groups: int) -> None:
+    module = nn.Conv2d(8, 8, 3, padding=1, groups=groups).requires_grad_(False)
+    x, add = (torch.randn(4, 8, 6, 6).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    constants = Constants.of(module.weight, module.bias, torch.float32)
+    call = ConvCall(references(first_way), module, x, constants, None, add, True, None, None, False)
+    (found,) = call.expected(slice(None, None, 3))
+    assert error(found, torch.relu(module(x) + add)[[0, 3]]) < 1e-6
+    (plain,) = call.run(PLAIN)
+    assert error(plain[::3], found) < 1e-6
+
+
+def test_linear_and_vectors() -> None:
+    head = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6),
+                         nn.BatchNorm1d(6), nn.ReLU(), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))  # fmt: skip
+    net, x = trained(Units([head])), images()
+    engine = engine_of(net, ops=references(last_way))
+    assert error(engine._finish(engine.run_measured(x))[0], net(x)) < 1e-5
+
+
+def test_a_stranger_sees_the_layout_that_eager_has() -> None:
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(x.shape[0], -1)  # an error on a channels-last image
+
+    net, x = trained(Units([nn.Sequential(nn.Conv2d(3, 4, 3), Flat())])), images()
+    engine = engine_of(net, ops=references(last_way))
+    assert error(engine._finish(engine.run_measured(x))[0], net(x)) < 1e-5
+
+
+def test_a_double_net_is_refused() -> None:
+    with pytest.raises(Refused, match=r"not in torch\.float64"):
+        engine_of(prefix_of("wrn", 2), dtype=torch.float64)
+
+
+def test_outputs_are_copies() -> None:
+    """The same value twice, an input handed through, and a value of a kept buffer."""
+    net = trained(Units([nn.Conv2d(3, 4, 1)]))
+    engine = engine_of(net, ops=references(last_way))
+    x = images()
+    (raw,) = engine.run_plain(x)
+    (found,) = engine._finish((raw,))
+    assert found.data_ptr() != raw.data_ptr() and torch.equal(found, raw)
+
+
+class FakeGraph:
+    def replay(self) -> None: ...
+
+
+def test_when_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call in a row of one shape; four shapes at most; never again a shape that was refused."""
+    monkeypatch.setattr(cuda, "on_gpu", lambda inputs: True)
+    captured, prepared = [], []
+
+    def capture(self, inputs, prepare):
+        captured.append(inputs[0].shape[0])
+        prepare()
+        if inputs[0].shape[0] == 9:
+            raise RuntimeError("waits for the device")
+        return FakeGraph(), [x.clone() for x in inputs], (inputs[0].shape[0],)
+
+    monkeypatch.setattr(cuda.Graphs, "_capture", capture)
+    graphs = cuda.Graphs(lambda x: (x,))
+
+    def call(n: int) -> tuple | None:
+        return graphs((torch.full((n, 2), float(n)),), prepare=lambda: prepared.append(n))
+
+    assert [call(n) for n in (8, 8, 8, 3, 8, 3, 8)] == [None, (8,), (8,), None, (8,), None, (8,)]
+    assert captured == prepared == [8]
+    assert call(9) is None and call(9) is None and call(9) is None and captured.count(9) == 1
+    assert list(graphs.refused.values()) == ["RuntimeError: waits for the device"]
+    for n in (20, 21, 22, 23):
+        call(n), call(n)
+    assert len(graphs._held) == cuda.MOST_GRAPHS
+
+
+def test_inputs_are_copied_to_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "on_gpu", lambda inputs: True)
+    mine = torch.zeros(2, 3)
+    monkeypatch.setattr(cuda.Graphs, "_capture", lambda self, inputs, prepare: (FakeGraph(), [mine], (mine,)))
+    graphs = cuda.Graphs(lambda x: (x,))
+    graphs((torch.ones(2, 3),))
+    (out,) = graphs((torch.full((2, 3), 5.0),))
+    assert torch.equal(out, torch.full((2, 3), 5.0))
+    # Another layout or dtype of the same shape is another graph.
+    assert cuda.shape_key((mine,)) != cuda.shape_key((mine.t().contiguous().t(),))
+    assert cuda.shape_key((mine,)) != cuda.shape_key((mine.half(),))
+
+
+def test_exact_engine_off_the_gpu_is_the_originals() -> None:
+    net, x = prefix_of("wrn", 3), images()
+    engine = cuda.CudaExactEngine(lambda x: (net(x),))
+    for _ in range(3):
+        assert torch.equal(engine(x)[0], net(x))
+    assert engine.fallbacks == [] and engine.bytes_held == 0
+
+
+# On a GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["densenet", "wrn", "vgg", "resnet"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_engine_on_gpu(name: str, dtype: torch.dtype) -> None:
+    net, x = prefix_of(name).cuda(), images(32, 32 if name != "vgg" else 8, "cuda")
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        wanted = net(x)
+        engine = engine_of(net, dtype=dtype)
+        limit = TOLERANCE[torch.float32 if dtype == torch.float32 else torch.bfloat16]
+        for i in range(4):  # plain, measured and captured, replayed twice
+            assert error(engine(x)[0], wanted) <= limit, i
+        assert engine.fused()["CUDA graph"] == 1 and not engine.fallbacks
+        held = engine(x)[0]
+        kept = held.clone()
+        other = engine(x * 0.5)[0]
+        assert torch.equal(held, kept) and error(other, net(x * 0.5)) <= limit
+        odd = x[:5]
+        assert error(engine(odd)[0], wanted[:5]) <= limit and engine.fused()["CUDA graph"] == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["densenet", "wrn"])
+def test_exact_engine_on_gpu_is_bit_equal(name: str) -> None:
+    net, x = prefix_of(name).cuda(), images(32, 32, "cuda")
+    engine = cuda.CudaExactEngine(lambda x: (net(x),))
+    with torch.no_grad():
+        for i in range(4):
+            assert torch.equal(engine(x * i)[0], net(x * i))
+    assert engine.fused()["CUDA graph"] == 1 and not engine.fallbacks
+
+
+@pytest.mark.cuda
+def test_a_prefix_that_waits_is_not_captured() -> None:
+    engine = cuda.CudaExactEngine(lambda x: (x * x.sum().item(),))
+    x = torch.randn(4, 3, device="cuda")
+    for _ in range(4):
+        assert torch.equal(engine(x)[0], x * x.sum().item())
+    assert "waits for the device" in engine.fallbacks[0]
+    torch.randn(4, device="cuda")  # the generator is not left inside a capture
+
+
+@pytest.mark.cuda
+def test_inside_a_graph_of_the_whole_step() -> None:
+    net, x = prefix_of("densenet").cuda(), images(16, 32, "cuda")
+    engine = engine_of(net, dtype=torch.bfloat16)
+    for _ in range(3):
+        engine(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (out,) = engine(x)
+    x.mul_(0.5)
+    graph.replay()
+    assert error(out, net(x)) <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.cuda
+def test_ways_agree_on_gpu() -> None:
+    """Every way of a few fused convolutions against the reference, cuDNN's fused forms among them."""
+    torch.manual_seed(0)
+    seen = set()
+    for size, relu, residual, second in [(1, True, False, False), (3, True, True, False), (3, False, True, True)]:
+        module = nn.Conv2d(24, 40, size, padding=size // 2, bias=False).cuda()
+        like = {"device": "cuda", "dtype": torch.bfloat16}
+        x, add = torch.randn(6, 24, 9, 7, **like), torch.randn(6, 40, 9, 7, **like)
+        x, add = (t.contiguous(memory_format=torch.channels_last) for t in (x, add))
+        constants = Constants.of(module.weight.detach(), torch.randn(40, device="cuda"), torch.bfloat16)
+        affine = tuple(torch.randn(2, 40, device="cuda"))
+        call = ConvCall(kernels, module, x, constants, None, add if residual else None, relu,
+                        affine if second else None, None, False)  # fmt: skip
+        for way in call.ways():
+            seen.add(way if isinstance(way, str) else "triton")
+            for found, want in zip(call.run(way), call.expected(slice(None)), strict=True):
+                assert error(found, want) <= kernels.tolerance(torch.bfloat16), way
+        call.way()
+    assert seen == {PLAIN, CUDNN, "triton"}
