@@ -2,6 +2,7 @@
 
 from .freezeout import FreezeOut, Transition
 from .fused_sgd import FusedSGD
+from .graphed import GraphedStep
 from .layers import Layer, Layers, find_layers
 from .native import build_info, version
 from .schedule import Schedule
@@ -11,6 +12,7 @@ __version__ = version()
 __all__ = [
     "FreezeOut",
     "FusedSGD",
+    "GraphedStep",
     "Layer",
     "Layers",
     "Schedule",

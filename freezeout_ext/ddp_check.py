@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .execution_order import Transient
+from .transient_hook import TransientHook
 
 
 class DDPCheck:
@@ -22,7 +22,7 @@ class DDPCheck:
         """To be called at each transition."""
         self._verified = None
         if self._handle is None and dist.is_available() and dist.is_initialized():
-            self._handle = self._model.register_forward_pre_hook(Transient(self._check))
+            self._handle = self._model.register_forward_pre_hook(TransientHook(self._check))
 
     def close(self) -> None:
         if self._handle is not None:

@@ -1,12 +1,12 @@
 """Whether the layers run in their order, seen at the model's first forward."""
 
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
 from torch import nn
 
 from .layers import Layers
+from .transient_hook import TransientHook
 
 
 class OrderCheck:
@@ -18,13 +18,13 @@ class OrderCheck:
         self._running = False
         self._calls = 0
         self._handles = [
-            model.register_forward_pre_hook(Transient(self._begin), prepend=True),
-            model.register_forward_hook(Transient(self._end)),
+            model.register_forward_pre_hook(TransientHook(self._begin), prepend=True),
+            model.register_forward_hook(TransientHook(self._end)),
         ]
         for i, layer in enumerate(layers):
             for module in layer.modules.values():
                 if module is not model:
-                    self._handles.append(module.register_forward_pre_hook(Transient(partial(self._see, i))))
+                    self._handles.append(module.register_forward_pre_hook(TransientHook(partial(self._see, i))))
 
     def close(self) -> None:
         for handle in self._handles:
@@ -50,26 +50,3 @@ class OrderCheck:
                     f"layers must be in the order of execution, but layer {i} ({self._layers[i].name}) runs after "
                     f"layer {j} ({self._layers[j].name}); pass layers=[...] in the order in which they run"
                 )
-
-
-class Transient:
-    """A hook that copies and pickles of the model do not keep."""
-
-    observes_only = True  # the frozen prefix need not keep away from it
-
-    def __init__(self, function: Callable) -> None:
-        self.function = function
-
-    def __call__(self, *args: object) -> None:
-        self.function(*args)
-
-    def __reduce__(self) -> tuple:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable:
-    return _do_nothing
-
-
-def _do_nothing(*_: object) -> None:
-    return None

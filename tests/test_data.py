@@ -98,7 +98,9 @@ def test_bad_arguments(arguments, message):
 
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ModuleNotFoundError, match=r"digits needs scikit-learn, found none: pip install 'freezeout_ext\[train\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"digits needs scikit-learn, found none: pip install 'freezeout_ext\[train\]'"
+    ):
         load_data("digits")
 
 

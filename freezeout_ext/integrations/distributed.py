@@ -1,23 +1,19 @@
 """Several processes: DistributedDataParallel follows the transitions, and what a step sends is measured."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..execution_order import Transient
 from ..freezeout import FreezeOut
-from . import in_process_group
+from ..transient_hook import TransientHook
+from .rank_errors import LostRank, check_same_on_all_ranks, lost_rank_explained
+
+__all__ = ["DDPFollower", "LostRank", "Traffic", "check_same_on_all_ranks", "lost_rank_explained"]
 
 logger = logging.getLogger("freezeout_ext")
-
-
-class LostRank(RuntimeError):
-    """Another process of the run is gone, or no longer does what this one does."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class DDPFollower:
         if ddp is not None:
             self._attach(ddp)
         else:
-            self._handle = freezeout.model.register_forward_pre_hook(Transient(self._find), prepend=True)
+            self._handle = freezeout.model.register_forward_pre_hook(TransientHook(self._find), prepend=True)
 
     def close(self) -> None:
         self._handle.remove()
@@ -75,7 +71,7 @@ class DDPFollower:
     def _attach(self, ddp: DistributedDataParallel) -> None:
         check_same_on_all_ranks(self.freezeout, ddp.process_group)
         self._ddp, self._ignored = ddp, set(ddp.parameters_to_ignore)
-        self._handle = ddp.register_forward_pre_hook(Transient(self._before_forward), prepend=True)
+        self._handle = ddp.register_forward_pre_hook(TransientHook(self._before_forward), prepend=True)
         self._record()
 
     def _is_due(self) -> bool:
@@ -125,38 +121,6 @@ class DDPFollower:
                 buffer_bytes=sum(b.numel() * b.element_size() for b in sent),
             )
         )
-
-
-def check_same_on_all_ranks(freezeout: FreezeOut, group: dist.ProcessGroup | None = None) -> None:
-    """Raises ValueError, on every rank, unless schedule, layers and step are those of rank 0: what freezes when."""
-    mine = {**asdict(freezeout.schedule), "layers": len(freezeout.layers), "step": freezeout.step_count}
-    every: list[dict] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(every, mine, group=group)
-    for rank, other in enumerate(every):
-        for name in mine:
-            if other[name] != every[0][name]:
-                raise ValueError(
-                    f"{name} must be the same on all ranks, rank 0 has {every[0][name]!r}, "
-                    f"rank {rank} {other[name]!r}"
-                )
-
-
-@contextmanager
-def lost_rank_explained(step: Callable[[], int]) -> Iterator[None]:
-    """Turns what a collective raises when a peer died into LostRank, whose message names the step."""
-    try:
-        yield
-    except RuntimeError as error:
-        if in_process_group() and any(text in str(error) for text in _LOST):
-            raise LostRank(
-                f"lost contact with another rank in step {step()}: it ended, or hangs; its own output "
-                "says why. Start all ranks again from the last checkpoint"
-            ) from error
-        raise
-
-
-# gloo, then NCCL
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "aborted")
 
 
 def _frozen_buffers(module: nn.Module, freezeout: FreezeOut) -> set[str]:

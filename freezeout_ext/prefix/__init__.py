@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from ..transient_hook import TransientHook
 from .chain import Chain, Unit
 from .folding import first_line, lower_chain, lower_graph
 from .graph import Recorder, Segment
-from .guard import HOOKED, STALE, OwnHook
+from .guard import HOOKED, STALE
 from .runtime import (
     MODES,
     TOLERANCE,
@@ -132,8 +133,8 @@ class Prefix:
         if num_frozen and self.mode != "off":
             self._pending = "chain"
             self._handles = [
-                self.model.register_forward_pre_hook(OwnHook(self._before), with_kwargs=True),
-                self.model.register_forward_hook(OwnHook(self._after), with_kwargs=True),
+                self.model.register_forward_pre_hook(TransientHook(self._before), with_kwargs=True),
+                self.model.register_forward_hook(TransientHook(self._after), with_kwargs=True),
             ]
 
     def close(self) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..transient_hook import TransientHook
 from .chain import Unit
-from .guard import OwnHook, autocast_state, ineligible
+from .guard import autocast_state, ineligible
 from .runtime import PROBE_SAMPLES
 
 
@@ -67,7 +68,7 @@ class Recorder:
             if reason is not None:
                 self.recording.refused[unit.name] = reason
                 continue
-            before, after = OwnHook(partial(self._before, unit)), OwnHook(partial(self._after, unit))
+            before, after = TransientHook(partial(self._before, unit)), TransientHook(partial(self._after, unit))
             self._handles.append(unit.module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(unit.module.register_forward_hook(after))
 

@@ -128,24 +128,3 @@ def _class_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _same(forward: Callable) -> Callable:
     return forward
-
-
-class OwnHook:
-    """A hook that copies and pickles of the module do not keep."""
-
-    def __init__(self, function: Callable) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> None:
-        self.function(*args)
-
-    def __reduce__(self) -> tuple:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable:
-    return _nothing
-
-
-def _nothing(*_: Any) -> None:
-    return None

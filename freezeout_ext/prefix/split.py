@@ -19,8 +19,9 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ..transient_hook import TransientHook
 from .folding import mutates
-from .guard import Guard, OwnForward, OwnHook, autocast_state, has_hooks, plain_tensor
+from .guard import Guard, OwnForward, autocast_state, has_hooks, plain_tensor
 from .runtime import Refused, Runner, constant, same, same_random_numbers
 
 SCALARS = (bool, int, float, str, type(None))
@@ -297,7 +298,7 @@ class Playback:
             if getattr(module, "_compiled_call_impl", None) is not None:
                 self.remove()
                 raise Refused(f"{name} is compiled in place and cannot be watched")
-            hook = OwnHook(lambda m, args, kwargs, output, name=name: self._note(name, args, kwargs, output))
+            hook = TransientHook(lambda m, args, kwargs, output, name=name: self._note(name, args, kwargs, output))
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _note(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:

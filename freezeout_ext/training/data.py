@@ -204,7 +204,8 @@ def _read_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], str]:
         import sklearn
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("digits needs scikit-learn, found none: pip install 'freezeout_ext[train]'") from error
+        message = "digits needs scikit-learn, found none: pip install 'freezeout_ext[train]'"
+        raise ModuleNotFoundError(message) from error
     digits = load_digits()
     # Pixels are 0..16; times 15 they fill a byte and stay exact.
     images = torch.from_numpy(digits.images).mul(15).to(torch.uint8).unsqueeze(1)
