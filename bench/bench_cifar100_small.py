@@ -25,7 +25,8 @@ def main() -> None:
     add = parser.add_argument
     add("--data-dir", type=Path, required=True)
     add("--nets", nargs="+", default=NETS)
-    add("--epochs", type=int, default=5)
+    add("--epochs", type=int, default=30)
+    add("--steps", type=int, help="instead of --epochs")
     add("--batch-size", type=int, default=50)
     add("--seeds", type=int, default=3)
     add("--threads", type=int, default=1)
@@ -35,7 +36,9 @@ def main() -> None:
     args = parser.parse_args()
     kinds = ("freezeout", "short", "no-anneal") if args.all_arms else ("freezeout",)
     arms = [Arm("full"), *(Arm(kind, t_0, how_scale) for kind in kinds for how_scale, t_0 in FREEZEOUTS)]
-    base = TrainConfig(data="cifar100", epochs=args.epochs, batch_size=args.batch_size, threads=args.threads)
+    base = TrainConfig(
+        data="cifar100", epochs=args.epochs, steps=args.steps, batch_size=args.batch_size, threads=args.threads
+    )
     found = []
     for name in args.nets:
         comparison = Comparison(
