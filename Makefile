@@ -34,5 +34,5 @@ clean:
 	touch $@
 
 .venv/test-ready: $(INPUTS)
-	PYTHON="$(PYTHON)" sh scripts/setup_venv.sh train,tensorboard,dev
+	PYTHON="$(PYTHON)" sh scripts/setup_venv.sh train,tensorboard,lightning,transformers,dev
 	touch .venv/demo-ready $@

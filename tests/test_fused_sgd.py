@@ -279,7 +279,8 @@ def test_a_swapped_storage_is_noticed():
     step_both(ours, theirs)
     for optimizer in (ours, theirs):
         p = params_of(optimizer)[0]
-        optimizer.state[p]["momentum_buffer"] = optimizer.state[p]["momentum_buffer"] * 2
+        old.append(optimizer.state[p]["momentum_buffer"])  # alive, so that a stale address would be written
+        optimizer.state[p]["momentum_buffer"] = old[-1] * 2
     step_both(ours, theirs)
     for optimizer in (ours, theirs):
         p = params_of(optimizer)[0]

@@ -138,6 +138,6 @@ class AgainstTorch(RuleBasedStateMachine):
 
 
 AgainstTorch.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=20, deadline=None, derandomize=True, database=None
+    max_examples=250, stateful_step_count=20, deadline=None, derandomize=True, database=None
 )
 TestAgainstTorch = AgainstTorch.TestCase

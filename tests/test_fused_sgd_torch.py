@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 from freezeout_ext import FusedSGD
 
 pytest.importorskip("expecttest", reason="torch's test helpers import it")
-from torch.testing._internal.common_optimizers import optim_db
+# Its import would forbid the whole process to set torch.backends flags, as the training loop does in other tests.
+with mock.patch.object(torch.backends, "disable_global_flags"):
+    from torch.testing._internal.common_optimizers import optim_db
 
 SGD_INFO = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
 INFO = copy.copy(SGD_INFO)

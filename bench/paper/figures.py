@@ -3,7 +3,7 @@
     python bench/paper/figures.py wrn-cifar100 --data-dir DATA --out runs/paper
     python bench/paper/figures.py densenet-cifar100 ...      also: densenet-cifar10, vgg-cifar100
     python bench/paper/figures.py wrn-cifar100 --setting modern ...
-    python bench/paper/figures.py wrn-cifar100 --rehearse --out /tmp/rehearsal     digits, tiny nets, seconds on a CPU
+    python bench/paper/figures.py wrn-cifar100 --rehearse --out rehearsal     digits, tiny nets, seconds on a CPU
 
 Each call trains for --minutes (9) and ends with status 75 while something is left to train; the same command goes on,
 in the middle of a run too. It draws what is there each time:
