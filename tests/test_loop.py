@@ -128,6 +128,7 @@ def test_equal_configs_end_in_equal_weights_and_the_seed_matters(whole_run, tmp_
 KILLED = """
 import os, signal, sys
 from freezeout_ext.training import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 def step(self, step):
     if step == 5:
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
