@@ -520,3 +520,26 @@ def test_a_number_of_a_frozen_module_that_changes_later_is_seen(mode):
             expected, found = one_step(plain, seed), one_step(model, seed)
             torch.testing.assert_close(found["loss"], expected["loss"], rtol=0 if mode == "exact" else 1e-4, atol=0)
         assert prefix.report().route == "chain"
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else -self.conv(x)
+
+
+@pytest.mark.parametrize("num_frozen", [1, 2])
+@pytest.mark.parametrize("first", [Untraceable, lambda: nn.ConvTranspose2d(3, 6, 1)], ids=["untraceable", "torch's"])
+def test_a_module_that_is_not_written_as_steps_runs_by_its_own_forward(first, num_frozen):
+    """Not by the one that is installed on it, which would call the engine again."""
+    last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+    model = nn.Sequential(first(), nn.Sequential(*conv_bn(6, 6)), last).train()
+    plain, model, prefix = pair(model, num_frozen, "folded")
+    for seed in range(3):
+        expected, found = one_step(plain, seed), one_step(model, seed)
+        torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-4, atol=0)
+    assert prefix.report().route == "chain", prefix.report()
+    assert not prefix._parts[0].looked_inside

@@ -115,8 +115,8 @@ def _fuse(program: Program) -> list[Step]:
 
 def _pooled(step: Step) -> int | None:
     """The value that a 2x2 average pooling without padding pools."""
-    pool = step.function if isinstance(step, Call) and step.averages else None
-    if not isinstance(pool, nn.AvgPool2d) or pool.divisor_override or len(step.args) != 1 or step.kwargs:
+    pool = step.averages if isinstance(step, Call) else None
+    if pool is None or pool.divisor_override or len(step.args) != 1 or step.kwargs:
         return None
     both = (pool.kernel_size, pool.stride)
     return step.args[0].value if all(size in (2, (2, 2)) for size in both) else None

@@ -112,8 +112,9 @@ class Cat(Step):
 class Call(Step):
     """y = function(*args, **kwargs), values given as Ref inside args and kwargs.
 
-    `any_layout`: the function may be given channels-last tensors. `averages`: it is an average over H, W windows
-    without padding, which commutes with a 1x1 convolution.
+    A module's is its own forward: what is installed on the module is the engine that runs this step.
+    `any_layout`: the function may be given channels-last tensors. `averages`: the module, where it is an average over
+    H, W windows without padding, which commutes with a 1x1 convolution.
     """
 
     function: Callable
@@ -121,7 +122,7 @@ class Call(Step):
     kwargs: dict
     name: str
     any_layout: bool = False
-    averages: bool = False
+    averages: nn.AvgPool2d | None = None
 
     def inputs(self) -> list[int]:
         return refs((self.args, self.kwargs))
@@ -246,7 +247,7 @@ def _lower_module(program: Program, module: nn.Module, args: tuple, kwargs: dict
         del program.steps[mark[0] :]
         program.renamed = mark[1]
         program.notes.append(f"{name} ({type(module).__name__}) runs as it is: {first_line(error)}")
-        return _call(program, module, args, kwargs, name)
+        return _call(program, module.forward, args, kwargs, name)
 
 
 class _OneLevel(fx.Tracer):
@@ -344,7 +345,8 @@ def _call_torch_module(program: Program, module: nn.Module, args: tuple, kwargs:
         module = copy.copy(module)  # shares its tensors; the caller sees to what it changed
         module.inplace = False
     averages = type(module) is nn.AvgPool2d and not any(_pair(module.padding)) and not module.ceil_mode
-    return _call(program, module, args, kwargs, name, any_layout=isinstance(module, LAYOUT_SAFE), averages=averages)
+    flags = {"any_layout": isinstance(module, LAYOUT_SAFE), "averages": module if averages else None}
+    return _call(program, module.forward, args, kwargs, name, **flags)
 
 
 def _is_torch(module: nn.Module) -> bool:
@@ -358,7 +360,7 @@ def _emit(program: Program, kind: type[Step], **fields: Any) -> Ref:
     return Ref(step.out)
 
 
-def _call(program: Program, function: Callable, args: tuple, kwargs: dict, name: str, **flags: bool) -> Ref:
+def _call(program: Program, function: Callable, args: tuple, kwargs: dict, name: str, **flags: Any) -> Ref:
     return _emit(program, Call, function=function, args=tuple(args), kwargs=dict(kwargs), name=name, **flags)
 
 
