@@ -192,6 +192,7 @@ def test_resume_starts_where_there_is_no_run_yet(tmp_path):
 
 
 def test_no_freezeout_freezes_nothing(tmp_path, capsys):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install freezeout_ext[tensorboard]")
     assert cli.main(["train", *TINY, "--no-freezeout", "--tensorboard", "--out", str(tmp_path / "run")]) == 0
     assert ": froze " not in capsys.readouterr().out
     assert RunFolder(tmp_path / "run").load_result()["transitions"] == []

@@ -1,5 +1,6 @@
 """torch.compile: layer by layer two graphs a transition, frozen layers without a backward, and never silently eager."""
 
+import inspect
 import warnings
 
 import pytest
@@ -141,6 +142,10 @@ def test_a_graph_break_is_an_error_unless_allowed():
     train(model, optimizer, freezeout, [0])
 
 
+@pytest.mark.skipif(
+    "recompile_limit" not in inspect.signature(torch.compile).parameters,
+    reason="this torch has one limit for the whole process",
+)
 def test_a_limit_that_is_reached_is_an_error_not_eager():
     model = net()
     optimizer, freezeout = controlled(model)
@@ -151,7 +156,7 @@ def test_a_limit_that_is_reached_is_an_error_not_eager():
 
 def test_a_model_compiled_as_a_whole_is_unwrapped_and_warned_about_only_beyond_the_limit():
     limit = torch._dynamo.config.recompile_limit
-    with pytest.warns(UserWarning, match="eager for good.*max_transitions=6.*CompiledLayers"):
+    with pytest.warns(UserWarning, match=f"eager for good.*max_transitions={limit - 2} .*CompiledLayers"):
         _, freezeout = controlled(torch.compile(net(depth=limit)))
     assert not any(name.startswith("_orig_mod") for layer in freezeout.layers for name in layer.parameters)
     in_place = net(depth=limit)

@@ -626,4 +626,6 @@ def test_compiled_code_traces_torch_s_for_loop():
     set_gradients(ours, theirs)
     torch.compile(ours.step, backend="eager")()
     theirs.step()
-    assert_equal(ours, theirs)
+    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+        # Some releases trace add(x, alpha) as a product and a sum: two roundings for one.
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
