@@ -304,6 +304,18 @@ def test_choose() -> None:
         kernels.choose("test_choose none", {"broken": broken}, **given)
 
 
+def test_a_candidate_that_leaves_its_own_memory_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would find there what the candidate before wrote: the right result."""
+    if INTERPRETED:
+        pytest.skip("only a GPU's allocator is known to hand out again what was freed last")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    right = torch.randn(64, 1024, device=DEVICE)
+    candidates = {"right": lambda: [right.clone()], "silent": lambda: [torch.empty_like(right)]}
+    given = {"outputs": [], "expected": lambda: [right], "tolerance": 1e-3, "scratch": [right]}
+    assert kernels.choose("test unwritten", candidates, **given) == "right"
+    assert "off by nan" in kernels.choices()["test unwritten"].rejected["silent"]
+
+
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [

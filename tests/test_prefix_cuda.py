@@ -49,7 +49,7 @@ def last_way(key, candidates, **_):
     return list(candidates)[-1]
 
 
-def checked_last_way(key, candidates, *, outputs, expected, tolerance):
+def checked_last_way(key, candidates, *, outputs, expected, tolerance, scratch):
     """As `kernels.choose` compares, the last candidate taken."""
     wanted = expected()
     for run in candidates.values():
@@ -212,6 +212,27 @@ def test_a_known_choice_is_not_measured_again() -> None:
     engine.run_measured(x)
     # Two bottlenecks a stage, of like 3x3 convolutions into unlike slices.
     assert known > 10 and engine.ways == ways
+
+
+def test_a_longer_block_is_not_measured_anew() -> None:
+    """At the next frontier its buffer is wider, and every convolution in it reads and writes with another stride."""
+    keys: list[set] = []
+
+    def choose(key, candidates, **_):
+        keys[-1].add(key)
+        return list(candidates)[-1]
+
+    torch.manual_seed(0)
+    net = DenseNet(22, 12)
+    units = list(trained(Units([net.stem, *net.blocks])).units)
+    widths = []
+    for count in (3, 4):  # 48 channels; 60, padded to 64
+        keys.append(set())
+        engine = engine_of(Units(units[:count]), ops=references(choose))
+        engine.run_measured(images())
+        widths.append({block.channels for block, _, _ in engine.plan.places.values()})
+    assert widths == [{48}, {64}]
+    assert len(keys[0]) == 5 and keys[0] < keys[1] and len(keys[1] - keys[0]) <= 2  # the new bottleneck's
 
 
 def test_a_value_is_placed_once() -> None:
