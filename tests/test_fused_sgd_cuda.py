@@ -1,8 +1,8 @@
 """FusedSGD on a GPU against the CPU and against torch; what needs no GPU runs on the CPU as well.
 
-CUDA and CPU run the same formula with every fma spelled out, so they are equal bit for bit. torch's own CUDA kernels are
-compiled with contraction allowed: wherever nvcc contracted another pair than we do, a sum differs by one rounding of its
-larger addend, here of values of the order of 1.
+CUDA and CPU run the same formula with every fma spelled out, so they are equal bit for bit. torch's own CUDA kernels
+are compiled with contraction allowed: wherever nvcc contracted another pair than we do, a sum differs by one rounding
+of its larger addend, here of values of the order of 1.
 """
 
 import copy

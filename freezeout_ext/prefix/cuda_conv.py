@@ -211,6 +211,6 @@ class ConvCall:
 
 
 def _layout_class(image: Tensor) -> tuple:
-    """What of a layout decides how it is best read: a block's buffer grows with each frontier, its alignment does not."""
+    """Whether dense, and how aligned. A block's buffer grows with each frontier, its alignment does not."""
     rows = Rows.of("image", image)
     return rows.stride == image.shape[1], math.gcd(16, rows.stride), rows.skip % 16
