@@ -33,7 +33,9 @@ mkdir -p "$out" "$work/logs" "$work/benchmarks"
 [ $# -gt 0 ] || set -- build test sanitize optimizer kernels step
 python=${PYTHON:-python3}
 COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || true)}
-export COMMIT PYTHONUNBUFFERED=1
+given_path=${PYTHONPATH:-}
+PYTHONPATH=$PWD${given_path:+:$given_path}
+export COMMIT PYTHONPATH PYTHONUNBUFFERED=1
 failed=""
 
 say() { echo "== $(date +%H:%M:%S) $*"; }
@@ -51,13 +53,21 @@ logged() {
 }
 
 build() {
+  "$python" - <<'PYTHON' || return 1
+import sys
+from importlib.metadata import version
+
+found = version("setuptools")
+if int(found.split(".")[0]) < 77:
+    sys.exit(f"setuptools must be >= 77 for pyproject.toml's license, found {found}: bring its wheel")
+PYTHON
   rm -f freezeout_ext/_C*.so
   logged build 400 env FREEZEOUT_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps --force-reinstall . ||
     return 1
-  installed=$(cd / && "$python" -c 'import freezeout_ext; print(freezeout_ext.build_info()["module"])') || return 1
+  installed=$(cd / && PYTHONPATH=$given_path "$python" -c 'import freezeout_ext; print(freezeout_ext.build_info()["module"])') || return 1
   cp "$installed" freezeout_ext/ || return 1
   # The installed package by itself: compiled, with CUDA, and a step that runs.
-  (cd / && "$python" - <<'PYTHON'
+  (cd / && PYTHONPATH=$given_path "$python" - <<'PYTHON'
 import torch
 from freezeout_ext import FusedSGD, build_info
 from freezeout_ext.native import cuda_unavailable_reason
@@ -76,9 +86,7 @@ PYTHON
   # And the tree, which the tests and benchmarks import, with the same module.
   "$python" - <<'PYTHON'
 import os
-import sys
 
-sys.path.insert(0, os.getcwd())
 from freezeout_ext import build_info
 
 module = build_info()["module"]

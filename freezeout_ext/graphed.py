@@ -200,7 +200,9 @@ class _Graph:
         try:
             self._run = backend.capture(lambda: step(*self._inputs))
         except RuntimeError as error:
-            raise RuntimeError(f"the step cannot be captured as a CUDA graph; run it without: {error}") from error
+            # The end of a capture that failed raises another error, which only says so.
+            reason = error.__context__ or error
+            raise RuntimeError(f"the step cannot be captured as a CUDA graph; run it without: {reason}") from error
 
     def replay(self, *batch: Tensor) -> Result:
         for mine, given in zip(self._inputs, batch, strict=True):

@@ -374,7 +374,7 @@ def test_a_net_by_the_kernels(net: torch.nn.Module) -> None:
     )  # fmt: skip
     engine.tf32 = False
     x = torch.randn(1, 3, 8, 8, device=DEVICE)
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         wanted = torch.nn.Sequential(*units)(x)
     for run in (engine.run_plain, engine.run_measured):
         assert_close(run(x)[0], wanted, 1e-5)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from freezeout_ext import FreezeOut, FusedSGD, Schedule, native
+from freezeout_ext import FreezeOut, FusedSGD, Schedule, graphed, native
 from freezeout_ext.graphed import MAX_SHAPES, MOST_UNSETTLED_STEPS, WARM_UP_STEPS, GraphedStep
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix import runtime
@@ -377,7 +377,10 @@ def test_what_cannot_be_captured_is_refused_by_name():
 
     class Fails(HostGraphs):
         def capture(self, body):
-            raise RuntimeError("operation not permitted when stream is capturing")
+            try:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            finally:
+                raise RuntimeError("capture ended")  # as torch.cuda.graph's end does
 
     model, optimizer, freezeout = make(fused=True)
     step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=Fails())
@@ -394,6 +397,33 @@ def test_close_leaves_all_to_others():
     step.close()
     assert not step._graphs and not freezeout._transition_hooks
     plain_loop(model, optimizer, freezeout, batches(STEPS - 6))
+
+
+@pytest.mark.parametrize(
+    ("device", "steps"), [("cpu", 60), pytest.param("cuda", 1000, marks=pytest.mark.native_cuda)]
+)  # fmt: skip
+@pytest.mark.parametrize("prefix", ["off", "exact"])
+@needs_native
+def test_replays_equal_eager_steps_bit_for_bit(device, steps, prefix, monkeypatch):
+    """Across every transition of a run, an odd batch among the others; rates come from the counter in both."""
+    runs = []
+    for graphs in (False, True):
+        monkeypatch.setattr(graphed, "MAX_SHAPES", MAX_SHAPES if graphs else 0)
+        torch.manual_seed(1)
+        model = build_model("wrn-10-1", 4, image_size=8).to(device)
+        optimizer = FusedSGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+        freezeout = FreezeOut(model, optimizer, total_steps=steps, t_0=0.3, how_scale="linear", prefix=prefix)
+        backend = HostGraphs() if device == "cpu" else None
+        step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
+        losses = []
+        for inputs, targets in batches(steps, odd=7):
+            losses.append(step(inputs.to(device), targets.to(device))[0])
+        assert freezeout.num_frozen == len(freezeout.layers) - 1
+        assert (step.captures >= len(freezeout.layers), step.replays > steps // 8) == (graphs, graphs)
+        assert step.eager_steps + step.replays == steps
+        runs.append((torch.stack(losses), model))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert_equal_weights(runs[1][1], runs[0][1])
 
 
 @pytest.mark.cuda

@@ -37,17 +37,10 @@ def train_stage(args: argparse.Namespace, base: TrainConfig, deadline: float) ->
             base, args.out, arms=arms, seeds=range(count), resume=True, data_dir=args.data_dir, download=args.download
         )
         try:
-            summary = comparison.run(lambda title: _reporter(title, deadline))
+            summary = comparison.run(lambda title: _Titled(title, deadline))
         except OutOfTime:
             return summary, False
     return summary, True
-
-
-def _reporter(title: str, deadline: float) -> StageReporter:
-    # Asked for before each run that is not done: also where there is no time for its first epoch.
-    if time.monotonic() >= deadline:
-        raise OutOfTime
-    return _Titled(title, deadline)
 
 
 class _Titled(StageReporter):
@@ -56,6 +49,9 @@ class _Titled(StageReporter):
         self._title = title
 
     def start(self, trainer) -> None:
+        # Finished runs do not get here: a stage without time still compares them.
+        if time.monotonic() >= self._deadline:
+            raise OutOfTime
         super().start(trainer)
         self.line(f"{self._title}, from epoch {trainer.epoch}")
 
