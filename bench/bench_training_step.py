@@ -47,7 +47,7 @@ NETS = ("densenet-76-12", "wrn-40-4", "vgg-16")
 FROZEN = (0.0, 0.25, 0.5, 0.75)
 CLASSES = 100
 OPTIONS = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
-LR = 1e-2
+LR = 1e-3
 COMPARED_STEPS = 5
 # The prefix's trial and the capture are behind an arm then.
 WARM_UP_STEPS = 24
@@ -293,7 +293,7 @@ def test_training_step(benchmark, net, frozen):
     if DEVICE.type == "cpu" and not os.environ.get("FREEZEOUT_BENCH_ON_CPU"):
         pytest.skip("no GPU; FREEZEOUT_BENCH_ON_CPU=1 runs it on the CPU all the same (minutes)")
     torch.backends.cudnn.benchmark = True
-    found, arms = measure(Case(net, frozen), rounds=7, steps=10)
+    found, arms = measure(Case(net, frozen), rounds=5, steps=10)
     if frozen == 0.5:
         split = images_of_an_epoch(50_000, arms["authors"].case)
         seconds = {name: epoch_seconds(arms[name], split, 128) for name in EPOCH_ARMS}

@@ -7,6 +7,10 @@ of its larger addend, here of values of the order of 1.
 
 import copy
 import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -393,3 +397,26 @@ def test_a_captured_step_keeps_overflow_on_the_device():
         found.fill_(value)
         graph.replay()
         assert (p == expected).all(), value
+
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH or in /usr/local/cuda")
+def test_the_machine_code_moves_16_bytes_an_access(tmp_path):
+    """Two vectors of each operand in flight, by loads that know their memory is global; nothing in local memory."""
+    triton = pytest.importorskip("triton", reason="Triton's package carries the disassembler")
+    source = Path(__file__).parent.parent / "csrc" / "fused_sgd_cuda.cu"
+    command = [NVCC, "-O3", "-std=c++17", "-fmad=false", "-arch=sm_90", "-DFREEZEOUT_WITH_CUDA", "-cubin"]
+    subprocess.run([*command, str(source), "-o", str(tmp_path / "out.cubin")], check=True, capture_output=True)
+    disassembler = triton.knobs.nvidia.cuobjdump.path
+    sass = subprocess.run(
+        [disassembler, "--dump-sass", str(tmp_path / "out.cubin")], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = [part for part in sass.split("Function : ")[1:] if "fused_sgd_kernel" in part.split()[0]]
+    assert len(kernels) == 12
+    for kernel in kernels:
+        # 3 operands, 2 vectors each; written: parameter, buffer, and the gradient where it is unscaled.
+        assert len(re.findall(r"\bLDG\.E\.128\b(?!\.CONSTANT)", kernel)) == 6, kernel.split()[0]
+        assert len(re.findall(r"\bSTG\.E\.128\b", kernel)) == 6, kernel.split()[0]
+        assert not re.search(r"\b(LDL|STL|LD\.E|ST\.E)\b", kernel), kernel.split()[0]

@@ -137,10 +137,25 @@ def test_figures_of_a_gpu_are_found_by_their_benchmarks(report):
         assert word in text
 
 
-def test_the_script_is_a_posix_shell_s(tmp_path):
+def test_the_script_runs_in_a_posix_shell(tmp_path):
     subprocess.run(["sh", "-n", str(BENCH / "gpu.sh")], check=True)
-    done = subprocess.run(
-        ["sh", str(BENCH / "gpu.sh"), "everything"], capture_output=True, text=True,
-        env={**os.environ, "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")},
-    )  # fmt: skip
+    given = {
+        "OUT": str(tmp_path / "out"),
+        "WORK": str(tmp_path / "work"),
+        "PYTHON": sys.executable,
+        "COMMIT": "4567cdef",
+    }
+
+    def run(*parts):
+        command = ["sh", str(BENCH / "gpu.sh"), *parts]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **given})
+
+    done = run("report")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(path.read_text())["commit"] == "4567cdef" and "not measured" in done.stdout
+    done = run("train")
+    assert done.returncode == 1 and "train needs CIFAR=folder" in done.stdout
+    assert done.stdout.splitlines()[-1] == "failed: train"
+    done = run("everything")
     assert done.returncode == 2 and "part must be one of build, test, sanitize" in done.stderr
