@@ -17,14 +17,15 @@
 #   step       bench_training_step.py, one net after the other
 #   train      full training, cubic scaled 0.8 and the shortened cosine, WRN-40-4 on CIFAR-100, run by run: finished runs
 #              are kept, an unfinished one goes on where WORK is still there
+#   figure     one of the paper's figures, run by run likewise: FIGURE (wrn-cifar100), SETTING (paper, or modern: batch 512)
 #   report     OUT/DEVICE.json and a table, of all that WORK holds; also at the end of every call
 #
-# OUT (gpu-results)   few small files: DEVICE.json, logs.tar.gz, runs.tar.gz, chart.png
+# OUT (gpu-results)   few small files: DEVICE.json, logs.tar.gz, runs.tar.gz, chart.png, figure.png
 # WORK (build/gpu)    everything else; keep it between calls on one machine
 # RUNS                a runs.tar.gz of an earlier call, on another machine perhaps: its finished runs count
 # COMMIT              for a tree without .git
-# CIFAR               for train: the folder with cifar-100-python in it
-# MINUTES (9)         for train; SEEDS (3), EPOCHS (100), BATCH (128), ARMS ("full freezeout short") too
+# CIFAR               for train and figure: the folder with cifar-100-python in it
+# MINUTES (9)         for train and figure; SEEDS (3), EPOCHS (100), BATCH (128), ARMS ("full freezeout short") too
 set -u
 cd "$(dirname "$0")/.."
 out=${OUT:-gpu-results}
@@ -167,6 +168,16 @@ train() {
   [ $code = 0 ] || [ $code = 75 ] # 75: the same part goes on
 }
 
+figure() {
+  [ -n "${CIFAR:-}" ] || { echo "figure needs CIFAR=folder with cifar-100-python, or cifar-10-batches-py, in it"; return 1; }
+  [ -z "${RUNS:-}" ] || tar xzf "$RUNS" -C "$work" || return 1
+  LINES_SHOWN=30 logged figure 590 "$python" bench/paper/figures.py "${FIGURE:-wrn-cifar100}" \
+    --setting "${SETTING:-paper}" --data-dir "$CIFAR" --out "$work/paper" --minutes "${MINUTES:-9}" \
+    --seeds "${SEEDS:-3}" --epochs "${EPOCHS:-100}"
+  code=$?
+  [ $code = 0 ] || [ $code = 75 ]
+}
+
 report() {
   "$python" bench/gpu_report.py --work "$work" --out "$out"
 }
@@ -174,11 +185,11 @@ report() {
 for part in "$@"; do
   say "$part"
   case $part in
-    build | sanitize | optimizer | kernels | step | train) $part || failed="$failed $part" ;;
+    build | sanitize | optimizer | kernels | step | train | figure) $part || failed="$failed $part" ;;
     test) tests || failed="$failed $part" ;;
     compile) compiled || failed="$failed $part" ;;
     report) ;;
-    *) echo "part must be one of build, test, sanitize, optimizer, kernels, compile, step, train, report, got $part" >&2; exit 2 ;;
+    *) echo "part must be one of build, test, sanitize, optimizer, kernels, compile, step, train, figure, report, got $part" >&2; exit 2 ;;
   esac
   # After every part: a call that is stopped leaves what it has.
   report >"$work/logs/report.log" 2>&1 || { cat "$work/logs/report.log"; failed="$failed report"; }

@@ -2,9 +2,9 @@
 
     python bench/gpu_report.py --work build/gpu --out gpu-results
 
-Reads WORK/benchmarks/*.json (pytest-benchmark), WORK/*.xml (JUnit), WORK/logs/sanitize-*.log and WORK/claim; writes
-OUT/DEVICE.json, OUT/logs.tar.gz (logs and the benchmarks' own files), OUT/runs.tar.gz and OUT/chart.png. A figure that
-was not measured stays in the table as such.
+Reads WORK/benchmarks/*.json (pytest-benchmark), WORK/*.xml (JUnit), WORK/logs/sanitize-*.log, WORK/claim and
+WORK/paper; writes OUT/DEVICE.json, OUT/logs.tar.gz (logs and the benchmarks' own files), OUT/runs.tar.gz, OUT/chart.png
+and OUT/figure.png. A figure that was not measured stays in the table as such.
 """
 
 import argparse
@@ -283,10 +283,12 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     logs = [*sorted((args.work / "logs").glob("*.log")), *sorted((args.work / "benchmarks").glob("*.json"))]
     add_to(args.out / "logs.tar.gz", args.work, logs)
-    kept = {"config.json", "log.jsonl", "result.json", "compare.json", "costs.json"}
-    add_to(args.out / "runs.tar.gz", args.work, (p for p in sorted(claim.rglob("*")) if p.name in kept))
-    if (claim / "chart.png").exists():
-        shutil.copy(claim / "chart.png", args.out / "chart.png")
+    kept = {"config.json", "log.jsonl", "result.json", "results.json", "compare.json", "costs.json"}
+    runs = [p for folder in (claim, args.work / "paper") for p in sorted(folder.rglob("*")) if p.name in kept]
+    add_to(args.out / "runs.tar.gz", args.work, runs)
+    for picture in (claim / "chart.png", *sorted(args.work.glob("paper/*/figure.png"))[-1:]):
+        if picture.exists():
+            shutil.copy(picture, args.out / picture.name)
     print(
         f"{where['device']}, driver {where['driver']}, torch {where['torch']}, triton {where['triton']},"
         f" commit {where['commit']}, {where['date']}"
