@@ -12,6 +12,7 @@ from .freezeout import FreezeOut
 from .fused_sgd import FusedSGD
 from .param_groups import set_rate
 from .schedule import Schedule
+from .transient_hook import TransientHook
 
 # Eager steps before a capture: cuDNN tries its algorithms, optimizers make their state and prepare their tables.
 WARM_UP_STEPS = 3
@@ -42,9 +43,10 @@ class GraphedStep:
     transition all are captured anew, in the same memory. Batches of more than a few shapes run eagerly, and so does
     everything on CPU. Every call is exactly one optimizer step in either way.
 
-    A captured step holds what it was captured with: change no other hyperparameter than the rates, and call model,
-    criterion and optimizer in no other way that changes which tensors they use. Hooks of the optimizer, and prints in
-    the model, run at capture only. Not for DistributedDataParallel, nor for models that read values back to the host.
+    After a state of the model or the optimizer was loaded all are captured anew too. Else a captured step holds what it
+    was captured with: change no other hyperparameter than the rates, and call model, criterion and optimizer in no
+    other way that changes which tensors they use. Hooks of the optimizer, and prints in the model, run at capture only.
+    Not for DistributedDataParallel, nor for models that read values back to the host.
 
     Args:
         criterion: (outputs, targets) -> scalar loss.
@@ -97,6 +99,9 @@ class GraphedStep:
         self._graphs: dict[tuple, _Graph] = {}
         self._stale: list[_Graph] = []
         self._on_load = optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
+        # A captured prefix may hold weights of its own, made of those that were loaded over.
+        loaded = TransientHook(lambda *_: self._forget())
+        self._on_weights = [module.register_load_state_dict_post_hook(loaded) for module in model.modules()]
         self._remove_hook = freezeout.register_transition_hook(lambda *_: self._forget()) if freezeout else None
         self._set_rates()
 
@@ -130,7 +135,8 @@ class GraphedStep:
 
     def close(self) -> None:
         """Frees the graphs and leaves model, optimizer and FreezeOut to others."""
-        self._on_load.remove()
+        for handle in (self._on_load, *self._on_weights):
+            handle.remove()
         if self._remove_hook is not None:
             self._remove_hook()
         self._graphs.clear()

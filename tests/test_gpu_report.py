@@ -137,6 +137,24 @@ def test_figures_of_a_gpu_are_found_by_their_benchmarks(report):
         assert word in text
 
 
+def test_the_claim_is_stated(report):
+    def spread(mean):
+        return {"mean": mean, "sd": 0.0, "n": 2}
+
+    compare = {
+        "config": {"model": "wrn-40-4", "data": "cifar100"},
+        "arms": [
+            {"name": "full", "test_accuracy": spread(0.78), "train_seconds": spread(300.0)},
+            {"name": "freezeout cubic 0.8", "test_accuracy": spread(0.77), "train_seconds": spread(240.0),
+             "seconds_over_full": spread(0.8)},
+        ],
+    }  # fmt: skip
+    rows = {row["figure"]: row["measured"] for row in report.claim_rows(compare)}
+    name = "wrn-40-4, cifar100, freezeout cubic 0.8, n=2"
+    assert rows[f"{name}: test accuracy, %"] == 77 and rows[f"{name}: seconds"] == 240
+    assert rows[f"{name}: time saved, %"] == pytest.approx(20) and report.claim_rows(None) == []
+
+
 def test_the_script_runs_in_a_posix_shell(tmp_path):
     subprocess.run(["sh", "-n", str(BENCH / "gpu.sh")], check=True)
     given = {

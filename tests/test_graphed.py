@@ -320,6 +320,27 @@ def test_a_loaded_state_is_captured_anew():
     assert_equal_weights(again, model)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "one block"])
+def test_loaded_weights_are_captured_anew(whole):
+    """A prefix with folded weights of its own would go on with those from before."""
+    model, optimizer, freezeout = make(fused=True)
+    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+    data = batches()
+    while not (freezeout.num_frozen and step._graphs):
+        step(*next(data))
+    module = model if whole else model.blocks[0]
+    module.load_state_dict({name: value * 1.01 for name, value in module.state_dict().items()})
+    assert not step._graphs
+    copied = copy.deepcopy(model)
+    captured = step.captures
+    while step.captures == captured:
+        step(*next(data))
+    copied.load_state_dict(model.state_dict())
+    assert step._graphs  # a copy's weights are not the step's
+    step.close()
+    assert not any(module._load_state_dict_post_hooks for module in model.modules())
+
+
 @needs_native
 def test_a_loaded_state_sets_the_counter():
     runs = []
