@@ -17,7 +17,11 @@ from freezeout_ext.training.loop import Run
 from freezeout_ext.training.measure import COUNTED_MEMORY, CUDA_MEMORY
 from freezeout_ext.training.report import Reporter
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+def on_gpu(*values):
+    return pytest.param("cuda", *values, marks=pytest.mark.cuda)
+
+
 # 14 steps an epoch; 4 of the 5 layers freeze on the way.
 CONFIG = TrainConfig(
     model="wrn-10-1", epochs=6, batch_size=96, lr=0.05, t_0=0.5, how_scale="cubic", amp="off", threads=1,
@@ -49,9 +53,13 @@ def train(config, out, digits, *, resume=False, reporter=None):
     return Run.prepare(config, out, resume=resume, data=data).train(reporter or Reporter())
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("prefix", ["off", "exact", "bf16"])
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize(
+    ("device", "graph", "prefix"),
+    [
+        ("cpu", True, "exact"),  # the logic; the CPU's own tests are in test_loop.py
+        *(on_gpu(graph, prefix) for graph in (False, True) for prefix in ("off", "exact", "bf16")),
+    ],
+)
 def test_a_run_learns_the_digits(graph, prefix, device, digits, tmp_path):
     config = replace(CONFIG, device=device, graph=graph, prefix=prefix)
     result = train(config, tmp_path / "run", digits)
@@ -83,8 +91,10 @@ class Stop(Reporter):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("graph", "prefix"), [(False, "exact"), (True, "exact"), (True, "off")])
+@pytest.mark.parametrize(
+    ("device", "graph", "prefix"),
+    [("cpu", True, "exact"), on_gpu(False, "exact"), on_gpu(True, "exact"), on_gpu(True, "off")],
+)
 def test_a_stopped_run_ends_in_the_same_weights(graph, prefix, device, digits, tmp_path):
     config = replace(CONFIG, device=device, graph=graph, prefix=prefix)
     train(config, tmp_path / "whole", digits)
