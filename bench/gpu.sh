@@ -1,72 +1,198 @@
 #!/bin/sh
-# Usage: [OUT=folder] [CIFAR=folder] sh bench/gpu.sh [build] [test] [sanitize] [bench] [train]   (default: all but train)
+# Usage: [NAME=value ...] sh bench/gpu.sh [PART ...]       default: build test sanitize optimizer kernels step report
 #
-# On a machine with a GPU whose own python3 holds torch; needs no network. Each part fits into ten minutes and leaves
-# its files under $OUT (default: gpu-results). CIFAR is a folder with cifar-100-python in it, for `train`.
+# What a machine with a GPU is asked, in parts that each end within ten minutes. No network is needed: the machine's own
+# python3 has torch with Triton, nvcc, cmake, ninja, pybind11, setuptools, pytest, pytest-benchmark and hypothesis, and
+# numpy, scikit-learn, matplotlib, rich and pillow for `train`. Of what is missing there bring wheels, and put them on
+# PYTHONPATH (python3 -m pip install --no-index --no-deps --target FOLDER WHEELS): expecttest is the likeliest; only the
+# tests that torch's own helpers feed need it, and they skip without it.
+#
+#   build      installs as a user does, not editable, and copies the compiled module into the tree: the tests below run
+#              with the tree in front, and must not find it uncompiled
+#   test       what needs a GPU first, then the whole suite with the GPU in sight
+#   sanitize   compute-sanitizer memcheck, racecheck, initcheck over a choice of optimizer and kernel tests
+#   optimizer  bench_fused_sgd.py
+#   kernels    bench_kernels.py without torch.compile
+#   compile    bench_kernels.py, torch.compile on the same prefixes: minutes of compiling
+#   step       bench_training_step.py, one net after the other
+#   train      full training, cubic scaled 0.8 and the shortened cosine, WRN-40-4 on CIFAR-100, run by run: finished runs
+#              are kept, an unfinished one goes on where WORK is still there
+#   figure     one of the paper's figures, run by run likewise: FIGURE (wrn-cifar100), SETTING (paper, or modern: batch 512)
+#   report     OUT/DEVICE.json and a table, of all that WORK holds; also at the end of every call
+#
+# OUT (gpu-results)   few small files: DEVICE.json, logs.tar.gz, runs.tar.gz, chart.png, figure.png
+# WORK (build/gpu)    everything else; keep it between calls on one machine
+# RUNS                a runs.tar.gz of an earlier call, on another machine perhaps: its finished runs count
+# COMMIT              for a tree without .git
+# CIFAR               for train and figure: the folder with cifar-100-python in it
+# MINUTES (9)         for train and figure; SEEDS (3), EPOCHS (100), BATCH (128), ARMS ("full freezeout short") too
 set -u
 cd "$(dirname "$0")/.."
 out=${OUT:-gpu-results}
-mkdir -p "$out"
-[ $# -gt 0 ] || set -- build test sanitize bench
+work=${WORK:-build/gpu}
+mkdir -p "$out" "$work/logs" "$work/benchmarks"
+[ $# -gt 0 ] || set -- build test sanitize optimizer kernels step
 python=${PYTHON:-python3}
+COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || true)}
+given_path=${PYTHONPATH:-}
+PYTHONPATH=$PWD${given_path:+:$given_path}
+export COMMIT PYTHONPATH PYTHONUNBUFFERED=1
 failed=""
 
-part() {
-  echo "== $*" >&2
-  "$@" || failed="$failed $1"
+say() { echo "== $(date +%H:%M:%S) $*"; }
+
+# logged NAME SECONDS COMMAND...: its output to a log, the end of it here; a limit of its own, so that the rest still runs.
+logged() {
+  log=$work/logs/$1.log
+  limit=$2
+  shift 2
+  timeout -k 10 "$limit" "$@" >"$log" 2>&1
+  code=$?
+  tail -n "${LINES_SHOWN:-12}" "$log" | cut -c1-300
+  [ $code != 124 ] || echo "stopped after $limit seconds"
+  return $code
 }
 
 build() {
-  FREEZEOUT_CUDA=1 $python -m pip install --no-build-isolation --no-deps --editable . >"$out/build.log" 2>&1 || {
-    tail -n 30 "$out/build.log"
+  "$python" - <<'PYTHON' || return 1
+import sys
+from importlib.metadata import version
+
+found = version("setuptools")
+if int(found.split(".")[0]) < 77:
+    sys.exit(f"setuptools must be >= 77 for pyproject.toml's license, found {found}: bring its wheel")
+PYTHON
+  rm -f freezeout_ext/_C*.so
+  logged build 150 env FREEZEOUT_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps --force-reinstall . ||
     return 1
-  }
-  $python -c 'import json, freezeout_ext; print(json.dumps(freezeout_ext.build_info(), indent=1))' | tee "$out/build.json"
-  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv >"$out/device.csv"
+  installed=$(cd / && PYTHONPATH=$given_path "$python" -c 'import freezeout_ext; print(freezeout_ext.build_info()["module"])') || return 1
+  cp "$installed" freezeout_ext/ || return 1
+  # The installed package by itself: compiled, with CUDA, and a step that runs.
+  (cd / && PYTHONPATH=$given_path "$python" - <<'PYTHON'
+import torch
+from freezeout_ext import FusedSGD, build_info
+from freezeout_ext.native import cuda_unavailable_reason
+
+print(build_info())
+assert cuda_unavailable_reason() is None, cuda_unavailable_reason()
+p = torch.nn.Parameter(torch.ones(10_000, device="cuda"))
+p.grad = torch.ones_like(p)
+optimizer = FusedSGD([p], lr=0.5, momentum=0.9)
+optimizer.step()
+optimizer.step()
+assert optimizer.native_report() == {} and torch.allclose(p, torch.full_like(p, 1 - 0.5 - 0.95)), p
+print("FusedSGD ran on", torch.cuda.get_device_name())
+PYTHON
+  ) || return 1
+  # And the tree, which the tests and benchmarks import, with the same module.
+  "$python" - <<'PYTHON'
+import os
+
+from freezeout_ext import build_info
+
+module = build_info()["module"]
+assert module and os.path.dirname(module) == os.path.realpath("freezeout_ext"), module
+PYTHON
 }
 
-tests() {
-  $python -m pytest -q --junitxml="$out/tests.xml" 2>&1 | tee "$out/tests.log" | tail -n 40
-  grep -Eq '[0-9]+ passed' "$out/tests.log" && ! grep -Eq '[0-9]+ (failed|error)' "$out/tests.log"
+# pytest over the tree, which holds the compiled module.
+run_tests() {
+  status=0
+  # Compiling the kernels' many variants is most of the time, and the processor's.
+  parallel=$("$python" -c 'import importlib.util as u; print("-n 6" if u.find_spec("xdist") else "")')
+  # shellcheck disable=SC2086
+  LINES_SHOWN=40 run_tests tests-gpu 250 $parallel -m "cuda or native_cuda" tests || status=1
+  # shellcheck disable=SC2086
+  LINES_SHOWN=25 run_tests tests-kernels 80 $parallel tests/kernel_cases.py || status=1
+  # shellcheck disable=SC2086
+  LINES_SHOWN=40 run_tests tests-all 150 $parallel -m "not cuda and not native_cuda" --deselect tests/test_build.py \
+    --deselect tests/test_kernels.py tests || status=1
+  return $status
 }
 
-# The tools that find a kernel's wild reads, races and use of memory that nobody wrote.
 sanitize() {
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer was not found; it comes with the CUDA toolkit"; return 1; }
   status=0
+  # Nothing that captures: that needs the caching allocator.
+  optimizer="grad_scale or swapped or several_devices or layouts or (equals_torch and (float32 or bfloat16))"
+  kernels="avg_pool2x2 or in_place or several_blocks or slices_of_one_buffer or stride_2 or keeps_nan"
   for tool in memcheck racecheck initcheck; do
-    # torch's caching allocator would hide reads beyond a tensor.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
-      $python -m pytest -q -m "native_cuda or cuda" tests/test_csrc_fused_sgd.py tests/test_prefix_cuda.py \
-      >"$out/sanitize-$tool.log" 2>&1 || status=1
-    tail -n 3 "$out/sanitize-$tool.log"
+    # torch's caching allocator would hide reads beyond a tensor, and NaN in new memory reads of what nobody wrote.
+    caching="PYTORCH_NO_CUDA_MEMORY_CACHING=1"
+    run="compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 20"
+    # shellcheck disable=SC2086
+    LINES_SHOWN=4 logged "sanitize-$tool-optimizer" 100 env $caching FREEZEOUT_TESTS_FILL=0 $run \
+      "$python" -m pytest -q -x -p no:cacheprovider -m native_cuda tests/test_fused_sgd_cuda.py -k "$optimizer" || status=1
+    # shellcheck disable=SC2086
+    LINES_SHOWN=4 logged "sanitize-$tool-kernels" 90 env $caching FREEZEOUT_TESTS_FILL=0 $run \
+      "$python" -m pytest -q -x -p no:cacheprovider tests/kernel_cases.py -k "$kernels" || status=1
   done
   return $status
 }
 
-benchmarks() {
+bench() { # NAME SECONDS FILE ARGUMENTS...
+  name=$1
+  limit=$2
+  file=$3
+  shift 3
+  logged "bench-$name" "$limit" "$python" -m pytest -q -p no:cacheprovider "bench/$file" \
+    --benchmark-json="$work/benchmarks/$name.json" --benchmark-columns=median "$@"
+}
+
+optimizer() { bench fused_sgd 560 bench_fused_sgd.py; }
+kernels() { bench kernels 560 bench_kernels.py -k "not compiled"; }
+compiled() {
   status=0
-  for name in fused_sgd kernels prefix transition; do
-    $python -m pytest -q "bench/bench_$name.py" --benchmark-json="$out/$name.json" >"$out/bench-$name.log" 2>&1 || status=1
-    tail -n 25 "$out/bench-$name.log"
+  for net in wrn-40-4 densenet-76-12; do
+    bench "compile-$net" 280 bench_kernels.py -k "compiled and $net" || status=1
   done
+  return $status
+}
+
+step() {
+  status=0
+  bench step-densenet-76-12 280 bench_training_step.py -k densenet-76-12 || status=1
+  bench step-wrn-40-4 160 bench_training_step.py -k wrn-40-4 || status=1
+  bench step-vgg-16 120 bench_training_step.py -k vgg-16 || status=1
   return $status
 }
 
 train() {
   [ -n "${CIFAR:-}" ] || { echo "train needs CIFAR=folder with cifar-100-python in it"; return 1; }
-  # Ends after ten minutes at the most and goes on where it stopped when it is called again.
-  timeout 580 $python -m freezeout_ext compare --data cifar100 --data-dir "$CIFAR" --model wrn-40-4 --epochs 100 \
-      --batch-size 128 --arms full freezeout short --seeds 3 --resume --out "$out/wrn-40-4"
+  [ -z "${RUNS:-}" ] || tar xzf "$RUNS" -C "$work" || return 1
+  # shellcheck disable=SC2086
+  LINES_SHOWN=30 logged train 590 "$python" bench/paper/claim.py --data-dir "$CIFAR" --out "$work/claim" \
+    --minutes "${MINUTES:-9}" --seeds "${SEEDS:-3}" --epochs "${EPOCHS:-100}" --batch-size "${BATCH:-128}" \
+    --arms ${ARMS:-full freezeout short}
+  code=$?
+  [ $code = 0 ] || [ $code = 75 ] # 75: the same part goes on
 }
 
-for name in "$@"; do
-  case $name in
-    build | sanitize | train) part "$name" ;;
-    test) part tests ;;
-    bench) part benchmarks ;;
-    *) echo "part must be one of build, test, sanitize, bench, train, got $name" >&2; exit 2 ;;
+figure() {
+  [ -n "${CIFAR:-}" ] || { echo "figure needs CIFAR=folder with cifar-100-python, or cifar-10-batches-py, in it"; return 1; }
+  [ -z "${RUNS:-}" ] || tar xzf "$RUNS" -C "$work" || return 1
+  LINES_SHOWN=30 logged figure 590 "$python" bench/paper/figures.py "${FIGURE:-wrn-cifar100}" \
+    --setting "${SETTING:-paper}" --data-dir "$CIFAR" --out "$work/paper" --minutes "${MINUTES:-9}" \
+    --seeds "${SEEDS:-3}" --epochs "${EPOCHS:-100}"
+  code=$?
+  [ $code = 0 ] || [ $code = 75 ]
+}
+
+report() {
+  "$python" bench/gpu_report.py --work "$work" --out "$out"
+}
+
+for part in "$@"; do
+  say "$part"
+  case $part in
+    build | sanitize | optimizer | kernels | step | train | figure) $part || failed="$failed $part" ;;
+    test) tests || failed="$failed $part" ;;
+    compile) compiled || failed="$failed $part" ;;
+    report) ;;
+    *) echo "part must be one of build, test, sanitize, optimizer, kernels, compile, step, train, figure, report, got $part" >&2; exit 2 ;;
   esac
+  # After every part: a call that is stopped leaves what it has.
+  report >"$work/logs/report.log" 2>&1 || { cat "$work/logs/report.log"; failed="$failed report"; }
 done
-[ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }
-echo "all parts passed; files are in $out"
+cat "$work/logs/report.log"
+[ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

@@ -12,9 +12,12 @@ from .freezeout import FreezeOut
 from .fused_sgd import FusedSGD
 from .param_groups import set_rate
 from .schedule import Schedule
+from .transient_hook import TransientHook
 
 # Eager steps before a capture: cuDNN tries its algorithms, optimizers make their state and prepare their tables.
 WARM_UP_STEPS = 3
+# So long the frozen prefix may take to settle. What it then still waits for, no batch of this shape brings.
+MOST_UNSETTLED_STEPS = 16
 # Graphs of one frontier; batches of further shapes run eagerly.
 MAX_SHAPES = 4
 
@@ -36,12 +39,14 @@ class GraphedStep:
     """loss = criterion(model(inputs), targets); backward; optimizer.step(); zero_grad(); freezeout.step().
 
     On CUDA all but the last is one CUDA graph for each (batch shape, number of frozen layers): the first steps of each
-    run eagerly, then it is captured; after a transition all are captured anew, in the same memory. Batches of more than
-    a few shapes run eagerly, and so does everything on CPU. Every call is exactly one optimizer step in either way.
+    run eagerly, among them those in which the frozen prefix is checked and timed, then it is captured; after a
+    transition all are captured anew, in the same memory. Batches of more than a few shapes run eagerly, and so does
+    everything on CPU. Every call is exactly one optimizer step in either way.
 
-    A captured step holds what it was captured with: change no other hyperparameter than the rates, and call model,
-    criterion and optimizer in no other way that changes which tensors they use. Hooks of the optimizer, and prints in
-    the model, run at capture only. Not for DistributedDataParallel, nor for models that read values back to the host.
+    After a state of the model or the optimizer was loaded all are captured anew too. Else a captured step holds what it
+    was captured with: change no other hyperparameter than the rates, and call model, criterion and optimizer in no
+    other way that changes which tensors they use. Hooks of the optimizer, and prints in the model, run at capture only.
+    Not for DistributedDataParallel, nor for models that read values back to the host.
 
     Args:
         criterion: (outputs, targets) -> scalar loss.
@@ -90,9 +95,13 @@ class GraphedStep:
         self._rates = None if backend is None else _device_rates(optimizer, self.device)
         self._base_rates = [group.get("base_lr", float(group["lr"])) for group in optimizer.param_groups]
         self._seen: dict[tuple, int] = {}
+        self._unsettled: dict[tuple, int] = {}
         self._graphs: dict[tuple, _Graph] = {}
         self._stale: list[_Graph] = []
         self._on_load = optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
+        # A captured prefix may hold weights of its own, made of those that were loaded over.
+        loaded = TransientHook(lambda *_: self._forget())
+        self._on_weights = [module.register_load_state_dict_post_hook(loaded) for module in model.modules()]
         self._remove_hook = freezeout.register_transition_hook(lambda *_: self._forget()) if freezeout else None
         self._set_rates()
 
@@ -126,7 +135,8 @@ class GraphedStep:
 
     def close(self) -> None:
         """Frees the graphs and leaves model, optimizer and FreezeOut to others."""
-        self._on_load.remove()
+        for handle in (self._on_load, *self._on_weights):
+            handle.remove()
         if self._remove_hook is not None:
             self._remove_hook()
         self._graphs.clear()
@@ -136,10 +146,8 @@ class GraphedStep:
 
     def _step_on_device(self, backend: Backend, inputs: Tensor, targets: Tensor) -> Result:
         key = (_layout(inputs), _layout(targets))
-        seen = self._seen.get(key, 0)
-        self._seen[key] = seen + 1
         if key not in self._graphs:
-            if seen < WARM_UP_STEPS or len(self._graphs) == MAX_SHAPES:
+            if not self._is_warm(key) or len(self._graphs) == MAX_SHAPES:
                 self.eager_steps += 1
                 return backend.run(lambda: self._step(inputs, targets))
             self._graphs[key] = _Graph(backend, self._step, inputs, targets)
@@ -148,6 +156,15 @@ class GraphedStep:
             self.captures += 1
         self.replays += 1
         return self._graphs[key].replay(inputs, targets)
+
+    def _is_warm(self, key: tuple) -> bool:
+        """Whether the next step of this shape may be captured; counts it."""
+        if not _is_settled(self.freezeout) and self._unsettled.get(key, 0) < MOST_UNSETTLED_STEPS:
+            self._unsettled[key] = self._unsettled.get(key, 0) + 1
+            return False
+        seen = self._seen.get(key, 0)
+        self._seen[key] = seen + 1
+        return seen >= WARM_UP_STEPS
 
     def _step(self, inputs: Tensor, targets: Tensor) -> Result:
         with self._autocast():
@@ -176,6 +193,7 @@ class GraphedStep:
         self._stale += self._graphs.values()
         self._graphs.clear()
         self._seen.clear()
+        self._unsettled.clear()
         if self._rates is not None:
             self._rates.is_set = False
 
@@ -188,7 +206,9 @@ class _Graph:
         try:
             self._run = backend.capture(lambda: step(*self._inputs))
         except RuntimeError as error:
-            raise RuntimeError(f"the step cannot be captured as a CUDA graph; run it without: {error}") from error
+            # The end of a capture that failed raises another error, which only says so.
+            reason = error.__context__ or error
+            raise RuntimeError(f"the step cannot be captured as a CUDA graph; run it without: {reason}") from error
 
     def replay(self, *batch: Tensor) -> Result:
         for mine, given in zip(self._inputs, batch, strict=True):
@@ -296,6 +316,14 @@ def _device_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> _Te
                 f" {type(optimizer).__name__} with neither (param group {i})"
             )
     return _TensorRates(device)
+
+
+def _is_settled(freezeout: FreezeOut | None) -> bool:
+    """Whether the frozen prefix is captured, and timed against eager: both read from the device, as no graph may."""
+    if freezeout is None:
+        return True
+    prefix = freezeout._prefix
+    return not prefix._pending and not any(part.runner.trial.open for part in prefix._parts)
 
 
 def _layout(tensor: Tensor) -> tuple:

@@ -16,6 +16,8 @@ from freezeout_ext.native import cuda_unavailable_reason
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # also fills new memory with NaN
+# For compute-sanitizer's initcheck, which is to see what nobody wrote.
+torch.utils.deterministic.fill_uninitialized_memory = os.environ.get("FREEZEOUT_TESTS_FILL") != "0"
 # No deadline: a busy machine is no failure. No database: a run depends on the tree alone.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")

@@ -304,6 +304,18 @@ def test_choose() -> None:
         kernels.choose("test_choose none", {"broken": broken}, **given)
 
 
+def test_a_candidate_that_leaves_its_own_memory_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would find there what the candidate before wrote: the right result."""
+    if INTERPRETED:
+        pytest.skip("only a GPU's allocator is known to hand out again what was freed last")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    right = torch.randn(64, 1024, device=DEVICE)
+    candidates = {"right": lambda: [right.clone()], "silent": lambda: [torch.empty_like(right)]}
+    given = {"outputs": [], "expected": lambda: [right], "tolerance": 1e-3, "scratch": [right]}
+    assert kernels.choose("test unwritten", candidates, **given) == "right"
+    assert "off by nan" in kernels.choices()["test unwritten"].rejected["silent"]
+
+
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
@@ -362,7 +374,7 @@ def test_a_net_by_the_kernels(net: torch.nn.Module) -> None:
     )  # fmt: skip
     engine.tf32 = False
     x = torch.randn(1, 3, 8, 8, device=DEVICE)
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         wanted = torch.nn.Sequential(*units)(x)
     for run in (engine.run_plain, engine.run_measured):
         assert_close(run(x)[0], wanted, 1e-5)

@@ -1,15 +1,17 @@
 """GraphedStep: equal to the plain loop, eagerly and through a stand-in for CUDA graphs that replays on the host."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from freezeout_ext import FreezeOut, FusedSGD, Schedule, native
-from freezeout_ext.graphed import MAX_SHAPES, WARM_UP_STEPS, GraphedStep
+from freezeout_ext import FreezeOut, FusedSGD, Schedule, graphed, native
+from freezeout_ext.graphed import MAX_SHAPES, MOST_UNSETTLED_STEPS, WARM_UP_STEPS, GraphedStep
 from freezeout_ext.models import build_model
+from freezeout_ext.prefix import runtime
 
 STEPS = 40
 needs_native = pytest.mark.skipif(native.C is None, reason=f"the compiled half is missing: {native.import_error}")
@@ -98,17 +100,19 @@ def test_one_graph_a_shape_and_frontier_after_some_eager_steps():
     model, optimizer, freezeout = make(fused=True)
     backend = HostGraphs()
     step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
-    expected = 0
+    expected = watched = 0
     seen = {}
     for inputs, targets in batches(odd=4):
         key = len(inputs), freezeout.num_frozen
+        watched += freezeout.prefix_report().route == "waiting"  # its forward is the prefix's probe: not counted
+        seen[key] = seen.get(key, 0) + (freezeout.prefix_report().route != "waiting")
         step(inputs, targets)
-        seen[key] = seen.get(key, 0) + 1
         expected += seen[key] == WARM_UP_STEPS + 1
         assert step.captures == expected
     assert len({frozen for _, frozen in seen}) == len(freezeout.layers)
     assert {size for size, _ in seen} == {8, 5}
-    eager = sum(min(count, WARM_UP_STEPS) for count in seen.values())
+    assert watched == len(freezeout.layers) - 1
+    eager = watched + sum(min(count, WARM_UP_STEPS) for count in seen.values())
     assert (step.eager_steps, step.replays, backend.ran) == (eager, STEPS - eager, eager)
     assert expected > 1 and step.replays > 0
 
@@ -139,9 +143,83 @@ def test_the_graph_before_is_kept_until_the_next_one_has_its_memory():
     while freezeout.num_frozen == 0:
         step(*next(data))
     assert (len(step._graphs), len(step._stale)) == (0, 1)
-    for _ in range(WARM_UP_STEPS + 1):
+    for _ in range(1 + WARM_UP_STEPS + 1):  # the first one is watched by the prefix
         step(*next(data))
     assert (len(step._graphs), len(step._stale)) == (1, 0)
+
+
+class FailsInCapture:
+    """An engine that reads from the device where it is measured, and therefore must not be new in a capture."""
+
+    fallbacks, bytes_held, calls, capturing = (), 0, 0, False
+
+    def __init__(self, originals, tolerance=0.0):
+        self.originals, self.tolerance = originals, tolerance
+
+    def __call__(self, *inputs):
+        type(self).calls += 1
+        assert self.calls > 3 or not self.capturing
+        return self.originals(*inputs)
+
+    def fused(self):
+        return {}
+
+
+class Capturing(HostGraphs):
+    """Runs the step in the capture too, where nothing may look at the clock; its updates count there."""
+
+    def capture(self, body):
+        FailsInCapture.capturing = True
+        try:
+            result = body()
+        finally:
+            FailsInCapture.capturing = False
+        replay = super().capture(body)
+        pending = [result]
+        return lambda: pending.pop() if pending else replay()
+
+
+def test_the_prefix_is_timed_before_the_capture(monkeypatch):
+    """Runner waits for the device around each timed call: inside a capture CUDA would fail it."""
+    clock = runtime.now
+
+    def now(inputs):
+        assert not FailsInCapture.capturing, "the prefix is timed inside a capture"
+        return clock(inputs)
+
+    monkeypatch.setattr(runtime, "now", now)
+    monkeypatch.setattr(runtime, "_exact", lambda originals, device: FailsInCapture(originals))
+    monkeypatch.setattr(runtime.Trial, "eager_wins", lambda self: False)
+    monkeypatch.setattr(FailsInCapture, "calls", 0)
+    torch.manual_seed(1)
+    model = build_model("wrn-10-1", 4, image_size=8).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)
+    freezeout = FreezeOut(model, optimizer, total_steps=100, t_0=0.3, how_scale="linear", max_transitions=2)
+    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=Capturing())
+    data, frozen = batches(100), set()
+    for batch in data:
+        step(*batch)
+        if freezeout.num_frozen and step._graphs:
+            frozen.add(freezeout.num_frozen)
+            (part,) = freezeout._prefix._parts
+            assert not part.runner.trial.open and len(part.runner.trial.engine) == runtime.ROUNDS
+    assert len(frozen) == 2 and FailsInCapture.calls > 10
+
+
+def test_a_prefix_that_never_settles_does_not_hold_the_capture_up():
+    """Its trial is of a shape that does not come again; calls of others are not timed."""
+    model, optimizer, freezeout = make(fused=True)
+    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+    model.eval()  # the prefix waits for a forward in training mode
+    data = batches(100)
+    while freezeout.num_frozen == 0:
+        step(*next(data))
+    freezeout.schedule = replace(freezeout.schedule, total_steps=10**6)
+    for _ in range(MOST_UNSETTLED_STEPS + WARM_UP_STEPS):
+        step(*next(data))
+        assert not step._graphs
+    step(*next(data))
+    assert len(step._graphs) == 1 and freezeout.prefix_report().route == "waiting"
 
 
 @needs_native
@@ -242,6 +320,27 @@ def test_a_loaded_state_is_captured_anew():
     assert_equal_weights(again, model)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "one block"])
+def test_loaded_weights_are_captured_anew(whole):
+    """A prefix with folded weights of its own would go on with those from before."""
+    model, optimizer, freezeout = make(fused=True)
+    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+    data = batches()
+    while not (freezeout.num_frozen and step._graphs):
+        step(*next(data))
+    module = model if whole else model.blocks[0]
+    module.load_state_dict({name: value * 1.01 for name, value in module.state_dict().items()})
+    assert not step._graphs
+    copied = copy.deepcopy(model)
+    captured = step.captures
+    while step.captures == captured:
+        step(*next(data))
+    copied.load_state_dict(model.state_dict())
+    assert step._graphs  # a copy's weights are not the step's
+    step.close()
+    assert not any(module._load_state_dict_post_hooks for module in model.modules())
+
+
 @needs_native
 def test_a_loaded_state_sets_the_counter():
     runs = []
@@ -299,7 +398,10 @@ def test_what_cannot_be_captured_is_refused_by_name():
 
     class Fails(HostGraphs):
         def capture(self, body):
-            raise RuntimeError("operation not permitted when stream is capturing")
+            try:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            finally:
+                raise RuntimeError("capture ended")  # as torch.cuda.graph's end does
 
     model, optimizer, freezeout = make(fused=True)
     step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=Fails())
@@ -316,6 +418,33 @@ def test_close_leaves_all_to_others():
     step.close()
     assert not step._graphs and not freezeout._transition_hooks
     plain_loop(model, optimizer, freezeout, batches(STEPS - 6))
+
+
+@pytest.mark.parametrize(
+    ("device", "steps"), [("cpu", 60), pytest.param("cuda", 1000, marks=pytest.mark.native_cuda)]
+)  # fmt: skip
+@pytest.mark.parametrize("prefix", ["off", "exact"])
+@needs_native
+def test_replays_equal_eager_steps_bit_for_bit(device, steps, prefix, monkeypatch):
+    """Across every transition of a run, an odd batch among the others; rates come from the counter in both."""
+    runs = []
+    for graphs in (False, True):
+        monkeypatch.setattr(graphed, "MAX_SHAPES", MAX_SHAPES if graphs else 0)
+        torch.manual_seed(1)
+        model = build_model("wrn-10-1", 4, image_size=8).to(device)
+        optimizer = FusedSGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+        freezeout = FreezeOut(model, optimizer, total_steps=steps, t_0=0.3, how_scale="linear", prefix=prefix)
+        backend = HostGraphs() if device == "cpu" else None
+        step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
+        losses = []
+        for inputs, targets in batches(steps, odd=7):
+            losses.append(step(inputs.to(device), targets.to(device))[0])
+        assert freezeout.num_frozen == len(freezeout.layers) - 1
+        assert (step.captures >= len(freezeout.layers), step.replays > steps // 8) == (graphs, graphs)
+        assert step.eager_steps + step.replays == steps
+        runs.append((torch.stack(losses), model))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert_equal_weights(runs[1][1], runs[0][1])
 
 
 @pytest.mark.cuda

@@ -26,7 +26,7 @@ LAW = {
     "freezeout": {
         "schedule", "layers", "prefix", "param_groups", "eval_pin", "execution_order", "ddp_check", "whole_compile",
     },
-    "graphed": {"freezeout", "schedule", "param_groups", "fused_sgd", "native"},
+    "graphed": {"freezeout", "schedule", "param_groups", "fused_sgd", "native", "transient_hook"},
     "planner": {"freezeout", "schedule", "layers", "prefix", "fused_sgd"},
     "integrations": {"freezeout", "schedule", "layers", "prefix", "fused_sgd", "graphed", "transient_hook"},
     "models": set(),

@@ -1,5 +1,6 @@
 """The GPU runtime of the prefix: its plan, and its steps with the kernels' references on the CPU; the rest on a GPU."""
 
+import copy
 from collections import Counter
 from types import SimpleNamespace
 
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from freezeout_ext import kernels
-from freezeout_ext.models import VGG, DenseNet, ResNet, WideResNet
-from freezeout_ext.prefix import cuda
+import prefix_cases as cases
+
+from freezeout_ext import FreezeOut, kernels
+from freezeout_ext.models import VGG, DenseNet, ResNet, WideResNet, build_model
+from freezeout_ext.prefix import Prefix, cuda
 from freezeout_ext.prefix.cuda_conv import CUDNN, PLAIN, Constants, ConvCall
 from freezeout_ext.prefix.cuda_plan import FusedConv, PooledAffine, outs, plan
 from freezeout_ext.prefix.folding import Affine, Cat, lower_chain
@@ -49,7 +52,7 @@ def last_way(key, candidates, **_):
     return list(candidates)[-1]
 
 
-def checked_last_way(key, candidates, *, outputs, expected, tolerance):
+def checked_last_way(key, candidates, *, outputs, expected, tolerance, scratch):
     """As `kernels.choose` compares, the last candidate taken."""
     wanted = expected()
     for run in candidates.values():
@@ -212,6 +215,27 @@ def test_a_known_choice_is_not_measured_again() -> None:
     engine.run_measured(x)
     # Two bottlenecks a stage, of like 3x3 convolutions into unlike slices.
     assert known > 10 and engine.ways == ways
+
+
+def test_a_longer_block_is_not_measured_anew() -> None:
+    """At the next frontier its buffer is wider, and every convolution in it reads and writes with another stride."""
+    keys: list[set] = []
+
+    def choose(key, candidates, **_):
+        keys[-1].add(key)
+        return list(candidates)[-1]
+
+    torch.manual_seed(0)
+    net = DenseNet(22, 12)
+    units = list(trained(Units([net.stem, *net.blocks])).units)
+    widths = []
+    for count in (3, 4):  # 48 channels; 60, padded to 64
+        keys.append(set())
+        engine = engine_of(Units(units[:count]), ops=references(choose))
+        engine.run_measured(images())
+        widths.append({block.channels for block, _, _ in engine.plan.places.values()})
+    assert widths == [{48}, {64}]
+    assert len(keys[0]) == 5 and keys[0] < keys[1] and len(keys[1] - keys[0]) <= 2  # the new bottleneck's
 
 
 def test_a_value_is_placed_once() -> None:
@@ -449,7 +473,7 @@ def test_exact_engine_off_the_gpu_is_the_originals() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_engine_on_gpu(name: str, dtype: torch.dtype) -> None:
     net, x = prefix_of(name).cuda(), images(32, 32 if name != "vgg" else 8, "cuda")
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         wanted = net(x)
         engine = engine_of(net, dtype=dtype)
         limit = TOLERANCE[torch.float32 if dtype == torch.float32 else torch.bfloat16]
@@ -519,3 +543,134 @@ def test_ways_agree_on_gpu() -> None:
                 assert error(found, want) <= kernels.tolerance(torch.bfloat16), way
         call.way()
     assert seen == {PLAIN, CUDNN, "triton"}
+
+
+# Whole models with a prefix. The logic runs on the CPU as well.
+
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+def on(device: str):
+    """Runs a model of `device` on batches of the CPU, gradients included."""
+    return lambda model, x: model(x.to(device)).cpu()
+
+
+@pytest.fixture
+def without_tf32():
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("device", "name"), [("cpu", "densenet"), *((pytest.param("cuda", n, marks=pytest.mark.cuda)) for n in cases.NETS)]
+)
+@pytest.mark.usefixtures("without_tf32")
+def test_every_frontier_of_every_net_is_bit_equal(device: str, name: str) -> None:
+    """exact: losses, gradients and buffers of plain freezing; so many steps that the prefix's own graph is replayed."""
+    model = cases.trained(name)
+    for num_frozen in range(1, len(cases.find_layers(model))):
+        plain, ours, prefix = cases.pair(copy.deepcopy(model).to(device), num_frozen, "exact")
+        cases.assert_same_steps(plain, ours, batches=(6, 6, 6, 5, 6, 6), run=on(device))
+        report = prefix.report()
+        assert report.route in ("chain", "split", "layers", "eager"), report
+        if device == "cuda" and report.route == "chain":
+            assert report.fused == {"CUDA graph": 1}, str(report)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"), [("cpu", "wrn"), *((pytest.param("cuda", n, marks=pytest.mark.cuda)) for n in cases.NETS)]
+)
+@pytest.mark.parametrize(("mode", "limit"), [("folded", 1e-5), ("bf16", 5e-2), ("fp16", 2e-2)])
+@pytest.mark.usefixtures("without_tf32")
+def test_every_frontier_of_every_net_in_the_fused_modes(device: str, name: str, mode: str, limit: float) -> None:
+    if device == "cpu" and mode == "fp16":
+        pytest.skip("no float16 convolutions on this CPU")
+    model = cases.trained(name)
+    for num_frozen in range(1, len(cases.find_layers(model))):
+        plain, ours, prefix = cases.pair(copy.deepcopy(model).to(device), num_frozen, mode)
+        plain.eval()
+        for seed, batch in enumerate((6, 6, 6, 5, 6)):
+            # Frontier errors only: active norms and dropouts as in evaluation.
+            torch.manual_seed(seed)
+            x = cases.images(batch).to(device)
+            ours.train()
+            ours(x)
+            ours.eval()
+            for mine, theirs in zip(ours.state_dict().values(), plain.state_dict().values(), strict=True):
+                theirs.copy_(mine)
+            found, wanted = ours(x), plain(x)
+            # The active layers may amplify what the frontier is off by.
+            assert error(found, wanted) <= 10 * limit, (num_frozen, seed, str(prefix.report()))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", ["densenet-10-4", "wrn-10-1", "vgg-11-x0.0625"])
+@pytest.mark.usefixtures("without_tf32")
+def test_a_whole_run_with_the_exact_prefix_is_bit_equal(device: str, name: str) -> None:
+    steps = 40 if device == "cpu" else 200
+    weights = []
+    for mode in ("off", "exact"):
+        torch.manual_seed(0)
+        size = 32 if name.startswith("vgg") else 8
+        model = build_model(name, 4, image_size=size).to(device).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, foreach=False)
+        freezeout = FreezeOut(model, optimizer, total_steps=steps, t_0=0.3, how_scale="linear", prefix=mode)
+        generator = torch.Generator().manual_seed(2)
+        for step in range(steps):
+            n = 5 if step % 7 == 6 else 8
+            x = torch.randn(n, 3, size, size, generator=generator)
+            y = torch.randint(4, (n,), generator=generator)
+            nn.functional.cross_entropy(model(x.to(device)), y.to(device)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            freezeout.step()
+        assert freezeout.num_frozen == len(freezeout.layers) - 1
+        assert mode == "off" or freezeout.prefix_report().route == "chain"
+        weights.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        *(("cpu", name) for name in ("densenet-10-4", "wrn-10-1", "vgg-16-x0.0625", "resnet-18-x0.125")),
+        *(
+            pytest.param("cuda", name, marks=pytest.mark.cuda)
+            for name in ("densenet-76-12", "wrn-40-4", "vgg-16", "resnet-18")
+        ),
+    ],
+)
+@pytest.mark.usefixtures("without_tf32")
+def test_a_model_that_freezes_on(device: str, name: str) -> None:
+    """One model that freezes on, against one without a prefix: exact at every frontier, bfloat16 at each quarter."""
+    torch.manual_seed(0)
+    start = build_model(name, 100).to(device).train()
+    x = torch.randn(4 if device == "cpu" else 16, 3, 32, 32, device=device)
+    y = torch.randint(100, x.shape[:1], device=device)
+    for mode in ("exact", "bf16"):
+        plain, ours = copy.deepcopy(start), copy.deepcopy(start)
+        layers = cases.freeze(ours, 0)
+        theirs = cases.freeze(plain, 0)
+        prefix = Prefix(ours, layers, mode=mode, measure=False)
+        quarters = [len(layers) // 4, len(layers) // 2, 3 * len(layers) // 4]
+        for num_frozen in range(1, len(layers)) if mode == "exact" else quarters:
+            cases.freeze(plain, num_frozen, theirs)
+            cases.freeze(ours, num_frozen, layers)
+            prefix.freeze(num_frozen)
+            for step in range(4):
+                outputs = []
+                for model in (plain, ours):
+                    model.zero_grad()
+                    loss = nn.functional.cross_entropy(output := model(x), y)
+                    loss.backward()
+                    outputs.append(output.detach())
+                if mode == "exact":
+                    assert torch.equal(*outputs), (num_frozen, step, str(prefix.report()))
+                    for (n, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+                        assert (p.grad is None) == (q.grad is None), n
+                        assert p.grad is None or torch.equal(p.grad, q.grad), (num_frozen, n)
+                else:
+                    assert error(outputs[1], outputs[0]) <= 0.3, (num_frozen, step, str(prefix.report()))
+            report = prefix.report()
+            assert report.route == "chain" and report.units == report.of_units, str(report)
+            assert device == "cpu" or report.fused["CUDA graph"] == 1, str(report)

@@ -15,6 +15,7 @@ logger = logging.getLogger("freezeout_ext")
 
 LAUNCHES = 10  # in one timed graph: a small kernel lasts less than its launch from Python
 ROUNDS = 5
+SCRATCH_BLOCKS = 3  # of each size: operand, result, second result
 
 # Largest |error| over the largest |value|: one rounding of the result, and of the operands for TF32; a wrong
 # kernel is off by the order of 1.
@@ -59,6 +60,7 @@ def choose(
     outputs: Sequence[Tensor],
     expected: Callable[[], Sequence[Tensor]],
     tolerance: float,
+    scratch: Sequence[Tensor] = (),
 ) -> T:
     """argmin over candidates of the median device time, among those that give `expected()`; cached by key.
 
@@ -68,6 +70,8 @@ def choose(
 
     Args:
         outputs: memory that candidates write, if they do not return their own: filled with NaN before each.
+        scratch: of the sizes that candidates allocate: such memory is filled with NaN and freed before each, which then
+            gets it, so that a result which nobody wrote, or which depends on unwritten memory, is NaN.
 
     Raises:
         RuntimeError: none agrees, or the current stream is being captured and the key is new.
@@ -80,7 +84,7 @@ def choose(
     choice = Choice()
     agreed: dict[T, Run] = {}
     for name, run in candidates.items():
-        problem = _disagreement(run, outputs, wanted, tolerance)
+        problem = _disagreement(run, outputs, wanted, tolerance, scratch)
         if problem:
             choice.rejected[name] = problem
             logger.warning("%s: candidate %s rejected: %s", key, name, problem)
@@ -97,9 +101,13 @@ def choose(
     return choice.chosen
 
 
-def _disagreement(run: Run, outputs: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> str:
+def _disagreement(
+    run: Run, outputs: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float, scratch: Sequence[Tensor]
+) -> str:
     for out in outputs:
         out.fill_(float("nan"))
+    poisoned = [torch.full_like(like, float("nan")) for like in scratch for _ in range(SCRATCH_BLOCKS)]
+    del poisoned
     try:
         results = run()
     # Too much shared memory, or a configuration that this Triton does not compile: another candidate runs.
@@ -115,7 +123,12 @@ def _disagreement(run: Run, outputs: Sequence[Tensor], wanted: Sequence[Tensor],
 
 def device_seconds(candidates: Mapping[T, Run]) -> dict[T, float]:
     """Median device time of one run of each candidate, in turns, each a CUDA graph of LAUNCHES runs."""
-    graphs = {name: capture(lambda run=run: [run() for _ in range(LAUNCHES)])[0] for name, run in candidates.items()}
+    graphs: dict[T, torch.cuda.CUDAGraph] = {}
+    pool = None
+    for name, run in candidates.items():
+        # In one memory: they are replayed in turns, and no one reads their results.
+        graphs[name], _ = capture(lambda run=run: [run() for _ in range(LAUNCHES)], pool=pool)
+        pool = graphs[name].pool()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     seconds: dict[T, list[float]] = {name: [] for name in candidates}
     for _ in range(ROUNDS):

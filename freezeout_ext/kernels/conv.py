@@ -266,7 +266,7 @@ def verified_config(
     n, c, k = x.shape[0], x.shape[1], weight.shape[0]
     found = tuple(candidates or configs(c, k, x.dtype, tf32))
     given = (prologue is not None, bias is not None, residual is not None, relu, second is not None)
-    widths = (Rows.of("x", x).stride, vector_width(c, Rows.of("x", x)), vector_width(k, Rows.of("out", out)))
+    widths = (Rows.of("x", x).stride == c, vector_width(c, Rows.of("x", x)), vector_width(k, Rows.of("out", out)))
     key = ("conv", tuple(x.shape), tuple(weight.shape), stride, x.dtype, tf32, str(x.device), widths, given, found)
     if (known := chosen(key)) is not None:
         return known

@@ -276,7 +276,9 @@ class CudaEngine:
         x = self._image(values[step.x])
         scale, shift = self._affine_constants(step)
         if x.dim() != 4:
-            y = F.batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0)
+            # Not F.batch_norm: some torch releases refuse an eps of 0.
+            scale, shift = (v.view(-1, *[1] * (x.dim() - 2)) for v in (scale, shift))
+            y = torch.addcmul(shift, x.float(), scale).to(x.dtype)
             return (y.relu_() if step.relu else y,)
         return (self.ops.affine_relu(x, scale, shift, relu=step.relu, out=self._target(step.out, x.shape, blocks)),)
 

@@ -1,5 +1,6 @@
 """One fused convolution on a GPU and the ways to run it: cuDNN with a pass behind it, cuDNN's own fusions, Triton."""
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import Rows
 from .cuda_plan import is_triton_conv
 
 PLAIN, CUDNN = "plain", "cudnn"
@@ -94,6 +96,7 @@ class ConvCall:
             outputs=[] if twin.out is None else [twin.out],
             expected=lambda: twin.expected(ends),
             tolerance=self.ops.tolerance(self.x.dtype, self.tf32),
+            scratch=[twin._new(shape) for shape in {tuple(self.shape), tuple(self.x.shape)}],
         )
 
     def ways(self) -> list[Hashable]:
@@ -190,7 +193,7 @@ class ConvCall:
 
     def _key(self, ways: list[Hashable]) -> Hashable:
         conv = self.module
-        layouts = tuple(None if t is None else (t.stride(), t.storage_offset() % 16) for t in self._images())
+        layouts = tuple(None if t is None else _layout_class(t) for t in self._images())
         given = (self.prologue is not None, self.constants.bias is not None, self.relu, self.second is not None)
         geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
         return (
@@ -205,3 +208,9 @@ class ConvCall:
         """The same call on random operands, laid out as this one's, so that nothing is written that counts."""
         x, residual, out = (None if t is None else self.ops.look_alike(t) for t in self._images())
         return replace(self, x=x, residual=residual, out=out)
+
+
+def _layout_class(image: Tensor) -> tuple:
+    """Whether dense, and how aligned. A block's buffer grows with each frontier, its alignment does not."""
+    rows = Rows.of("image", image)
+    return rows.stride == image.shape[1], math.gcd(16, rows.stride), rows.skip % 16

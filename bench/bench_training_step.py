@@ -1,0 +1,303 @@
+"""Whole training steps, and epochs, at 0, 25, 50 and 75 % of layers frozen: the authors' style and ours.
+
+pytest bench/bench_training_step.py --benchmark-json=bench/results/training_step.json
+
+Batches of 128 images of CIFAR-100's shape, cross-entropy, SGD with Nesterov momentum and weight decay. On a GPU all
+arms but the last run channels-last under bfloat16 autocast, on a CPU in float32. Arms:
+
+    authors             eager; torch.optim.SGD with one param group a layer; frozen layers by requires_grad=False, each
+                        one's output detached. Unlike theirs, frozen norms run on their running statistics, as ours
+                        do, so that losses can be compared: that is less work than batch statistics.
+    ours                eager: FreezeOut(prefix="off") with FusedSGD
+    ours, exact|bf16    the same with that prefix
+    graph, off|exact|bf16   GraphedStep with that prefix; eager on a CPU
+    authors, float32    as authors, float32 and NCHW (TF32 where torch allows it by default)
+
+First all arms train the same few steps from the same weights and their losses are compared. Then they take turns in one
+process; milliseconds are medians of turns of several steps, the device waited for at both ends of a turn.
+`over_authors` is the authors' time over an arm's. Memory is torch's allocator at its peak over building, training and
+capturing the arm, less what was there before it; a graph's memory is counted where it was captured.
+Epochs: 50,000 images cropped and flipped on the device, at half the layers frozen.
+"""
+
+import copy
+import gc
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from statistics import median
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from freezeout_ext import FreezeOut, FusedSGD
+from freezeout_ext.eval_pin import pin
+from freezeout_ext.graphed import GraphedStep
+from freezeout_ext.layers import find_layers
+from freezeout_ext.models import build_model
+from freezeout_ext.training.data import Split, batches
+from freezeout_ext.training.measure import conditions
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NETS = ("densenet-76-12", "wrn-40-4", "vgg-16")
+FROZEN = (0.0, 0.25, 0.5, 0.75)
+CLASSES = 100
+OPTIONS = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+LR = 1e-3
+COMPARED_STEPS = 5
+# The prefix's trial and the capture are behind an arm then.
+WARM_UP_STEPS = 24
+TOTAL_STEPS = 10**7  # so long that the rates do not move while this measures
+EPOCH_ARMS = ("authors", "ours", "graph, bf16")
+# Largest difference of the losses from the authors', over their size: other kernels sum in another order, bfloat16
+# rounds each image, and the steps amplify it.
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+@dataclass
+class Case:
+    """What all arms share."""
+
+    net: str
+    frozen: float
+    batch: int = 128
+    image: int = 32
+    device: torch.device = DEVICE
+    amp: torch.dtype | None = torch.bfloat16 if DEVICE.type == "cuda" else None
+    data: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            x = torch.randn(self.batch, 3, self.image, self.image, generator=generator).to(self.device)
+            self.data.append((x, torch.randint(CLASSES, (self.batch,), generator=generator).to(self.device)))
+
+    def model(self, *, channels_last: bool) -> nn.Module:
+        """The same weights and running statistics in every arm, frozen layers' rates at the start of the net's run."""
+        torch.manual_seed(0)
+        model = build_model(self.net, CLASSES, image_size=self.image).to(self.device).train()
+        with torch.no_grad():
+            for x, _ in self.data:
+                model(x)
+        return model.to(memory_format=torch.channels_last) if channels_last else model
+
+    def num_frozen(self, layers: int) -> int:
+        return int(self.frozen * layers)
+
+
+class Arm:
+    """One way to train; step(x, y) -> loss."""
+
+    def __init__(self, case: Case, *, channels_last: bool, amp: torch.dtype | None) -> None:
+        self.case, self.channels_last, self.amp = case, channels_last, amp
+        self.model = case.model(channels_last=channels_last)
+        self.steps = 0
+
+    def inputs(self, k: int) -> tuple[Tensor, Tensor]:
+        return self.case.data[k % len(self.case.data)]
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def next(self) -> Tensor:
+        x, y = self.inputs(self.steps)
+        self.steps += 1
+        return self.step(x.to(memory_format=torch.channels_last) if self.channels_last else x, y)
+
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(self.case.device.type, self.amp) if self.amp else nullcontext():
+            loss = functional.cross_entropy(self.model(x), y)
+        loss.backward()
+        return loss.detach()
+
+
+class Authors(Arm):
+    def __init__(self, case: Case, *, channels_last: bool, amp: torch.dtype | None) -> None:
+        super().__init__(case, channels_last=channels_last, amp=amp)
+        layers = find_layers(self.model)
+        # FreezeOut's own rates, on a copy that is not used.
+        twin = copy.deepcopy(self.model)
+        rates = freezeout_of(twin, torch.optim.SGD(twin.parameters(), lr=LR), case, "off").learning_rates()
+        frozen = case.num_frozen(len(layers))
+        groups = []
+        for i, layer in enumerate(layers):
+            if i >= frozen:
+                groups.append({"params": list(layer.parameters.values()), "lr": rates[i]})
+                continue
+            for p in layer.parameters.values():
+                p.requires_grad_(False)
+            for module in layer.submodules:
+                pin(module)
+            for module in layer.modules.values():
+                module.register_forward_hook(lambda module, args, output: output.detach())
+        self.optimizer = torch.optim.SGD(groups, lr=LR, **OPTIONS)
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        loss = self.backward(x, y)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+
+def freezeout_of(model: nn.Module, optimizer: torch.optim.Optimizer, case: Case, prefix: str) -> FreezeOut:
+    """Half-way through a long run, at the number of frozen layers that the case wants."""
+    freezeout = FreezeOut(model, optimizer, total_steps=TOTAL_STEPS, t_0=0.1, how_scale="linear", prefix=prefix)
+    frozen = case.num_frozen(len(freezeout.layers))
+    step = 0 if frozen == 0 else int(freezeout.schedule.milestone(frozen - 1)) + 1
+    freezeout.load_state_dict({**freezeout.state_dict(), "step": step})
+    assert freezeout.num_frozen == frozen
+    return freezeout
+
+
+class Ours(Arm):
+    def __init__(self, case: Case, prefix: str, *, channels_last: bool, amp: torch.dtype | None) -> None:
+        super().__init__(case, channels_last=channels_last, amp=amp)
+        self.optimizer = FusedSGD(self.model.parameters(), lr=LR, **OPTIONS)
+        self.freezeout = freezeout_of(self.model, self.optimizer, case, prefix)
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        loss = self.backward(x, y)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.freezeout.step()
+        return loss
+
+
+class Graphed(Ours):
+    def __init__(self, case: Case, prefix: str, *, channels_last: bool, amp: torch.dtype | None) -> None:
+        super().__init__(case, prefix, channels_last=channels_last, amp=amp)
+        self.graphed = GraphedStep(
+            self.model, functional.cross_entropy, self.optimizer, self.freezeout, amp_dtype=self.amp
+        )
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.graphed(x, y)[0]
+
+
+def arms_of(case: Case) -> dict[str, Callable[[], Arm]]:
+    on_gpu = case.device.type == "cuda"
+    same = {"channels_last": on_gpu, "amp": case.amp}
+    arms: dict[str, Callable[[], Arm]] = {"authors": lambda: Authors(case, **same)}
+    prefixes = ("off", "exact", "bf16") if case.num_frozen(len(find_layers(build_model(case.net)))) else ("off",)
+    for prefix in prefixes:
+        name = "ours" if prefix == "off" else f"ours, {prefix}"
+        arms[name] = lambda prefix=prefix: Ours(case, prefix, **same)
+    for prefix in prefixes:
+        arms[f"graph, {prefix}"] = lambda prefix=prefix: Graphed(case, prefix, **same)
+    if on_gpu:
+        arms["authors, float32"] = lambda: Authors(case, channels_last=False, amp=None)
+    return arms
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def prepare(name: str, make: Callable[[], Arm], case: Case) -> tuple[Arm, list[float], dict]:
+    """The arm behind its warm-up, the losses of its first steps, and what it took to get there."""
+    gc.collect()
+    before = allocated(case.device)
+    if case.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(case.device)
+    start = time.perf_counter()
+    arm = make()
+    losses = [arm.next().item() for _ in range(COMPARED_STEPS)]
+    for _ in range(WARM_UP_STEPS - COMPARED_STEPS):
+        arm.next()
+    wait(case.device)
+    found: dict = {"preparation_seconds": time.perf_counter() - start}
+    if case.device.type == "cuda":
+        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(case.device) - before
+    if isinstance(arm, Ours):
+        found["prefix"] = str(arm.freezeout.prefix_report())
+    if isinstance(arm, Graphed) and case.device.type == "cuda":
+        assert arm.graphed.captures == 1, f"{name}: {arm.graphed.captures} captures"
+    return arm, losses, found
+
+
+def assert_same_losses(losses: dict[str, list[float]], case: Case) -> None:
+    limit = LOSS_TOLERANCE["bfloat16" if case.amp else "float32"]
+    for name, found in losses.items():
+        # A bfloat16 prefix rounds images even where the rest is float32.
+        allowed = LOSS_TOLERANCE["bfloat16"] if "bf16" in name or "float32" in name else limit
+        for step, (a, b) in enumerate(zip(found, losses["authors"], strict=True)):
+            assert abs(a - b) <= allowed * abs(b), f"{name}: loss {a} in step {step}, the authors' {b}"
+
+
+def turn(arm: Arm, steps: int) -> float:
+    """Milliseconds a step."""
+    wait(arm.case.device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        arm.next()
+    wait(arm.case.device)
+    return 1e3 * (time.perf_counter() - start) / steps
+
+
+def measure(case: Case, *, rounds: int, steps: int) -> tuple[dict, dict[str, Arm]]:
+    """What the benchmark stores for one net and fraction, and the arms, ready to go on."""
+    arms, losses, found = {}, {}, {}
+    for name, make in arms_of(case).items():
+        arms[name], losses[name], found[name] = prepare(name, make, case)
+    assert_same_losses(losses, case)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for k in range(rounds):
+        order = list(arms.items())
+        for name, arm in order if k % 2 == 0 else reversed(order):
+            times[name].append(turn(arm, steps))
+    medians = {name: median(values) for name, values in times.items()}
+    layers = len(arms["ours"].freezeout.layers)
+    return {
+        "net": case.net,
+        "frozen": f"{case.num_frozen(layers)} of {layers}",
+        "batch": case.batch,
+        "image": case.image,
+        "amp": str(case.amp),
+        "milliseconds": medians,
+        "milliseconds_least": {name: min(values) for name, values in times.items()},
+        "over_authors": {name: medians["authors"] / value for name, value in medians.items()},
+        "losses": losses,
+        "arms": found,
+        **conditions(case.device),
+    }, arms
+
+
+def epoch_seconds(arm: Arm, split: Split, batch: int) -> float:
+    wait(arm.case.device)
+    start = time.perf_counter()
+    for x, y in batches(split, batch, epoch=0, seed=0, shuffle=True, augment=True, drop_last=True):
+        arm.step(x.contiguous(memory_format=torch.channels_last) if arm.channels_last else x, y)
+    wait(arm.case.device)
+    return time.perf_counter() - start
+
+
+def images_of_an_epoch(count: int, case: Case) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 3, case.image, case.image), dtype=torch.uint8, generator=generator)
+    targets = torch.randint(CLASSES, (count,), generator=generator)
+    return Split(images.to(case.device), targets.to(case.device), (0.5,) * 3, (0.25,) * 3, padding=4, flip=True)
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("net", NETS)
+def test_training_step(benchmark, net, frozen):
+    if DEVICE.type == "cpu" and not os.environ.get("FREEZEOUT_BENCH_ON_CPU"):
+        pytest.skip("no GPU; FREEZEOUT_BENCH_ON_CPU=1 runs it on the CPU all the same (minutes)")
+    torch.backends.cudnn.benchmark = True
+    found, arms = measure(Case(net, frozen), rounds=5, steps=10)
+    if frozen == 0.5:
+        split = images_of_an_epoch(50_000, arms["authors"].case)
+        seconds = {name: epoch_seconds(arms[name], split, 128) for name in EPOCH_ARMS}
+        found["epoch_seconds"] = seconds
+        found["epoch_over_authors"] = {name: seconds["authors"] / value for name, value in seconds.items()}
+    benchmark.extra_info |= found
+    benchmark.pedantic(list(arms.values())[-1].next, rounds=1)

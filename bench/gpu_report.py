@@ -1,0 +1,318 @@
+"""What bench/gpu.sh measured, as one JSON file and a table.
+
+    python bench/gpu_report.py --work build/gpu --out gpu-results
+
+Reads WORK/benchmarks/*.json (pytest-benchmark), WORK/*.xml (JUnit), WORK/logs/sanitize-*.log, WORK/claim and
+WORK/paper; writes OUT/DEVICE.json, OUT/logs.tar.gz (logs and the benchmarks' own files), OUT/runs.tar.gz, OUT/chart.png
+and OUT/figure.png. A figure that was not measured stays in the table as such.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+Tests = dict[str, dict]  # test name -> {"params", "median_seconds", **extra_info}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that was asked for: reached where `sense` holds between what was measured and `wanted`."""
+
+    figure: str
+    sense: str  # ">=" or "<="; "" for a figure that is only stated
+    wanted: float
+    unit: str
+    find: Callable[[Tests], float | None]
+
+
+def found(tests: Tests, function: str, /, **params: object) -> dict | None:
+    """The one benchmark of this function and these parameters."""
+    for test, values in tests.items():
+        same = all(values["params"].get(key) == value for key, value in params.items())
+        if test.partition("[")[0] == function and same:
+            return values
+    return None
+
+
+def value(tests: Tests, function: str, /, *keys: str, **params: object) -> float | None:
+    """found(...)[keys[0]][keys[1]]..., or None."""
+    at: object = found(tests, function, **params)
+    for key in keys:
+        at = at.get(key) if isinstance(at, dict) else None
+    return float(at) if isinstance(at, int | float) else None
+
+
+def over_eager(net: str) -> Callable[[Tests], float | None]:
+    return lambda tests: value(tests, "test_prefix", "over_eager", "engine", name=net)
+
+
+def over_compiled(net: str) -> Callable[[Tests], float | None]:
+    def find(tests: Tests) -> float | None:
+        ours, theirs = (
+            value(tests, "test_prefix_compiled", "microseconds", rival, name=net)
+            for rival in ("engine", "torch.compile")
+        )
+        return ours / theirs if ours and theirs else None
+
+    return find
+
+
+def roofline(net: str) -> Callable[[Tests], float | None]:
+    """The larger of bytes over the copy bandwidth and FLOPs over the product's rate, as a share of the time."""
+
+    def find(tests: Tests) -> float | None:
+        rates = (
+            (
+                value(tests, "test_prefix", achieved, name=net),
+                value(tests, "test_ceilings", ceiling),
+            )
+            for achieved, ceiling in (
+                ("gigabytes_per_second", "copy_terabytes_per_second"),
+                ("teraflops_per_second", "bf16_teraflops_per_second"),
+            )
+        )
+        (gigabytes, terabytes), (flops, most_flops) = rates
+        if None in (gigabytes, terabytes, flops, most_flops):
+            return None
+        return 100 * max(gigabytes / 1e3 / terabytes, flops / most_flops)
+
+    return find
+
+
+def step_ratio(net: str, frozen: float, arm: str, *, of: str = "over_authors") -> Callable[[Tests], float | None]:
+    return lambda tests: value(tests, "test_training_step", of, arm, net=net, frozen=frozen)
+
+
+def bandwidth(tests: Tests) -> float | None:
+    over_floor = value(tests, "test_bandwidth", "over_floor")
+    return 100 / over_floor if over_floor else None
+
+
+def optimizer_ratio(tests: Tests) -> float | None:
+    one_a_layer = {"net": "densenet-76-12", "grouping": "one group a layer", "cache": "warm"}
+    return value(tests, "test_step", "ratio", **one_a_layer)
+
+
+TARGETS = [
+    Target("optimizer, DenseNet-76-12, one group a layer: torch fused over ours", ">=", 20, "x", optimizer_ratio),
+    Target("optimizer, 100 M parameters: share of the copy bandwidth", ">=", 92, "%", bandwidth),
+    Target("prefix bf16, half of DenseNet-76-12: over eager", "<=", 0.25, "", over_eager("densenet-76-12")),
+    Target("the same, second goal", "<=", 0.15, "", over_eager("densenet-76-12")),
+    Target("prefix bf16, half of DenseNet-76-12, over torch.compile", "<=", 1, "", over_compiled("densenet-76-12")),
+    Target("prefix bf16, half of WRN-40-4: over eager", "<=", 0.6, "", over_eager("wrn-40-4")),
+    Target("prefix bf16, half of WRN-40-4, over torch.compile", "<=", 1, "", over_compiled("wrn-40-4")),
+    *(
+        Target(
+            f"step, DenseNet-76-12, {100 * frozen:.0f} % frozen: authors' over GraphedStep with prefix",
+            ">=",
+            3,
+            "x",
+            step_ratio("densenet-76-12", frozen, "graph, bf16"),
+        )
+        for frozen in (0.25, 0.5, 0.75)
+    ),
+    Target("prefix bf16, half of DenseNet-76-12: share of the roofline", "", 0, "%", roofline("densenet-76-12")),
+    Target("prefix bf16, half of WRN-40-4: share of the roofline", "", 0, "%", roofline("wrn-40-4")),
+    Target("step, WRN-40-4, half frozen: over authors' style", "", 0, "x", step_ratio("wrn-40-4", 0.5, "graph, bf16")),
+    Target("step, VGG-16, half frozen: over authors' style", "", 0, "x", step_ratio("vgg-16", 0.5, "graph, bf16")),
+    Target(
+        "epoch, DenseNet-76-12, half frozen: the same",
+        ">=",
+        3,
+        "x",
+        step_ratio("densenet-76-12", 0.5, "graph, bf16", of="epoch_over_authors"),
+    ),
+]
+
+
+def read_benchmarks(folder: Path) -> Tests:
+    tests: Tests = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            entries = json.loads(path.read_text())["benchmarks"]
+        except ValueError:
+            print(f"{path} holds no benchmarks: it was stopped before it wrote them")
+            continue
+        for entry in entries:
+            tests[entry["name"]] = entry["extra_info"] | {
+                "params": entry["params"] or {},
+                "median_seconds": entry["stats"]["median"],
+                "file": path.stem,
+            }
+    return tests
+
+
+def read_junit(paths: Iterable[Path]) -> dict[str, dict]:
+    suites = {}
+    for path in paths:
+        try:
+            root = ElementTree.parse(path).getroot()
+        except ElementTree.ParseError:
+            continue  # the run was stopped while it was written
+        suite = root if root.tag == "testsuite" else root.find("testsuite")
+        counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+        cases = list(suite.iter("testcase"))
+        names = [f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("failure") is not None]
+        names += [f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("error") is not None]
+        suites[path.stem] = {**counts, "seconds": float(suite.get("time", 0)), "failed": names}
+    return suites
+
+
+def read_sanitizers(folder: Path) -> dict[str, dict]:
+    """{"sanitize-memcheck-kernels": {"errors": 0, "passed": 12}}; None where the log does not say."""
+    found = {}
+    for path in sorted(folder.glob("sanitize-*.log")):
+        text = path.read_text(errors="replace")
+        # racecheck closes with hazards displayed, and "(0 errors, 0 warnings)".
+        errors = [int(n) for n in re.findall(r"ERROR SUMMARY: (\d+) error", text)]
+        errors += [int(n) for n in re.findall(r"RACECHECK SUMMARY: (\d+) hazard", text)]
+        passed = re.findall(r"(\d+) passed", text)
+        found[path.stem] = {"errors": sum(errors) if errors else None, "passed": int(passed[-1]) if passed else None}
+    return found
+
+
+def claim_rows(compare: dict | None) -> list[dict]:
+    """Accuracy and seconds of each arm of the claim, stated: no figure was asked for."""
+    rows = []
+    for arm in compare["arms"] if compare else []:
+        name = (
+            f"{compare['config']['model']}, {compare['config']['data']}, {arm['name']}, n={arm['test_accuracy']['n']}"
+        )
+        found = {"test accuracy, %": 100 * arm["test_accuracy"]["mean"], "seconds": arm["train_seconds"]["mean"]}
+        if "seconds_over_full" in arm:
+            found["time saved, %"] = 100 * (1 - arm["seconds_over_full"]["mean"])
+        rows += [
+            {"figure": f"{name}: {what}", "target": "-", "measured": x, "reached": None} for what, x in found.items()
+        ]
+    return rows
+
+
+def rows_of(tests: Tests, suites: dict[str, dict], sanitizers: dict[str, dict]) -> list[dict]:
+    rows = []
+    for target in TARGETS:
+        measured = target.find(tests)
+        reached = None
+        if measured is not None and target.sense:
+            reached = measured >= target.wanted if target.sense == ">=" else measured <= target.wanted
+        wanted = f"{target.sense} {target.wanted:g} {target.unit}".strip() if target.sense else "-"
+        rows.append({"figure": target.figure, "target": wanted, "measured": measured, "reached": reached})
+    for name, suite in suites.items():
+        bad = suite["failures"] + suite["errors"]
+        ran = suite["tests"] - suite["skipped"]
+        rows.append(
+            {"figure": f"{name}: failed of {ran} run", "target": "<= 0", "measured": bad, "reached": bad == 0 < ran}
+        )
+    for name, log in sanitizers.items():
+        ok = None if log["errors"] is None else log["errors"] == 0 and bool(log["passed"])
+        figure = f"{name}: errors in {log['passed'] or 0} tests"
+        rows.append({"figure": figure, "target": "<= 0", "measured": log["errors"], "reached": ok})
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    cells = [("figure", "target", "measured", "reached")]
+    for row in rows:
+        measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g}"
+        cells.append((row["figure"], row["target"], measured, {None: "-", True: "yes", False: "NO"}[row["reached"]]))
+    widths = [max(len(row[i]) for row in cells) for i in range(4)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def machine() -> dict:
+    """Device, driver, versions, commit, date."""
+    import torch
+
+    def first_line(*command: str) -> str | None:
+        try:
+            lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return lines[0].strip() if lines else None
+
+    def version(name: str) -> str | None:
+        from importlib import metadata
+
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    from freezeout_ext import build_info
+
+    on_gpu = torch.cuda.is_available()
+    commit = os.environ.get("COMMIT") or first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "clocks": first_line(
+            "nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"
+        ),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "nvcc": first_line("sh", "-c", "nvcc --version | tail -n 1"),
+        "python": sys.version.split()[0],
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "build": build_info(),
+    }
+
+
+def add_to(archive: Path, root: Path, paths: Iterable[Path]) -> None:
+    paths = list(paths)
+    if not paths:
+        return
+    with tarfile.open(archive, "w:gz") as tar:
+        for path in paths:
+            tar.add(path, path.relative_to(root))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tests = read_benchmarks(args.work / "benchmarks")
+    suites, sanitizers = read_junit(sorted(args.work.glob("*.xml"))), read_sanitizers(args.work / "logs")
+    claim = args.work / "claim"
+    compare = json.loads((claim / "compare.json").read_text()) if (claim / "compare.json").exists() else None
+    rows = rows_of(tests, suites, sanitizers) + claim_rows(compare)
+    where = machine()
+    report = {
+        **where, "figures": rows, "tests": suites, "sanitizers": sanitizers, "benchmarks": tests, "claim": compare,
+    }  # fmt: skip
+    name = re.sub(r"[^A-Za-z0-9]+", "-", where["device"]).strip("-").lower()
+    (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    logs = [*sorted((args.work / "logs").glob("*.log")), *sorted((args.work / "benchmarks").glob("*.json"))]
+    add_to(args.out / "logs.tar.gz", args.work, logs)
+    kept = {"config.json", "log.jsonl", "result.json", "results.json", "compare.json", "costs.json"}
+    runs = [p for folder in (claim, args.work / "paper") for p in sorted(folder.rglob("*")) if p.name in kept]
+    add_to(args.out / "runs.tar.gz", args.work, runs)
+    for picture in (claim / "chart.png", *sorted(args.work.glob("paper/*/figure.png"))[-1:]):
+        if picture.exists():
+            shutil.copy(picture, args.out / picture.name)
+    print(
+        f"{where['device']}, driver {where['driver']}, torch {where['torch']}, triton {where['triton']},"
+        f" commit {where['commit']}, {where['date']}"
+    )
+    print(table(rows))
+    print(f"written to {args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,423 @@
+"""FusedSGD on a GPU against the CPU and against torch; what needs no GPU runs on the CPU as well.
+
+CUDA and CPU run the same formula with every fma spelled out, so they are equal bit for bit. torch's own CUDA kernels
+are compiled with contraction allowed: wherever nvcc contracted another pair than we do, a sum differs by one rounding
+of its larger addend, here of values of the order of 1.
+"""
+
+import copy
+import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from freezeout_ext import FusedSGD, native
+
+pytestmark = pytest.mark.skipif(native.C is None, reason=f"no compiled half: {native.import_error}")
+
+CUDA = pytest.param("cuda", marks=pytest.mark.native_cuda)
+DEVICES = ["cpu", CUDA]
+CHUNK = 8192
+PERIOD = 251
+SIZES = [0, 1, 3, 4, 5, 7, 8, 9, 2047, 2048, 2049, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 3]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+EXACT = (torch.float32, torch.float64)
+OPTION_NAMES = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
+GRID = [
+    dict(zip(OPTION_NAMES, values, strict=True))
+    for values in itertools.product((0, 0.9), (0, 0.3), (False, True), (0, 0.01), (False, True))
+    if not (values[2] and (values[0] == 0 or values[1]))
+]
+
+
+def parameters(tensors, device):
+    return [nn.Parameter(t.to(device, copy=True)) for t in tensors]
+
+
+def groups(params):
+    return [{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(params)]
+
+
+def set_gradients(params, gradients):
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = None if g is None else g.to(p.device, copy=True)
+
+
+def assert_as_torch(ours, theirs):
+    """Parameters and momentum: bit for bit on the CPU, within two roundings of values up to 8 on a GPU."""
+    for p, q in zip(ours.param_groups, theirs.param_groups, strict=True):
+        for a, b in zip(p["params"], q["params"], strict=True):
+            pairs = [(a, b)]
+            assert (a in ours.state) == (b in theirs.state)
+            if a in ours.state:
+                pairs.append((ours.state[a]["momentum_buffer"], theirs.state[b]["momentum_buffer"]))
+            for x, y in pairs:
+                if x.is_cuda:
+                    eps = torch.finfo(x.dtype).eps
+                    torch.testing.assert_close(x, y, rtol=2 * eps, atol=16 * eps)
+                else:
+                    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", GRID, ids=str)
+def test_equals_torch_and_the_cpu(options, dtype, device):
+    if device == "cpu" and dtype not in EXACT:
+        pytest.skip("test_fused_sgd.py judges half types on the CPU")
+    start = [torch.randn(n).to(dtype) for n in SIZES]
+    gradients = [[torch.randn(n).to(dtype) for n in SIZES] for _ in range(4)]
+    gradients[0][3] = gradients[2][5] = None  # one comes late, one stays away
+    ours, host, theirs = (parameters(start, d) for d in (device, "cpu", device))
+    optimizers = [FusedSGD(groups(p), **options) for p in (ours, host)]
+    theirs_ = torch.optim.SGD(groups(theirs), foreach=False, **options)
+    for step in gradients:
+        for params in (ours, host, theirs):
+            set_gradients(params, step)
+        for optimizer in (*optimizers, theirs_):
+            optimizer.step()
+    assert optimizers[0].native_report() == {}
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(ours, host, strict=True))
+    if dtype in EXACT:
+        assert_as_torch(optimizers[0], theirs_)
+
+
+def strided(shape, dtype, device, kind):
+    t = torch.randn(shape, device=device).to(dtype)
+    if kind == "channels-last":
+        return t.contiguous(memory_format=torch.channels_last)
+    if kind == "8 bytes off":  # as DDP's bucket views are
+        room = torch.empty(t.numel() + 16, dtype=dtype, device=device)
+        off = 8 // room.element_size()
+        return room[off : off + t.numel()].view(shape).copy_(t)
+    return t
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("of_grad", ["contiguous", "channels-last", "8 bytes off"])
+@pytest.mark.parametrize("of_param", ["contiguous", "channels-last", "8 bytes off"])
+def test_layouts(of_param, of_grad, device):
+    shape = (40, 12, 5, 5)
+    p = strided(shape, torch.float32, device, of_param)
+    ours, theirs = nn.Parameter(p), nn.Parameter(p.clone())
+    a = FusedSGD([ours], lr=0.1, momentum=0.9, nesterov=True)
+    b = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, nesterov=True, foreach=False)
+    for _ in range(3):
+        g = strided(shape, torch.float32, device, of_grad)
+        ours.grad, theirs.grad = g, g.clone()
+        a.step()
+        b.step()
+    assert_as_torch(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("size", "dtype", "momentum"),
+    [(100_000_000, torch.float32, 0.9), (2**31 + CHUNK + 1, torch.bfloat16, 0.0)],
+    ids=["100 million", "more than an int counts"],
+)
+def test_large_tensors(size, dtype, momentum, device):
+    if device == "cpu":
+        size //= 1000  # the same checks; the CPU's own are elsewhere
+    else:
+        bytes_each = size * torch.finfo(dtype).bits // 8
+        needed = (5 if momentum else 4) * bytes_each
+        if (free := torch.cuda.mem_get_info()[0]) < needed:
+            pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory, found {free / 2**30:.0f}")
+    p = nn.Parameter(torch.full((size,), 2.0, dtype=dtype, device=device))
+    # A period that divides no chunk: an element of the wrong place, done twice or not at all is seen.
+    p.grad = torch.empty_like(p)
+    p.grad.view(-1)[: size // PERIOD * PERIOD].view(-1, PERIOD).copy_(torch.arange(PERIOD, device=device) / PERIOD)
+    p.grad[size // PERIOD * PERIOD :] = 0.5
+    optimizer = FusedSGD([p], lr=0.5, momentum=momentum)
+    steps = 2 if momentum else 1
+    for _ in range(steps):
+        optimizer.step()
+    # v = g, then 0.9 g + g: 2 - 0.5 * (1 + 1.9) g.
+    factor = 0.5 * (2.9 if momentum else 1.0)
+    row = (2.0 - factor * (torch.arange(PERIOD, device=device) / PERIOD)).to(dtype)
+    whole = p.detach()[: size // PERIOD * PERIOD].view(-1, PERIOD)
+    tolerance = 4 * torch.finfo(dtype).eps
+    for rows in whole.split(1 << 18):
+        assert (rows - row).abs().max() <= tolerance
+    tail = p.detach()[size // PERIOD * PERIOD :]
+    assert tail.numel() == 0 or (tail.float() - (2.0 - 0.5 * factor)).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("other", ["cpu", CUDA])
+def test_several_devices_and_dtypes_in_one_optimizer(other):
+    tensors = [torch.randn(n).to(dtype) for n, dtype in itertools.product((3, CHUNK + 1), DTYPES)]
+    places = itertools.cycle(["cpu", other])
+    devices = [next(places) for _ in tensors]
+    ours = [parameters([t], d)[0] for t, d in zip(tensors, devices, strict=True)]
+    host = parameters(tensors, "cpu")
+    optimizers = [FusedSGD(groups(p), momentum=0.9, weight_decay=0.1) for p in (ours, host)]
+    for _ in range(3):
+        gradients = [torch.randn_like(t) for t in tensors]
+        for params, optimizer in zip((ours, host), optimizers, strict=True):
+            set_gradients(params, gradients)
+            optimizer.step()
+    assert {p.device.type for p in ours} == {"cpu", other} and optimizers[0].native_report() == {}
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(ours, host, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("overflows", [set(), {0}, {2}, {0, 1, 4}], ids=str)
+def test_grad_scaler(overflows, device):
+    """Losses, weights, states and the scale itself as with torch.optim.SGD; gradients are left unscaled."""
+    runs = []
+    for sgd in (FusedSGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(CHUNK + 5).to(device))
+        options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}
+        optimizer = sgd([p], **options, **({} if sgd is FusedSGD else {"foreach": False}))
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=3)
+        target = torch.randn(CHUNK + 5).to(device)
+        seen = []
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = ((p - target) ** 2).sum() * (torch.inf if step in overflows else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            seen.append((p.detach().clone(), scaler.get_scale(), len(optimizer.state)))
+        runs.append((seen, p.grad, optimizer))
+    for (a, scale_a, states_a), (b, scale_b, states_b) in zip(runs[0][0], runs[1][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # torch unscales in another pass
+        assert (scale_a, states_a) == (scale_b, states_b)
+    torch.testing.assert_close(runs[0][1], runs[1][1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])  # a sum over devices
+def test_grad_scale_and_found_inf(found, device):
+    start, gradient = torch.randn(CHUNK + 1), torch.randn(CHUNK + 1)
+    p = nn.Parameter(start.to(device))
+    optimizer = FusedSGD([p], lr=0.1, momentum=0.9)
+    p.grad = gradient.to(device)
+    optimizer.step()
+    before = p.detach().clone(), optimizer.state[p]["momentum_buffer"].clone()
+    p.grad = gradient.to(device) * 4
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0, device=device), torch.tensor(found, device=device)
+    optimizer.step()
+    if found:
+        assert torch.equal(p, before[0]) and torch.equal(optimizer.state[p]["momentum_buffer"], before[1])
+        return
+    assert torch.equal(p.grad.cpu(), gradient)
+    again = nn.Parameter(start.to(device))
+    plain = FusedSGD([again], lr=0.1, momentum=0.9)
+    for _ in range(2):
+        again.grad = gradient.to(device)
+        plain.step()
+    assert torch.equal(p, again)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_swapped_storage_and_a_frozen_group(device):
+    tensors = [torch.randn(CHUNK + 9) for _ in range(3)]
+    ours, theirs = parameters(tensors, device), parameters(tensors, device)
+    a, b = FusedSGD(groups(ours), momentum=0.9), torch.optim.SGD(groups(theirs), momentum=0.9, foreach=False)
+    for step in range(6):
+        if step == 2:
+            old = ours[1].data
+            ours[1].data = ours[1].data.clone()
+            old.fill_(torch.nan)
+        if step == 4:
+            a.param_groups[0].update(frozen=True, lr=0.0)
+            kept = ours[0].detach().clone()
+            a.state.pop(ours[0])
+            theirs[0].requires_grad_(False)
+            b.state.pop(theirs[0])
+        gradients = [torch.randn_like(t) for t in tensors]
+        if step >= 4:
+            gradients[0] = None
+        for params, optimizer in ((ours, a), (theirs, b)):
+            set_gradients(params, gradients)
+            optimizer.step()
+    assert torch.equal(ours[0], kept)
+    assert old.isnan().all()
+    assert_as_torch(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_copies_and_states_go_on(device):
+    ours = parameters([torch.randn(100), torch.randn(CHUNK)], device)
+    a = FusedSGD(groups(ours), momentum=0.9)
+    gradients = [torch.randn(100), torch.randn(CHUNK)]
+    set_gradients(ours, gradients)
+    a.step()
+    theirs = parameters([p.detach() for p in ours], device)
+    b = torch.optim.SGD(groups(theirs), momentum=0.9, foreach=False)
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    for params, optimizer in ((ours, a), (theirs, b)):
+        set_gradients(params, gradients)
+        optimizer.step()
+    assert_as_torch(a, b)
+    a.load_state_dict(copy.deepcopy(b.state_dict()))  # torch would share the buffers
+    for params, optimizer in ((ours, a), (theirs, b)):
+        set_gradients(params, gradients)
+        optimizer.step()
+    assert_as_torch(a, b)
+
+
+# What only a GPU has
+
+
+@pytest.mark.native_cuda
+def test_the_current_stream_is_used():
+    """The gradient is written late on the stream that the step runs on: on another one it would be read too early."""
+    p = nn.Parameter(torch.zeros(10 * CHUNK, device="cuda"))
+    optimizer = FusedSGD([p], lr=1.0)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.cuda.synchronize()
+    expected = 0.0
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for k in range(6):
+        stream = streams[k % 2]
+        stream.wait_stream(streams[(k + 1) % 2])
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            p.grad.fill_(k + 1)
+            optimizer.step()
+        expected -= k + 1
+    torch.cuda.synchronize()
+    assert (p == expected).all()
+
+
+@pytest.mark.native_cuda
+def test_two_optimizers_on_two_streams_at_a_time():
+    torch.cuda.synchronize()
+    work = []
+    for k in range(2):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            p = nn.Parameter(torch.zeros(100 * CHUNK + k, device="cuda"))
+            p.grad = torch.full_like(p, k + 1)
+            work.append((stream, p, FusedSGD([p], lr=0.5, momentum=0.5)))
+    for _ in range(20):
+        for stream, _, optimizer in work:
+            with torch.cuda.stream(stream):
+                optimizer.step()
+    torch.cuda.synchronize()
+    for k, (_, p, _) in enumerate(work):
+        v = x = 0.0
+        for _ in range(20):
+            v = 0.5 * v + k + 1
+            x -= 0.5 * v
+        torch.testing.assert_close(p.detach(), torch.full_like(p, x))
+
+
+@pytest.fixture
+def no_waiting():
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.native_cuda
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_never_waits_for_the_device(scaled, request):
+    params = parameters([torch.randn(n) for n in (5, CHUNK)], "cuda")
+    optimizer = FusedSGD(groups(params), momentum=0.9)
+    gradients = [torch.randn_like(p) for p in params]
+    set_gradients(params, gradients)
+    optimizer.step()  # makes the states and uploads the table
+    optimizer.step()
+    if scaled:
+        optimizer.grad_scale, optimizer.found_inf = torch.ones((), device="cuda"), torch.zeros((), device="cuda")
+    request.getfixturevalue("no_waiting")
+    for _ in range(3):
+        set_gradients(params, gradients)
+        optimizer.step()
+
+
+@pytest.mark.native_cuda
+def test_one_kernel_a_step():
+    """228 tensors in 76 groups, as DenseNet-76-12: one launch, and nothing else on the device."""
+    params = parameters([torch.randn(500) for _ in range(228)], "cuda")
+    optimizer = FusedSGD([{"params": params[i : i + 3], "lr": 0.1} for i in range(0, 228, 3)], lr=0.1, momentum=0.9)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    for _ in range(3):
+        optimizer.step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(5):
+            optimizer.step()
+        torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    names = [e.name for e in on_device if any(word in e.name for word in ("kernel", "Memcpy", "Memset", "void "))]
+    if not names:
+        pytest.skip("torch's profiler sees nothing of this device")
+    assert len(names) == 5 and all("fused_sgd_kernel" in name for name in names), names
+
+
+@pytest.mark.native_cuda
+def test_launch_errors_become_exceptions():
+    p = nn.Parameter(torch.randn(5, device="cuda"))
+    optimizer = FusedSGD([p], lr=0.1)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    (update,) = optimizer._prepared.plan.updates
+    bad = native.C.Update(
+        dtype=0, device_type=2, device_index=torch.cuda.device_count(), work=[(64, 0, 64, 1, 0, False)],
+        groups=[(0.1, 0.0, 0.0, 0.0, 1.0, 0.0, 0)],
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"fused_sgd_cuda: cudaSetDevice failed on cuda:\d+: cudaErrorInvalidDevice"):
+        bad.run_cuda(0, 0, 0, 0, 0)
+    assert update.device_index == 0
+    optimizer.step()  # and the device is still usable
+    torch.cuda.synchronize()
+
+
+@pytest.mark.native_cuda
+def test_a_captured_step_keeps_overflow_on_the_device():
+    """One graph, replayed with found_inf set and not: the state moves or it does not."""
+    p = nn.Parameter(torch.ones(CHUNK + 3, device="cuda"))
+    optimizer = FusedSGD([p], lr=0.5)
+    p.grad = torch.ones_like(p)
+    found, scale = torch.zeros((), device="cuda"), torch.ones((), device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+        optimizer.grad_scale, optimizer.found_inf = scale, found
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for value, expected in ((0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, -0.5)):
+        found.fill_(value)
+        graph.replay()
+        assert (p == expected).all(), value
+
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH or in /usr/local/cuda")
+def test_the_machine_code_moves_16_bytes_an_access(tmp_path):
+    """Two vectors of each operand in flight, by loads that know their memory is global; nothing in local memory."""
+    triton = pytest.importorskip("triton", reason="Triton's package carries the disassembler")
+    source = Path(__file__).parent.parent / "csrc" / "fused_sgd_cuda.cu"
+    command = [NVCC, "-O3", "-std=c++17", "-fmad=false", "-arch=sm_90", "-DFREEZEOUT_WITH_CUDA", "-cubin"]
+    subprocess.run([*command, str(source), "-o", str(tmp_path / "out.cubin")], check=True, capture_output=True)
+    disassembler = triton.knobs.nvidia.cuobjdump.path
+    sass = subprocess.run(
+        [disassembler, "--dump-sass", str(tmp_path / "out.cubin")], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = [part for part in sass.split("Function : ")[1:] if "fused_sgd_kernel" in part.split()[0]]
+    assert len(kernels) == 12
+    for kernel in kernels:
+        # 3 operands, 2 vectors each; written: parameter, buffer, and the gradient where it is unscaled.
+        assert len(re.findall(r"\bLDG\.E\.128\b(?!\.CONSTANT)", kernel)) == 6, kernel.split()[0]
+        assert len(re.findall(r"\bSTG\.E\.128\b", kernel)) == 6, kernel.split()[0]
+        assert not re.search(r"\b(LDL|STL|LD\.E|ST\.E)\b", kernel), kernel.split()[0]
