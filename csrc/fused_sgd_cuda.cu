@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void check(cudaError_t error, const char* what, int device) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: the next launch's check must not find this one
   throw std::runtime_error("fused_sgd_cuda: " + std::string(what) + " failed on cuda:" + std::to_string(device) + ": " +
                            cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
 }
