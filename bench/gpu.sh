@@ -96,7 +96,14 @@ PYTHON
 }
 
 # pytest over the tree, which holds the compiled module.
-run_tests() {
+run_tests() { # NAME SECONDS ARGUMENTS...
+  name=$1
+  limit=$2
+  shift 2
+  logged "$name" "$limit" "$python" -m pytest -q -p no:cacheprovider --junitxml="$work/$name.xml" "$@"
+}
+
+tests() {
   status=0
   # Compiling the kernels' many variants is most of the time, and the processor's.
   parallel=$("$python" -c 'import importlib.util as u; print("-n 6" if u.find_spec("xdist") else "")')

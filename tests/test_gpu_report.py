@@ -177,3 +177,21 @@ def test_the_script_runs_in_a_posix_shell(tmp_path):
     assert done.stdout.splitlines()[-1] == "failed: train"
     done = run("everything")
     assert done.returncode == 2 and "part must be one of build, test, sanitize" in done.stderr
+
+
+def test_every_part_of_the_script_runs_its_files(tmp_path):
+    """With a python that only notes what it is asked; the parts that need a GPU or CIFAR at once are left out."""
+    asked = tmp_path / "asked"
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\necho "$@" >>"{asked}"\n')
+    stub.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(stub), "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")}
+    parts = ["test", "optimizer", "kernels", "compile", "step"]
+    done = subprocess.run(["sh", BENCH / "gpu.sh", *parts], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = asked.read_text()
+    for file in ("bench_fused_sgd.py", "bench_kernels.py", "bench_training_step.py", "tests/kernel_cases.py"):
+        assert file in lines, file
+    suites = [line for line in lines.splitlines() if "--junitxml" in line]
+    assert len(suites) == 3 and " -m cuda or native_cuda tests" in suites[0]
+    assert lines.count("gpu_report.py") == len(parts)
