@@ -49,7 +49,8 @@ def test_every_flag_reaches_the_config(tmp_path):
     flags = (
         "--data digits --val-fraction 0.25 --model wrn-10-1 --no-anneal --steps 2 --batch-size 4 --optimizer sgd"
         " --lr 0.05 --momentum 0.8 --weight-decay 0.001 --warmup-steps 1 --t0 0.9 --how-scale 1.5 --no-scale-lr"
-        " --max-transitions 2 --no-augment --amp bf16 --channels-last --device cpu --deterministic --threads 1 --seed 3"
+        " --max-transitions 2 --no-augment --amp bf16 --no-channels-last --device cpu --deterministic"
+        " --threads 1 --seed 3"
     )
     assert cli.main(["train", *flags.split(), "--out", str(tmp_path / "run")]) == 0
     torch.use_deterministic_algorithms(False)
@@ -72,7 +73,7 @@ def test_every_flag_reaches_the_config(tmp_path):
         max_transitions=2,
         augment=False,
         amp="bf16",
-        channels_last=True,
+        channels_last=False,
         device="cpu",
         deterministic=True,
         threads=1,
@@ -86,7 +87,7 @@ def test_every_flag_reaches_the_config(tmp_path):
 
 def test_defaults_are_resolved():
     config = TrainConfig(device="cpu").resolved()
-    assert (config.lr, config.amp, config.channels_last, config.scale_lr) == (0.1, "off", False, True)
+    assert (config.lr, config.amp, config.channels_last, config.scale_lr) == (0.1, "off", True, True)
     config = TrainConfig(device="cpu", optimizer="adamw").resolved()
     assert (config.lr, config.scale_lr) == (0.001, False)
     assert TrainConfig().resolved().device == ("cuda" if torch.cuda.is_available() else "cpu")

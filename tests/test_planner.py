@@ -102,6 +102,8 @@ class Clock:
     def perf_counter(cls):
         return cls.now
 
+    thread_time = perf_counter
+
 
 class Timed(nn.Module):
     """y = w * x, which takes so long forward (half of it in eval mode), and for its weight's and input's gradient."""
@@ -171,14 +173,16 @@ def test_measured_layers_take_their_times(monkeypatch):
     assert (costs.loss, costs.optimizer) == (3, (4, 3, 2, 1))
     assert costs.whole_step == costs.step(0) == 28 + 3 + 10 + 12 + 36 + 16 + 4
     assert costs.closure_error == 0
-    assert costs.source == "measured on cpu with 1 thread, batch 8, medians of 2 rounds"
+    assert costs.saving_error == (0, 0, 0, 0)
+    assert costs.source == "measured on cpu with 1 thread, batch 8, medians of 2 rounds of CPU time"
 
 
 @pytest.mark.parametrize(("max_seconds", "rounds"), [(0, 1), (1e9, 5)])
 def test_no_round_begins_after_max_seconds(monkeypatch, max_seconds, rounds):
     monkeypatch.setattr(measuring, "time", Clock)
     costs = measure_timed(rounds=5, max_seconds=max_seconds)
-    assert costs.source.endswith(f"medians of {rounds} rounds")
+    assert costs.source.endswith(f"medians of {rounds} round{'s' * (rounds > 1)} of CPU time")
+    assert (costs.saving_error is None) == (rounds == 1)
 
 
 def test_measuring_leaves_model_and_generator_as_they_are():

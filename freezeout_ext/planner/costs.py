@@ -28,6 +28,7 @@ class StepCosts:
         memory: bytes at the peak with k layers frozen: parameters, buffers, gradients, optimizer state and tensors
             saved for backward, counted (no workspaces); None where not measured.
         whole_step: the step with nothing frozen, measured whole and without instruments; None where counted.
+        saving_error: the sd of saving(k), from its scatter over the rounds of measuring; None for fewer than two.
         unit: "s" or "FLOP".
         source: how they were found, for people.
     """
@@ -44,11 +45,12 @@ class StepCosts:
     other: float = 0.0
     memory: tuple[int, ...] | None = None
     whole_step: float | None = None
+    saving_error: tuple[float, ...] | None = None
     unit: str = "s"
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("forward", "frozen_forward", "backward", "backward_first", "optimizer", "memory"):
+        for name in ("forward", "frozen_forward", "backward", "backward_first", "optimizer", "memory", "saving_error"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.layers):
                 raise ValueError(f"{name} must have one value a layer, got {len(values)} for {len(self.layers)} layers")

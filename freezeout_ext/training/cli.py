@@ -270,7 +270,7 @@ def _add_run_options(parser: argparse.ArgumentParser, *, out: bool = True) -> No
     warmup.add_argument("--warmup-epochs", type=float)
     add("--augment", action=argparse.BooleanOptionalAction, help="crop and flip (yes)")
     add("--amp", choices=tuple(AMP_DTYPES), help="mixed precision (bf16 on CUDA, off on CPU)")
-    add("--channels-last", action=argparse.BooleanOptionalAction, help="memory format (yes on CUDA)")
+    add("--channels-last", action=argparse.BooleanOptionalAction, help="memory format (yes)")
     add("--device", choices=("auto", "cpu", "cuda"), help="(auto)")
     add("--deterministic", action="store_true", help="bit-identical runs on CUDA too, at some cost")
     add("--threads", type=int, help="CPU threads of torch (torch's choice)")

@@ -24,6 +24,7 @@ from .config import AMP_DTYPES, TrainConfig, faults_of_input
 from .data import DataSplits, Split, batches, load_data
 from .energy import EnergyMeter
 from .engagement import with_engagement
+from .malloc import keep_freed_memory
 from .measure import (
     COUNTED_MEMORY,
     CUDA_MEMORY,
@@ -419,6 +420,8 @@ def _set_backends(config: TrainConfig) -> None:
     if config.deterministic:
         # cuBLAS reads it when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if config.device == "cpu":
+        keep_freed_memory()
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
 

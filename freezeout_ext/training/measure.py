@@ -12,6 +12,8 @@ from statistics import fmean, median
 import torch
 from torch import Tensor, nn
 
+from .malloc import malloc_in_use
+
 COUNTED_MEMORY = "parameters + buffers + gradients + optimizer state + tensors saved for backward, counted"
 CUDA_MEMORY = "torch.cuda.max_memory_allocated"
 
@@ -153,6 +155,8 @@ def conditions(device: torch.device) -> dict:
         "freezeout_ext": installed("freezeout_ext"),
         "commit": _commit(),
     }
+    if device.type == "cpu":
+        found |= {"malloc": malloc_in_use()}
     if device.type == "cuda":
         found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return found
