@@ -80,9 +80,17 @@ def test_transitions_lie_between_their_phases():
         "steps": 5,
         "seconds_per_step": 2.0,
         "seconds_per_step_mean": 2.0,
-        "seconds_error": pytest.approx(1.2533 * 1.4826 * 1.0 / 3**0.5),
+        "seconds_error": pytest.approx(1.2533 * 1.0 / 3**0.5),
         "memory_bytes": 30,
     }
+
+
+def test_the_error_of_a_phase_knows_that_neighbours_slow_down_together():
+    calm = Phase(0, 0, 100, [1.0, 1.2] * 50)
+    drifting = Phase(0, 0, 100, [1.0] * 20 + [1.2] * 30 + [1.0] * 30 + [1.2] * 20)
+    assert calm.seconds_error == 0  # ten stretches, all of median 1.1
+    # Of their medians half are 1.0: the median is 1.1, and every deviation from it 0.1.
+    assert drifting.seconds_error == pytest.approx(1.2533 * 1.4826 * 0.1 / 10**0.5)
 
 
 def test_conditions_name_this_machine():

@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable
 from itertools import chain
-from statistics import median, stdev
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..fused_sgd import FusedSGD
 from ..layers import Layers, find_layers
 from .costs import StepCosts
 from .marks import LayerMarks
+from .median_error import median_error
 
 WARM_UP_STEPS = 2  # of each copy
 FULL_STEPS = 3  # whole steps a round, with instruments and without
@@ -208,8 +209,7 @@ class LayerBench:
         """The medians over all rounds; `others`: further fields of StepCosts."""
         error = None
         if self.rounds > 1:
-            # 1.2533: the sd of a median to that of a mean.
-            error = tuple(1.2533 * stdev(values) / self.rounds**0.5 for values in zip(*self.savings, strict=True))
+            error = tuple(median_error(values) for values in zip(*self.savings, strict=True))
         return StepCosts(**self._medians(self._lists()), saving_error=error, **others)
 
     def _lists(self) -> list[list[float]]:

@@ -12,11 +12,11 @@ from .checkpoint import RunFolder, check_empty, make_folder, write_json
 from .config import TrainConfig, faults_of_input
 from .costing import kept_costs
 from .data import DataSplits, load_data
-from .engagement import engagement_text, with_engagement
+from .engagement import engagement_text, over_runs, with_engagement
 from .loop import Run, Trainer
 from .measure import conditions
 from .paired import paired_test
-from .report import Reporter, table
+from .report import Reporter, phases_rows, table
 
 # short: full training on a cosine as long as FreezeOut's seconds; const-time: FreezeOut as long as full training's.
 KINDS = ("full", "freezeout", "no-anneal", "short", "const-time")
@@ -167,7 +167,7 @@ class Comparison:
         full = results.get(Arm("full"))
         arms = [_arm_summary(arm, results[arm], full) for arm in self.arms]
         arms = [
-            with_engagement(summary, costs, self.base.to_dict()) if arm.freezes else summary
+            with_engagement(summary, costs, self.base.to_dict(), summary["transitions"]) if arm.freezes else summary
             for arm, summary in zip(self.arms, arms, strict=True)
         ]
         reference = arms[:1] if full else arms
@@ -198,7 +198,7 @@ def _arm_summary(arm: Arm, runs: dict[int, dict], full: dict[int, dict] | None) 
         "train_joules": _spread_of_all([run["train_joules"] for run in runs.values()]),
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs.values()),
         "phases": _over_runs([run["phases"] for run in runs.values()]),
-        "transitions": _over_runs([run["transitions"] for run in runs.values()]),
+        "transitions": over_runs([run["transitions"] for run in runs.values()]),
         "runs": [
             {"seed": seed, **{k: run[k] for k in ("test_accuracy", "test_loss", "train_loss", "train_seconds")}}
             for seed, run in runs.items()
@@ -271,8 +271,8 @@ def comparison_tables(summary: dict) -> str:
     ]
     for arm in summary["arms"]:
         if arm["kind"] == "freezeout" and arm["transitions"]:
-            parts.append(f"{arm['name']}: what each transition saved\n{table(transitions_rows(arm), left=[2])}")
-            parts.append(engagement_text(arm))
+            rows = phases_rows(arm["phases"], arm["transitions"], arm["num_layers"])
+            parts.append(f"{arm['name']}: between its transitions\n{table(rows, left=[2])}\n{engagement_text(arm)}")
     parts.append(
         "p: two-sided paired t-test of the difference in accuracy over the seeds."
         " ms/step: median over the steps between two transitions."
@@ -304,22 +304,6 @@ def arms_rows(arms: list[dict]) -> list[tuple[str, ...]]:
                 _change(first["memory_bytes"], last["memory_bytes"], 2**-20, 1),
                 *(_time_to(found, arm["test_accuracy"]["n"]) for found in arm["time_to_accuracy"]),
                 *([_mean_sd(arm["train_joules"], 1e-3, 3)] if has_energy else []),
-            )
-        )
-    return rows
-
-
-def transitions_rows(arm: dict) -> list[tuple[str, ...]]:
-    """One row a transition of the arm, header first."""
-    rows = [("step", "layers frozen", "newly frozen", "ms/step before -> after", "peak MiB before -> after")]
-    for t in arm["transitions"]:
-        rows.append(
-            (
-                str(t["step"]),
-                f"{t['num_frozen']} of {arm['num_layers']}",
-                ", ".join(t["layers"]),
-                _change(t["seconds_per_step_before"], t["seconds_per_step_after"], 1e3, 2),
-                _change(t["memory_bytes_before"], t["memory_bytes_after"], 2**-20, 2),
             )
         )
     return rows

@@ -1,23 +1,23 @@
 """engagement = measured saving / predicted saving: whether freezing shortened the steps as the layers' times say."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from statistics import fmean, stdev
 
 from ..planner import StepCosts
-from .report import milliseconds, table
+from .report import milliseconds
 
-# Of a step's saving, below which its ratio to a measured one says nothing.
-LEAST_PREDICTED = 0.01
-# A transition is warned of below this part of its predicted drop, where that stands out of the noise by so many sd.
-LEAST_DROP, CLEAR_OF_NOISE = 0.25, 3.0
+# A saving or a drop is told from noise where it is so many standard deviations.
+CLEAR_OF_NOISE = 3.0
+# A transition is warned of below this part of its predicted drop.
+LEAST_DROP = 0.25
 
 
 def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -> list[dict]:
     """Each transition with what its phase saves of a step, predicted and measured, and what it alone saved.
 
-    predicted_saving, measured_saving: 1 - step / step with nothing frozen; engagement: measured over predicted.
-    predicted_drop, measured_drop: by which part of the whole step this transition shortened it; drop_error: the sd of
-    measured_drop that the scatter of the steps leaves. None where no step was measured, and engagement where less than
-    a percent is predicted.
+    predicted_saving, measured_saving: 1 - step / step with nothing frozen; engagement: measured over predicted, see
+    `judged`. predicted_drop, measured_drop: by which part of the whole step this transition shortened it. *_error: the
+    sd that the scatter of the rounds, or of the steps, leaves. None where no step was measured.
 
     Args:
         transitions: as `transitions_measured` gives them.
@@ -25,27 +25,63 @@ def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -
     """
     by_frozen = {phase["num_frozen"]: phase for phase in phases}
     rows, before = [], 0
-    whole = by_frozen.get(0, {}).get("seconds_per_step")
+    whole, whole_error = _timed(by_frozen.get(0))
     for transition in transitions:
         k = transition["num_frozen"]
         row = {
             **transition,
             "predicted_saving": costs.saving(k),
+            "predicted_error": costs.saving_error[k] if costs.saving_error else None,
             "predicted_drop": costs.saving(k) - costs.saving(before),
-            **dict.fromkeys(("measured_saving", "measured_drop", "drop_error", "engagement")),
+            **dict.fromkeys(("measured_saving", "measured_error", "measured_drop", "drop_error")),
         }
-        first, then = by_frozen.get(before, {}), by_frozen.get(k, {})
-        seconds = first.get("seconds_per_step"), then.get("seconds_per_step")
-        if whole and None not in seconds:
-            errors = (first.get("seconds_error") or 0.0, then.get("seconds_error") or 0.0)
-            row["measured_saving"] = 1 - seconds[1] / whole
-            row["measured_drop"] = (seconds[0] - seconds[1]) / whole
-            row["drop_error"] = (errors[0] ** 2 + errors[1] ** 2) ** 0.5 / whole
-            if row["predicted_saving"] >= LEAST_PREDICTED:
-                row["engagement"] = row["measured_saving"] / row["predicted_saving"]
-        rows.append(row)
+        (first, first_error), (then, then_error) = _timed(by_frozen.get(before)), _timed(by_frozen.get(k))
+        if whole and then is not None:
+            row["measured_saving"] = 1 - then / whole
+            if None not in (then_error, whole_error):
+                row["measured_error"] = _both(then_error, whole_error * then / whole) / whole
+            if first is not None:
+                row["measured_drop"] = (first - then) / whole
+                if None not in (first_error, then_error):
+                    row["drop_error"] = _both(first_error, then_error) / whole
+        rows.append(judged(row))
         before = k
     return rows
+
+
+def judged(row: dict) -> dict:
+    """`row` with engagement = measured_saving / predicted_saving and its sd, engagement_error.
+
+    Both None where too few steps were measured to know their scatter, or where the predicted saving lies within the
+    noise of either: a ratio of two numbers that may be 0 says nothing. predicted_error None (FLOP were counted, or one
+    round measured) counts as 0.
+    """
+    measured, predicted = row["measured_saving"], row["predicted_saving"]
+    errors = row["measured_error"], row["predicted_error"] or 0.0
+    ratio = error = None
+    if None not in (measured, errors[0]) and predicted > CLEAR_OF_NOISE * _both(*errors) and predicted > 0:
+        ratio = measured / predicted
+        error = _both(errors[0], ratio * errors[1]) / predicted
+    return {**row, "engagement": ratio, "engagement_error": error}
+
+
+def over_runs(rows_of_runs: Sequence[list[dict]]) -> list[dict]:
+    """The rows of an arm: savings and drops are means over its runs, and their errors those of the means.
+
+    What differs from run to run, such as the machine's drift between two phases, no run can see alone.
+    """
+    n = len(rows_of_runs)
+    merged = []
+    for rows in zip(*rows_of_runs, strict=True):
+        row = dict(rows[0])
+        for value, error in (("measured_saving", "measured_error"), ("measured_drop", "drop_error")):
+            values = [r[value] for r in rows]
+            if None in values:
+                row[value] = row[error] = None
+            elif n > 1:
+                row[value], row[error] = fmean(values), stdev(values) / n**0.5
+        merged.append(judged(row))
+    return merged
 
 
 def run_savings(phases: list[dict], costs: StepCosts) -> tuple[float, float] | None:
@@ -64,7 +100,11 @@ def warnings_of(rows: Iterable[dict], costs: StepCosts, config: dict) -> list[st
     found = []
     for row in rows:
         drop, predicted = row["measured_drop"], row["predicted_drop"]
-        if drop is None or predicted <= CLEAR_OF_NOISE * row["drop_error"] or drop >= LEAST_DROP * predicted:
+        if (
+            None in (drop, row["drop_error"])
+            or predicted <= CLEAR_OF_NOISE * row["drop_error"]
+            or drop >= LEAST_DROP * predicted
+        ):
             continue
         found.append(
             f"step {row['step']}: freezing {', '.join(row['layers'])} should have saved {100 * predicted:.1f} % of a"
@@ -90,45 +130,12 @@ def _causes(costs: StepCosts, config: dict) -> list[str]:
     return causes
 
 
-def engagement_rows(rows: list[dict], num_layers: int) -> list[tuple[str, ...]]:
-    """Predicted beside measured, header first, one row a transition."""
-    cells = [("step", "layers frozen", "ms/step before -> after", "saved, predicted", "measured", "engagement")]
-    for row in rows:
-        before, after = row["seconds_per_step_before"], row["seconds_per_step_after"]
-        cells.append(
-            (
-                str(row["step"]),
-                f"{row['num_frozen']} of {num_layers}",
-                " -> ".join("-" if value is None else f"{1000 * value:.2f}" for value in (before, after)),
-                _percent(row["predicted_saving"]),
-                _percent(row["measured_saving"]),
-                "-" if row["engagement"] is None else f"{row['engagement']:.2f}",
-            )
-        )
-    return cells
+def with_engagement(result: dict, costs: StepCosts, config: dict, rows: list[dict] | None = None) -> dict:
+    """`result` (a run's, or an arm's of a comparison) with its transitions engaged, and a summary as "engagement".
 
-
-def engagement_text(result: dict) -> str:
-    """The table, the run's own line and the warnings, from a result (or an arm of a comparison) that holds them."""
-    found = result.get("engagement")
-    if not found or not result["transitions"]:
-        return ""
-    lines = [
-        "saved of a step with nothing frozen, predicted from the layers' costs and measured in this run",
-        table(engagement_rows(result["transitions"], found["num_layers"])),
-        f"costs: {found['source']}",
-    ]
-    if found["measured"] is not None:
-        lines.append(
-            f"all steps: predicted saving {_percent(found['predicted'])}, measured {_percent(found['measured'])}"
-            + (f", engagement {found['measured'] / found['predicted']:.2f}" if found["predicted"] > 0 else "")
-        )
-    return "\n".join(lines + [f"warning: {text}" for text in found["warnings"]])
-
-
-def with_engagement(result: dict, costs: StepCosts, config: dict) -> dict:
-    """`result` (a run's, or an arm's of a comparison) with its transitions engaged, and a summary as "engagement"."""
-    rows = engaged(result["transitions"], result["phases"], costs)
+    rows: the transitions, engaged already.
+    """
+    rows = engaged(result["transitions"], result["phases"], costs) if rows is None else rows
     predicted, measured = run_savings(result["phases"], costs) or (None, None)
     return {
         **result,
@@ -136,7 +143,6 @@ def with_engagement(result: dict, costs: StepCosts, config: dict) -> dict:
         "engagement": {
             "predicted": predicted,
             "measured": measured,
-            "num_layers": len(costs.layers),
             "source": costs.source,
             "unit": costs.unit,
             "warnings": warnings_of(rows, costs, config),
@@ -144,5 +150,25 @@ def with_engagement(result: dict, costs: StepCosts, config: dict) -> dict:
     }
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+def engagement_text(result: dict) -> str:
+    """What stands below the table of a result (or an arm of a comparison): the whole run's line and the warnings."""
+    found = result.get("engagement")
+    if not found or not result["transitions"]:
+        return ""
+    lines = [f"saved of a step with nothing frozen; predicted: {found['source']}"]
+    if found["measured"] is not None:
+        lines.append(
+            f"all steps: predicted {100 * found['predicted']:.1f} %, measured {100 * found['measured']:.1f} %"
+            + (f", engagement {found['measured'] / found['predicted']:.2f}" if found["predicted"] > 0 else "")
+        )
+    return "\n".join(lines + [f"warning: {text}" for text in found["warnings"]])
+
+
+def _timed(phase: dict | None) -> tuple[float | None, float | None]:
+    """(seconds a step, their sd) of a phase that may not exist or have no timed step."""
+    phase = phase or {}
+    return phase.get("seconds_per_step"), phase.get("seconds_error")
+
+
+def _both(a: float, b: float) -> float:
+    return (a * a + b * b) ** 0.5

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from . import plot
 from .checkpoint import RunFolder, read_json, write_atomically
-from .compare import arms_rows, curves, transitions_rows
-from .engagement import engagement_rows
+from .compare import arms_rows, curves
+from .engagement import engagement_text
 from .report import percent, phases_rows
 
 if TYPE_CHECKING:
@@ -64,9 +64,8 @@ def _run(folder: Path, rows: list[dict], config: dict, result: dict | None) -> s
     )
     parts.append(_chart(plot.plot_run(rows, folder.name), "loss, accuracy, learning rates, frozen layers, time"))
     if result:
-        parts += [_where(result["conditions"]), "<h3>Stretches between transitions</h3>", _table(phases_rows(result))]
+        parts += [_where(result["conditions"]), _phases(result, len(result["layers"]))]
         parts.append(f'<p class="quiet">peak memory: {escape(result["memory_measured"])}</p>')
-        parts.append(_engagement(result))
     parts.append(_config(config))
     return "\n".join(parts) + "\n"
 
@@ -87,7 +86,7 @@ def _comparison(folder: Path, summary: dict) -> str:
     ]
     for arm in summary["arms"]:
         if arm["transitions"]:
-            parts += [f"<h3>{escape(arm['name'])}</h3>", _table(transitions_rows(arm)), _engagement(arm)]
+            parts += [f"<h3>{escape(arm['name'])}</h3>", _phases(arm, arm["num_layers"])]
     parts.append(
         f'<p class="quiet">ms/step: median over the steps between two transitions. peak memory:'
         f" {escape(summary['memory_measured'])}</p>"
@@ -96,16 +95,12 @@ def _comparison(folder: Path, summary: dict) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _engagement(result: dict) -> str:
-    found = result.get("engagement")
-    if not found or not result["transitions"]:
-        return ""
-    parts = [
-        "<h3>Predicted beside measured</h3>",
-        f'<p class="quiet">saved of a step with nothing frozen; costs: {escape(found["source"])}</p>',
-        _table(engagement_rows(result["transitions"], found["num_layers"])),
-    ]
-    parts += [f'<p class="warning">{escape(text)}</p>' for text in found["warnings"]]
+def _phases(result: dict, num_layers: int) -> str:
+    """The stretches between a run's (or an arm's) transitions, predicted beside measured, and the warnings."""
+    parts = [_table(phases_rows(result["phases"], result["transitions"], num_layers))]
+    for line in engagement_text(result).splitlines():
+        kind = "warning" if line.startswith("warning: ") else "quiet"
+        parts.append(f'<p class="{kind}">{escape(line)}</p>')
     return "\n".join(parts)
 
 

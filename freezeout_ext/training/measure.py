@@ -12,9 +12,11 @@ from statistics import fmean, median
 import torch
 from torch import Tensor, nn
 
+from ..planner import median_error
 from .malloc import malloc_in_use
 
 COUNTED_MEMORY = "parameters + buffers + gradients + optimizer state + tensors saved for backward, counted"
+STRETCHES = 10  # of a phase
 CUDA_MEMORY = "torch.cuda.max_memory_allocated"
 
 
@@ -37,12 +39,13 @@ class Phase:
 
     @property
     def seconds_error(self) -> float | None:
-        """The sd that seconds_per_step has by the scatter of the steps, from their median absolute deviation."""
-        if not self.seconds:
-            return None
-        middle = median(self.seconds)
-        # 1.4826: the deviation's ratio to a normal sd; 1.2533: the median's sd to the mean's.
-        return 1.2533 * 1.4826 * median(abs(s - middle) for s in self.seconds) / len(self.seconds) ** 0.5
+        """The sd of seconds_per_step. From the medians of stretches where there are enough steps: what slows the
+        machine slows neighbours together, and the scatter of single steps would say too little."""
+        length = len(self.seconds) // STRETCHES
+        if length < 2:
+            return median_error(self.seconds)
+        stretches = [self.seconds[k * length : (k + 1) * length] for k in range(STRETCHES)]
+        return median_error([median(stretch) for stretch in stretches])
 
     def summary(self) -> dict:
         return {
