@@ -18,7 +18,7 @@ class StepCosts:
 
     Attributes:
         forward: of layer i in training.
-        frozen_forward: of layer i in eval mode, nothing saved for backward.
+        frozen_forward: of layer i in eval mode, nothing saved for backward (the last never freezes: its `forward`).
         backward: of layer i with its weights' and its input's gradients.
         backward_first: of layer i where it is the first active one, so that its input needs no gradient.
         optimizer: the update with k layers frozen, k = 0 .. L.

@@ -40,10 +40,10 @@ def measure_costs(
     """StepCosts in seconds: medians over `rounds` rounds, in each of which every layer is the first active one.
 
     Each step is a whole training step, so caches, allocator and kernel choice are those of training. What precedes
-    the first active layer is frozen by `requires_grad` alone: no FreezeOut runs, and its saving is predicted, not
-    measured. Steps without instruments, in turn with the others, give `whole_step`. Each round happens on a copy of
-    the model of its own, with rates of 0, since where a net lies in memory decides some percent of its time; the
-    model, its gradients and torch's generators stay as they are.
+    the first active layer is in eval mode and needs no gradient: no FreezeOut runs, and its saving is put together
+    from the layers' times, not measured. Steps without instruments, in turn with the others, give `whole_step`. Each
+    round happens on a copy of the model of its own, with rates of 0, since where a net lies in memory decides some
+    percent of its time; the model, its gradients and torch's generators stay as they are.
 
     On a CPU with one thread the clock is that thread's CPU time, which stands still while other programs have the core.
 
@@ -150,7 +150,6 @@ class LayerBench:
             self.whole_step(skip=True)
         starts = [len(values) for values in self._lists()]
         for _ in range(FULL_STEPS):
-            self.frozen_pass()
             self.whole_step()
             self.step(0)
         for k in range(1, len(self.layers)):
@@ -184,8 +183,8 @@ class LayerBench:
             self._update()
             end = self._now()
         self._synchronize()
-        for i, seconds in enumerate(marks.forward_intervals(start, called, k), k):
-            self.forward[i].append(seconds)
+        for i, seconds in enumerate(marks.forward_intervals(start, called)):
+            (self.forward if i >= k else self.frozen_forward)[i].append(seconds)
         self.loss.append(self._difference(forwarded, called))
         first, *rest = marks.backward_intervals(forwarded, backwarded, k)
         self.backward_first[k].append(first)
@@ -193,17 +192,6 @@ class LayerBench:
             self.backward[i].append(seconds)
         if not skip_optimizer:
             self.optimizer_step[k].append(self._difference(end, backwarded))
-
-    @torch.no_grad()
-    def frozen_pass(self) -> None:
-        self.model.eval()
-        with self._autocast(), LayerMarks(self.model, self.layers, self._now, self._difference) as marks:
-            start = self._now()
-            self.model(self.inputs)
-            end = self._now()
-        self._synchronize()
-        for i, seconds in enumerate(marks.forward_intervals(start, end)):
-            self.frozen_forward[i].append(seconds)
 
     def costs(self, **others) -> StepCosts:
         """The medians over all rounds; `others`: further fields of StepCosts."""
@@ -218,7 +206,7 @@ class LayerBench:
 
     def _medians(self, lists: list[list[float]]) -> dict:
         """lists: as _lists() gives them, or parts of these."""
-        values = [median(each) if each else 0.0 for each in lists]  # backward of layer 0 has none
+        values = [median(each) if each else 0.0 for each in lists]
         count = len(self.layers)
         forward, frozen_forward, backward, first, optimizer = (
             tuple(values[count * j : count * (j + 1)]) for j in range(5)
@@ -226,7 +214,8 @@ class LayerBench:
         return {
             "layers": tuple(layer.name for layer in self.layers),
             "forward": forward,
-            "frozen_forward": frozen_forward,
+            # The last layer never freezes.
+            "frozen_forward": (*frozen_forward[:-1], forward[-1]),
             # Layer 0 never has its input's gradient.
             "backward": (first[0], *backward[1:]),
             "backward_first": first,
@@ -267,6 +256,8 @@ class LayerBench:
         for i, layer in enumerate(self.layers):
             for p in layer.parameters.values():
                 p.requires_grad_(i >= k)
+            for module in layer.submodules:
+                module.training = i >= k
 
     def _loss(self) -> Tensor:
         with self._autocast():
