@@ -99,6 +99,9 @@ def test_of_several_runs_the_error_is_that_of_their_mean():
     assert (row["measured_error"], row["drop_error"]) == pytest.approx((0.05 / 3**0.5,) * 2)
     assert row["engagement"] == pytest.approx(1.0) and row["engagement_error"] == pytest.approx(0.25 / 3**0.5)
     assert over_runs(runs[:1]) == runs[0]
+    # Equal runs by chance: what scatters within them is left.
+    (row,) = over_runs([runs[1]] * 3)
+    assert row["measured_error"] == pytest.approx(runs[1][0]["measured_error"] / 3**0.5) and row["drop_error"] > 0
     assert over_runs([runs[0], engaged([transition(1, 0.2, None)], [phase(0, 0.2)], COSTS)])[0]["engagement"] is None
 
 

@@ -4,6 +4,7 @@ Exit status 0; 2 for bad input, with one sentence on stderr; 130 for Ctrl-C.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -25,7 +26,10 @@ from .loop import Run, TrainingFailed
 from .ranks import Ranks, ranks_of_torchrun, traffic_table
 from .report import BarReporter, LineReporter, Reporter, Reporters, TensorBoardReporter, has_live_bar, run_summary
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
+
+
+DEFAULT_ARMS = [kind for kind in KINDS if kind != "const-time"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingFailed as error:
         print(f"freezeout: {error}", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:
+        # Who read it has enough; what Python still flushes at its exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print("\nfreezeout: interrupted; with --resume it goes on from the last epoch's end", file=sys.stderr)
         return INTERRUPTED
@@ -103,7 +111,7 @@ def _compare(args: argparse.Namespace) -> None:
         if args.seeds < 1:
             raise ValueError(f"seeds must be >= 1, got {args.seeds}")
         base = replace(TrainConfig(), **_given(args))
-        arms = make_arms(args.arms, args.t0s or [base.t_0], args.how_scales or [base.how_scale])
+        arms = make_arms([*args.arms, *args.const_time], args.t0s or [base.t_0], args.how_scales or [base.how_scale])
     out = args.out or Path("runs") / f"compare-{base.data}-{base.model}"
     comparison = Comparison(
         base,
@@ -216,8 +224,14 @@ def _parser() -> Parser:
     _add_run_options(compare)
     compare.add_argument("--seeds", type=int, default=3, help="how many (3)")
     compare.add_argument(
-        "--arms", nargs="+", default=["full", "freezeout"], choices=KINDS, metavar="ARM", help=f"of {', '.join(KINDS)}"
-    )
+        "--arms", nargs="+", default=DEFAULT_ARMS, choices=KINDS, metavar="ARM",
+        help=f"of {', '.join(KINDS)} (all but const-time); short: full training on a cosine as short as FreezeOut's"
+        " seconds; no-anneal: one cosine, layers freeze all the same",
+    )  # fmt: skip
+    compare.add_argument(
+        "--const-time", action="store_const", const=["const-time"], default=[],
+        help="add the arm const-time: FreezeOut lengthened to full training's seconds",
+    )  # fmt: skip
     _add_freezeout_options(compare, lists=True)
     compare.add_argument("--resume", action="store_true", default=False, help="keep what is done in --out and go on")
 

@@ -26,6 +26,8 @@ def faults_of_input() -> Iterator[None]:
     """Turns the errors of loading, checking and building into BadInput."""
     try:
         yield
+    except BrokenPipeError:  # of what reads stdout, not of the input
+        raise
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise BadInput(" ".join(str(error).split())) from error
 

@@ -68,7 +68,8 @@ def judged(row: dict) -> dict:
 def over_runs(rows_of_runs: Sequence[list[dict]]) -> list[dict]:
     """The rows of an arm: savings and drops are means over its runs, and their errors those of the means.
 
-    What differs from run to run, such as the machine's drift between two phases, no run can see alone.
+    From the scatter of the runs, which alone shows the machine's drift between two phases; or from the steps within
+    the runs where that is more, since the scatter of two or three may be small by chance.
     """
     n = len(rows_of_runs)
     merged = []
@@ -79,7 +80,8 @@ def over_runs(rows_of_runs: Sequence[list[dict]]) -> list[dict]:
             if None in values:
                 row[value] = row[error] = None
             elif n > 1:
-                row[value], row[error] = fmean(values), stdev(values) / n**0.5
+                within = fmean((r[error] or 0.0) ** 2 for r in rows) ** 0.5
+                row[value], row[error] = fmean(values), max(stdev(values), within) / n**0.5
         merged.append(judged(row))
     return merged
 
