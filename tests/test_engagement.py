@@ -15,8 +15,8 @@ from freezeout_ext.training.engagement import (
     engagement_text,
     judged,
     over_runs,
-    run_savings,
     warnings_of,
+    whole_run,
     with_engagement,
 )
 from freezeout_ext.training.report import phases_rows
@@ -113,13 +113,21 @@ def test_a_phase_without_a_timed_step_has_no_engagement():
 
 
 def test_the_run_saves_the_mean_over_its_steps():
-    predicted, measured = run_savings(
-        [phase(0, 0.2, steps=50), phase(1, 0.17, steps=30), phase(2, 0.12, steps=20)], COSTS
-    )
-    assert predicted == pytest.approx(0.3 * 0.2 + 0.2 * 0.5)
-    assert measured == pytest.approx(0.3 * 0.15 + 0.2 * 0.4)
-    assert run_savings([phase(1, 0.2)], COSTS) is None
-    assert run_savings([phase(0, None)], COSTS) is None
+    phases = [phase(0, 0.2, 0.002, 50), phase(1, 0.17, 0.003, 30), phase(2, 0.12, 0.004, 20)]
+    row = whole_run(phases, replace(COSTS, saving_error=(0.0, 0.01, 0.02)))
+    assert row["predicted_saving"] == pytest.approx(0.3 * 0.2 + 0.2 * 0.5)
+    assert row["measured_saving"] == pytest.approx(0.3 * 0.15 + 0.2 * 0.4)
+    assert row["predicted_error"] == pytest.approx(0.3 * 0.01 + 0.2 * 0.02)
+    # By small changes of each time.
+    changes = []
+    for k in range(3):
+        moved = [p | {"seconds_per_step": p["seconds_per_step"] + 1e-6 * (j == k)} for j, p in enumerate(phases)]
+        slope = (whole_run(moved, COSTS)["measured_saving"] - row["measured_saving"]) / 1e-6
+        changes.append(slope * phases[k]["seconds_error"])
+    assert row["measured_error"] == pytest.approx(math.hypot(*changes), rel=1e-4)
+    assert row["engagement"] == pytest.approx(0.125 / 0.16)
+    assert whole_run([phase(1, 0.2)], COSTS)["measured_saving"] is None
+    assert whole_run([phase(0, None)], COSTS)["engagement"] is None
 
 
 @pytest.mark.parametrize(
@@ -174,7 +182,7 @@ def test_table_and_text():
     ]
     text = engagement_text(found)
     assert "predicted: worked out by hand" in text
-    assert "all steps: predicted 23.3 %, measured 16.7 %, engagement 0.71" in text
+    assert "all steps: predicted 23.3 ± 0.7 %, measured 16.7 ± 3.3 %, engagement 0.71 ± 0.15" in text
     assert "warning: " not in text
     exact = with_engagement({**result, "phases": [phase(0, 0.2), phase(1, 0.2), phase(2, 0.1)]}, COSTS, {})
     assert engagement_text(exact).count("warning: ") == 1
@@ -194,15 +202,17 @@ def test_costs_of_a_run_are_measured_with_its_own_batches(digits):
     state = torch.get_rng_state()
     costs = run_costs(BASE.resolved(), digits)
     assert torch.equal(torch.get_rng_state(), state)
-    # A round of 9 + 5 steps twice fits into a tenth of 300.
+    # A round of 8 + 5 steps twice fits into a tenth of 300.
     assert costs.unit == "s" and "batch 16" in costs.source and "of 2 rounds" in costs.source
     assert costs.loader > 0 and not costs.loader_ahead
     assert len(costs.layers) == 5
 
 
 def test_a_run_too_short_to_measure_gets_flop(digits):
-    costs = run_costs(replace(BASE, steps=20).resolved(), digits)
+    config = replace(BASE, steps=20).resolved()
+    costs = run_costs(config, digits)
     assert costs.unit == "FLOP" and costs.whole_step is None
+    assert run_costs(config, digits, runs=7).unit == "s"
 
 
 def test_costs_are_kept(digits, tmp_path):

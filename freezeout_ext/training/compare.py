@@ -12,7 +12,7 @@ from .checkpoint import RunFolder, check_empty, make_folder, write_json
 from .config import TrainConfig, faults_of_input
 from .costing import kept_costs
 from .data import DataSplits, load_data
-from .engagement import engagement_text, over_runs, with_engagement
+from .engagement import engagement_text, with_engagement
 from .loop import Run, Trainer
 from .measure import conditions
 from .paired import paired_test
@@ -117,7 +117,8 @@ class Comparison:
         if not all(self._folder(arm, seed).result_path.exists() for arm in self.arms for seed in self.seeds):
             self._warm_up()
         freezes = any(arm.freezes for arm in self.arms)
-        costs = kept_costs(self.out / "costs.json", self.base, self.data) if freezes else None
+        runs = len(self.arms) * len(self.seeds)
+        costs = kept_costs(self.out / "costs.json", self.base, self.data, runs=runs) if freezes else None
         for stage in (measured, matched):
             steps = {arm: self._matched_steps(arm, results) for arm in stage}
             for k, seed in enumerate(self.seeds):
@@ -167,7 +168,9 @@ class Comparison:
         full = results.get(Arm("full"))
         arms = [_arm_summary(arm, results[arm], full) for arm in self.arms]
         arms = [
-            with_engagement(summary, costs, self.base.to_dict(), summary["transitions"]) if arm.freezes else summary
+            with_engagement(summary, costs, self.base.to_dict(), list(results[arm].values()))
+            if arm.freezes
+            else summary
             for arm, summary in zip(self.arms, arms, strict=True)
         ]
         reference = arms[:1] if full else arms
@@ -198,7 +201,7 @@ def _arm_summary(arm: Arm, runs: dict[int, dict], full: dict[int, dict] | None) 
         "train_joules": _spread_of_all([run["train_joules"] for run in runs.values()]),
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs.values()),
         "phases": _over_runs([run["phases"] for run in runs.values()]),
-        "transitions": over_runs([run["transitions"] for run in runs.values()]),
+        "transitions": first["transitions"],
         "runs": [
             {"seed": seed, **{k: run[k] for k in ("test_accuracy", "test_loss", "train_loss", "train_seconds")}}
             for seed, run in runs.items()
@@ -290,13 +293,14 @@ def arms_rows(arms: list[dict]) -> list[tuple[str, ...]]:
     rows = [header]
     for arm in arms:
         gain, ratio = arm.get("accuracy_over_full"), arm.get("seconds_over_full")
+        p = (arm.get("accuracy_over_full_test") or {}).get("p")
         first, last = arm["phases"][0], arm["phases"][-1]
         rows.append(
             (
                 arm["name"],
                 f"{_mean_sd(arm['test_accuracy'], 100, 2)} (n={arm['test_accuracy']['n']})",
                 _mean_sd(gain, 100, 2, sign="+") if gain else "",
-                f"{test['p']:.2f}" if (test := arm.get("accuracy_over_full_test")) else "",
+                "" if p is None else f"{p:.3f}",
                 _mean_sd(arm["train_seconds"], 1, 2),
                 f"{100 * (1 - ratio['mean']):.1f} %" if ratio else "",
                 str(arm["total_steps"]),

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
 from ..planner import StepCosts
-from .report import milliseconds
+from .report import milliseconds, saving_cells
 
 # A saving or a drop is told from noise where it is so many standard deviations.
 CLEAR_OF_NOISE = 3.0
@@ -59,7 +59,7 @@ def judged(row: dict) -> dict:
     measured, predicted = row["measured_saving"], row["predicted_saving"]
     errors = row["measured_error"], row["predicted_error"] or 0.0
     ratio = error = None
-    if None not in (measured, errors[0]) and predicted > CLEAR_OF_NOISE * _both(*errors) and predicted > 0:
+    if None not in (measured, errors[0], predicted) and predicted > CLEAR_OF_NOISE * _both(*errors) and predicted > 0:
         ratio = measured / predicted
         error = _both(errors[0], ratio * errors[1]) / predicted
     return {**row, "engagement": ratio, "engagement_error": error}
@@ -76,7 +76,7 @@ def over_runs(rows_of_runs: Sequence[list[dict]]) -> list[dict]:
     for rows in zip(*rows_of_runs, strict=True):
         row = dict(rows[0])
         for value, error in (("measured_saving", "measured_error"), ("measured_drop", "drop_error")):
-            values = [r[value] for r in rows]
+            values = [r.get(value) for r in rows]
             if None in values:
                 row[value] = row[error] = None
             elif n > 1:
@@ -86,15 +86,24 @@ def over_runs(rows_of_runs: Sequence[list[dict]]) -> list[dict]:
     return merged
 
 
-def run_savings(phases: list[dict], costs: StepCosts) -> tuple[float, float] | None:
-    """(predicted, measured) saving of the run's steps over as many with nothing frozen; None where not measured."""
+def whole_run(phases: list[dict], costs: StepCosts) -> dict:
+    """What all steps of a run save over as many with nothing frozen, as a row of `judged`."""
     timed = [phase for phase in phases if phase["seconds_per_step"]]
+    row = dict.fromkeys(("predicted_saving", "predicted_error", "measured_saving", "measured_error"))
     if not timed or timed[0]["num_frozen"]:
-        return None
+        return {**row, "engagement": None, "engagement_error": None}
     steps = sum(phase["steps"] for phase in timed)
-    predicted = sum(phase["steps"] * costs.saving(phase["num_frozen"]) for phase in timed) / steps
-    measured = sum(phase["steps"] * phase["seconds_per_step"] for phase in timed)
-    return predicted, 1 - measured / (steps * timed[0]["seconds_per_step"])
+    first, *later = timed
+    whole, whole_error = _timed(first)
+    seconds = sum(phase["steps"] * phase["seconds_per_step"] for phase in later)
+    row["predicted_saving"] = sum(phase["steps"] * costs.saving(phase["num_frozen"]) for phase in timed) / steps
+    row["measured_saving"] = 1 - (first["steps"] + seconds / whole) / steps
+    if costs.saving_error:  # rounds that err in one phase err in the next: their errors add up
+        row["predicted_error"] = sum(p["steps"] * costs.saving_error[p["num_frozen"]] for p in timed) / steps
+    if whole_error is not None:
+        own = sum((phase["steps"] * (phase["seconds_error"] or 0.0)) ** 2 for phase in later) ** 0.5
+        row["measured_error"] = _both(own, seconds * whole_error / whole) / (steps * whole)
+    return judged(row)
 
 
 def warnings_of(rows: Iterable[dict], costs: StepCosts, config: dict) -> list[str]:
@@ -132,24 +141,18 @@ def _causes(costs: StepCosts, config: dict) -> list[str]:
     return causes
 
 
-def with_engagement(result: dict, costs: StepCosts, config: dict, rows: list[dict] | None = None) -> dict:
-    """`result` (a run's, or an arm's of a comparison) with its transitions engaged, and a summary as "engagement".
+def with_engagement(result: dict, costs: StepCosts, config: dict, runs: Sequence[dict] = ()) -> dict:
+    """`result` with its transitions engaged, and what holds for the whole of it as "engagement".
 
-    rows: the transitions, engaged already.
+    runs: results with engagement, where `result` is an arm's over them.
     """
-    rows = engaged(result["transitions"], result["phases"], costs) if rows is None else rows
-    predicted, measured = run_savings(result["phases"], costs) or (None, None)
-    return {
-        **result,
-        "transitions": rows,
-        "engagement": {
-            "predicted": predicted,
-            "measured": measured,
-            "source": costs.source,
-            "unit": costs.unit,
-            "warnings": warnings_of(rows, costs, config),
-        },
-    }
+    if runs:
+        rows = over_runs([run["transitions"] for run in runs])
+        (whole,) = over_runs([[run["engagement"]["whole_run"]] for run in runs])
+    else:
+        rows, whole = engaged(result["transitions"], result["phases"], costs), whole_run(result["phases"], costs)
+    found = {"whole_run": whole, "source": costs.source, "unit": costs.unit}
+    return {**result, "transitions": rows, "engagement": found | {"warnings": warnings_of(rows, costs, config)}}
 
 
 def engagement_text(result: dict) -> str:
@@ -158,11 +161,9 @@ def engagement_text(result: dict) -> str:
     if not found or not result["transitions"]:
         return ""
     lines = [f"saved of a step with nothing frozen; predicted: {found['source']}"]
-    if found["measured"] is not None:
-        lines.append(
-            f"all steps: predicted {100 * found['predicted']:.1f} %, measured {100 * found['measured']:.1f} %"
-            + (f", engagement {found['measured'] / found['predicted']:.2f}" if found["predicted"] > 0 else "")
-        )
+    if found["whole_run"]["measured_saving"] is not None:
+        predicted, measured, engagement = saving_cells(found["whole_run"])
+        lines.append(f"all steps: predicted {predicted}, measured {measured}, engagement {engagement}")
     return "\n".join(lines + [f"warning: {text}" for text in found["warnings"]])
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid var(--line); padding-top: 1.5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -75,7 +75,7 @@ def _comparison(folder: Path, summary: dict) -> str:
     seeds = ", ".join(map(str, summary["seeds"]))
     parts = [
         f"<h2>{escape(folder.name)}</h2>",
-        _what(config),
+        _what({name: config[name] for name in config if name not in ("method", "how_scale", "t_0", "seed")}),
         f"<p>Seeds {seeds}; mean ± sd over them.</p>",
         _where(summary["conditions"]),
         _table(arms_rows(summary["arms"])),

@@ -193,23 +193,23 @@ def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) ->
             _number(phase["memory_bytes"], 2**-20, 1),
         ]
         if is_engaged:
-            row += _saved(transition) if transition else [""] * 3
+            row += saving_cells(transition) if transition else [""] * 3
         rows.append(tuple(row))
     return rows
 
 
-def _saved(transition: dict) -> list[str]:
+def saving_cells(row: dict) -> list[str]:
     """Predicted, measured, engagement: the numbers and their standard deviations."""
-    measured, ratio = transition["measured_saving"], transition["engagement"]
-    if transition["measured_error"] is None:
+    measured, ratio = row["measured_saving"], row["engagement"]
+    if row["measured_error"] is None:
         engagement = "-"  # too few steps
     elif ratio is None:
         engagement = "in the noise"
     else:
-        engagement = f"{ratio:.2f} ± {transition['engagement_error']:.2f}"
+        engagement = f"{ratio:.2f} ± {row['engagement_error']:.2f}"
     return [
-        _percent_error(transition["predicted_saving"], transition["predicted_error"]),
-        _percent_error(measured, transition["measured_error"]),
+        _percent_error(row["predicted_saving"], row["predicted_error"]),
+        _percent_error(measured, row["measured_error"]),
         engagement,
     ]
 
