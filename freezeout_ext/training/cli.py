@@ -22,9 +22,10 @@ from .costing import kept_costs
 from .data import NAMES
 from .engagement import engagement_text
 from .html_report import write_report
-from .loop import Run, TrainingFailed
+from .loop import Run
 from .ranks import Ranks, ranks_of_torchrun, traffic_table
 from .report import BarReporter, LineReporter, Reporter, Reporters, TensorBoardReporter, has_live_bar, run_summary
+from .trainer import TrainingFailed
 
 BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
 

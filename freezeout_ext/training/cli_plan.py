@@ -15,9 +15,9 @@ from .checkpoint import make_folder, write_json
 from .config import TrainConfig
 from .costing import training_costs
 from .data import DataSplits, Split, load_data
-from .loop import Trainer
 from .measure import conditions
 from .plan_report import plot_plan
+from .trainer import Trainer
 
 # (channels, side, classes, training images) of the sets, for a plan without them.
 SHAPES = {"digits": (1, 8, 10, 1347), "cifar10": (3, 32, 10, 50_000), "cifar100": (3, 32, 100, 50_000)}

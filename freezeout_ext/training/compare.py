@@ -13,10 +13,11 @@ from .config import TrainConfig, faults_of_input
 from .costing import kept_costs
 from .data import DataSplits, load_data
 from .engagement import engagement_text, with_engagement
-from .loop import Run, Trainer
+from .loop import Run
 from .measure import conditions
 from .paired import paired_test
 from .report import Reporter, phases_rows, table
+from .trainer import Trainer
 
 # short: full training on a cosine as long as FreezeOut's seconds; const-time: FreezeOut as long as full training's.
 KINDS = ("full", "freezeout", "no-anneal", "short", "const-time")

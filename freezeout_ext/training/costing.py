@@ -11,7 +11,7 @@ from ..planner import StepCosts, flop_costs, measure_costs, measure_loader
 from .checkpoint import read_json, write_json
 from .config import TrainConfig
 from .data import DataSplits
-from .loop import Trainer, make_optimizer
+from .trainer import Trainer, make_optimizer
 
 # What measuring may take of the runs that it is for: its steps over theirs. Else FLOP are counted.
 LARGEST_SHARE = 0.1
