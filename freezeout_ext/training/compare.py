@@ -16,7 +16,7 @@ from .engagement import engagement_text, with_engagement
 from .loop import Run
 from .measure import conditions
 from .paired import paired_test
-from .report import Reporter, phases_rows, table
+from .report import Reporter, graphs_text, phases_rows, table
 from .trainer import Trainer
 
 # short: full training on a cosine as long as FreezeOut's seconds; const-time: FreezeOut as long as full training's.
@@ -197,6 +197,7 @@ def _arm_summary(arm: Arm, runs: dict[int, dict], full: dict[int, dict] | None) 
         "how_scale": arm.how_scale,
         "total_steps": first["total_steps"],
         "num_layers": len(first["layers"]),
+        "graphs_compiled": first["graphs_compiled"],
         "test_accuracy": spread([run["test_accuracy"] for run in runs.values()]),
         "train_seconds": spread([run["train_seconds"] for run in runs.values()]),
         "train_joules": _spread_of_all([run["train_joules"] for run in runs.values()]),
@@ -276,7 +277,8 @@ def comparison_tables(summary: dict) -> str:
     for arm in summary["arms"]:
         if arm["kind"] == "freezeout" and arm["transitions"]:
             rows = phases_rows(arm["phases"], arm["transitions"], arm["num_layers"])
-            parts.append(f"{arm['name']}: between its transitions\n{table(rows, left=[2])}\n{engagement_text(arm)}")
+            text = "\n".join(filter(None, (graphs_text(arm), engagement_text(arm))))
+            parts.append(f"{arm['name']}: between its transitions\n{table(rows, left=[2])}\n{text}")
     parts.append(
         "p: two-sided paired t-test of the difference in accuracy over the seeds."
         " ms/step: median over the steps between two transitions."

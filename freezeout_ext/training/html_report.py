@@ -11,7 +11,7 @@ from . import plot
 from .checkpoint import RunFolder, read_json, write_atomically
 from .compare import arms_rows, curves
 from .engagement import engagement_text
-from .report import percent, phases_rows
+from .report import graphs_text, percent, phases_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,7 +98,7 @@ def _comparison(folder: Path, summary: dict) -> str:
 def _phases(result: dict, num_layers: int) -> str:
     """The stretches between a run's (or an arm's) transitions, predicted beside measured, and the warnings."""
     parts = [_table(phases_rows(result["phases"], result["transitions"], num_layers))]
-    for line in engagement_text(result).splitlines():
+    for line in [*graphs_text(result).splitlines(), *engagement_text(result).splitlines()]:
         kind = "warning" if line.startswith("warning: ") else "quiet"
         parts.append(f'<p class="{kind}">{escape(line)}</p>')
     return "\n".join(parts)

@@ -224,12 +224,16 @@ def _percent_error(value: float | None, error: float | None) -> str:
     return f"{100 * value:.1f} %" if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
 
 
+def graphs_text(result: dict) -> str:
+    """How often torch.compile compiled, "" where it was not asked."""
+    graphs = result.get("graphs_compiled") or {}
+    counts = ", ".join(f"{count} with {k} frozen" for k, count in graphs.items())
+    return f"graphs compiled: {counts}" if counts else ""
+
+
 def run_summary(result: dict) -> str:
     """The table of a run's phases, and its last line."""
-    compiled = ""
-    if result.get("graphs_compiled"):
-        counts = ", ".join(f"{count} with {k} frozen" for k, count in result["graphs_compiled"].items())
-        compiled = f"graphs compiled: {counts}\n"
+    compiled = f"{text}\n" if (text := graphs_text(result)) else ""
     rows = phases_rows(result["phases"], result["transitions"], len(result["layers"]))
     return (
         f"{table(rows, left=[2])}\npeak memory: {result['memory_measured']}\n{compiled}"
