@@ -16,7 +16,8 @@ from pathlib import Path
 
 from freezeout_ext.training import plot
 from freezeout_ext.training.checkpoint import read_json, write_json
-from freezeout_ext.training.compare import Arm, Comparison, comparison_tables, curves
+from freezeout_ext.training.compare import Arm, Comparison, curves
+from freezeout_ext.training.compare_report import comparison_tables
 from freezeout_ext.training.config import TrainConfig
 from freezeout_ext.training.report import Reporter
 

@@ -1,7 +1,9 @@
 """Comparisons: which runs are made, in which order, from what config, and the arithmetic of their summary."""
 
+import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,12 +11,12 @@ from freezeout_ext.training.checkpoint import RunFolder
 from freezeout_ext.training.compare import (
     Arm,
     Comparison,
-    comparison_tables,
     curves,
     make_arms,
     run_folder,
     spread,
 )
+from freezeout_ext.training.compare_report import comparison_tables
 from freezeout_ext.training.config import BadInput, TrainConfig
 from freezeout_ext.training.report import Reporter
 
@@ -185,3 +187,23 @@ def test_curves_are_the_logs(done):
     found = curves(out, summary)
     assert found["full"][1] == RunFolder(out / "runs" / "full" / "seed-1").read_log()
     assert [len(runs) for runs in found.values()] == [2, 2, 2, 2]
+
+
+def test_the_cifar100_benchmark_collects_what_is_there(done, tmp_path, capsys):
+    path = Path(__file__).parents[1] / "bench" / "bench_cifar100_small.py"
+    spec = importlib.util.spec_from_file_location("bench_cifar100_small", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    assert [arm.name for arm in bench.ARMS] == [
+        "full", "freezeout cubic 0.8", "freezeout linear 0.5", "short cubic 0.8", "short linear 0.5",
+        "no-anneal cubic 0.8", "no-anneal linear 0.5",
+    ]  # fmt: skip
+    out, summary, _ = done
+    bench.collect(out.parent, tmp_path / "all.json", tmp_path / "all.png")
+    (found,) = json.loads((tmp_path / "all.json").read_text())["comparisons"]
+    for arm, before in zip(found["arms"], summary["arms"], strict=True):
+        assert arm["test_accuracy"]["mean"] == pytest.approx(before["test_accuracy"]["mean"], rel=1e-5)
+        for run, log in zip(arm["curves"], curves(out, summary)[arm["name"]], strict=True):
+            assert run == [pytest.approx([row["train_seconds"], row["test_accuracy"]], rel=1e-5) for row in log]
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    assert "out -> " in capsys.readouterr().out

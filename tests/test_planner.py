@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,9 @@ def test_a_run_costs_each_phase_its_steps():
     assert prediction.ceiling == pytest.approx(1 - least / (10 * COSTS.step(0)))
     assert (prediction.cost, prediction.full_cost) == pytest.approx((cost, 10 * COSTS.step(0)))
     assert prediction.memory == (100, 30, pytest.approx((5 * 100 + 3 * 60 + 2 * 30) / 10))
+    assert prediction.saving_error is None
+    rounds = replace(COSTS, saving_error=(0.0, 0.01, 0.03))
+    assert predict(rounds, schedule).saving_error == pytest.approx((3 * 0.01 + 2 * 0.03) / 10)
 
 
 def test_phases_cover_the_run_also_where_a_milestone_lies_in_its_last_step():

@@ -88,6 +88,8 @@ class Prediction:
     """saving = 1 - sum over the run's steps of T(num_frozen(step)) / (total_steps * T(0)).
 
     Attributes:
+        saving_error: the sd of `saving`, from the scatter over the rounds of measuring, as if the errors of all phases
+            were one; None where there is none.
         ceiling: the saving were the frozen layers' forward free.
         cost, full_cost: of the whole run, with FreezeOut and without, in the costs' unit.
         memory: bytes at the peak (while nothing is frozen, as without FreezeOut), after the last freeze, and their mean
@@ -101,6 +103,7 @@ class Prediction:
     cost: float
     full_cost: float
     memory: tuple[int, int, float] | None
+    saving_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,13 @@ def predict(costs: StepCosts, schedule: Schedule) -> Prediction:
     full = schedule.total_steps * costs.step(0)
     cost = sum(steps * costs.step(k) for k, steps in spans)
     least = sum(steps * costs.step(k, free_prefix=True) for k, steps in spans)
-    memory = None
+    memory = error = None
+    if costs.saving_error:
+        error = sum(steps * costs.saving_error[k] for k, steps in spans) / schedule.total_steps
     if costs.memory:
         mean = sum(steps * costs.memory[k] for k, steps in spans) / schedule.total_steps
         memory = costs.memory[0], costs.memory[spans[-1][0]], mean
-    return Prediction(schedule.how_scale, schedule.t_0, 1 - cost / full, 1 - least / full, cost, full, memory)
+    return Prediction(schedule.how_scale, schedule.t_0, 1 - cost / full, 1 - least / full, cost, full, memory, error)
 
 
 def suggest_t_0(costs: StepCosts, wanted: float, *, how_scale: str | float = "cubic", **schedule) -> Suggestion:

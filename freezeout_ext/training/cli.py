@@ -16,7 +16,8 @@ from ..schedule import Schedule
 from . import plot
 from .checkpoint import RunFolder, make_folder, read_json
 from .cli_plan import add_plan_options, run_plan
-from .compare import KINDS, Comparison, comparison_tables, curves, make_arms
+from .compare import KINDS, Comparison, curves, make_arms
+from .compare_report import comparison_tables
 from .config import AMP_DTYPES, OPTIMIZERS, PREFIXES, BadInput, TrainConfig, faults_of_input
 from .costing import kept_costs
 from .data import NAMES

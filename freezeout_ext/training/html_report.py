@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from . import plot
 from .checkpoint import RunFolder, read_json, write_atomically
-from .compare import arms_rows, curves
+from .compare import curves
+from .compare_report import arms_rows
 from .engagement import engagement_text
 from .report import graphs_text, percent, phases_rows
 
