@@ -105,6 +105,17 @@ def test_of_several_runs_the_error_is_that_of_their_mean():
     assert over_runs([runs[0], engaged([transition(1, 0.2, None)], [phase(0, 0.2)], COSTS)])[0]["engagement"] is None
 
 
+def test_cpu_time_goes_before_the_clock():
+    phases = [
+        {**phase(0, 0.2), "cpu_seconds_per_step": 0.1, "cpu_seconds_error": 0.0},
+        {**phase(1, 0.3), "cpu_seconds_per_step": 0.08, "cpu_seconds_error": 0.0},
+    ]
+    found = with_engagement({"transitions": [transition(1, 0.2, 0.3)], "phases": phases}, COSTS, {})
+    assert found["transitions"][0]["measured_saving"] == pytest.approx(0.2)
+    assert found["engagement"]["whole_run"]["measured_saving"] == pytest.approx(0.1)
+    assert "of the CPU time of a step" in engagement_text(found)
+
+
 def test_a_phase_without_a_timed_step_has_no_engagement():
     rows = engaged([transition(1, 0.2, None), transition(2, None, 0.1)], [phase(0, 0.2), phase(1, None)], COSTS)
     assert [row["engagement"] for row in rows] == [None, None]

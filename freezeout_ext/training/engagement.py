@@ -17,7 +17,8 @@ def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -
 
     predicted_saving, measured_saving: 1 - step / step with nothing frozen; engagement: measured over predicted, see
     `judged`. predicted_drop, measured_drop: by which part of the whole step this transition shortened it. *_error: the
-    sd that the scatter of the rounds, or of the steps, leaves. None where no step was measured.
+    sd that the scatter of the rounds, or of the steps, leaves. None where no step was measured. Of the steps' CPU time
+    where it is known, as in `measure_costs`.
 
     Args:
         transitions: as `transitions_measured` gives them.
@@ -88,21 +89,20 @@ def over_runs(rows_of_runs: Sequence[list[dict]]) -> list[dict]:
 
 def whole_run(phases: list[dict], costs: StepCosts) -> dict:
     """What all steps of a run save over as many with nothing frozen, as a row of `judged`."""
-    timed = [phase for phase in phases if phase["seconds_per_step"]]
+    timed = [(phase["num_frozen"], phase["steps"], *_timed(phase)) for phase in phases if phase["seconds_per_step"]]
     row = dict.fromkeys(("predicted_saving", "predicted_error", "measured_saving", "measured_error"))
-    if not timed or timed[0]["num_frozen"]:
+    if not timed or timed[0][0]:
         return {**row, "engagement": None, "engagement_error": None}
-    steps = sum(phase["steps"] for phase in timed)
-    first, *later = timed
-    whole, whole_error = _timed(first)
-    seconds = sum(phase["steps"] * phase["seconds_per_step"] for phase in later)
-    row["predicted_saving"] = sum(phase["steps"] * costs.saving(phase["num_frozen"]) for phase in timed) / steps
-    row["measured_saving"] = 1 - (first["steps"] + seconds / whole) / steps
+    total = sum(steps for _, steps, _, _ in timed)
+    (_, first_steps, whole, whole_error), *later = timed
+    seconds = sum(steps * each for _, steps, each, _ in later)
+    row["predicted_saving"] = sum(steps * costs.saving(k) for k, steps, _, _ in timed) / total
+    row["measured_saving"] = 1 - (first_steps + seconds / whole) / total
     if costs.saving_error:  # rounds that err in one phase err in the next: their errors add up
-        row["predicted_error"] = sum(p["steps"] * costs.saving_error[p["num_frozen"]] for p in timed) / steps
+        row["predicted_error"] = sum(steps * costs.saving_error[k] for k, steps, _, _ in timed) / total
     if whole_error is not None:
-        own = sum((phase["steps"] * (phase["seconds_error"] or 0.0)) ** 2 for phase in later) ** 0.5
-        row["measured_error"] = _both(own, seconds * whole_error / whole) / (steps * whole)
+        own = sum((steps * (error or 0.0)) ** 2 for _, steps, _, error in later) ** 0.5
+        row["measured_error"] = _both(own, seconds * whole_error / whole) / (total * whole)
     return judged(row)
 
 
@@ -151,7 +151,8 @@ def with_engagement(result: dict, costs: StepCosts, config: dict, runs: Sequence
         (whole,) = over_runs([[run["engagement"]["whole_run"]] for run in runs])
     else:
         rows, whole = engaged(result["transitions"], result["phases"], costs), whole_run(result["phases"], costs)
-    found = {"whole_run": whole, "source": costs.source, "unit": costs.unit}
+    clock = "CPU time" if result["phases"][0].get("cpu_seconds_per_step") else "time"
+    found = {"whole_run": whole, "source": costs.source, "unit": costs.unit, "clock": clock}
     return {**result, "transitions": rows, "engagement": found | {"warnings": warnings_of(rows, costs, config)}}
 
 
@@ -160,7 +161,7 @@ def engagement_text(result: dict) -> str:
     found = result.get("engagement")
     if not found or not result["transitions"]:
         return ""
-    lines = [f"saved of a step with nothing frozen; predicted: {found['source']}"]
+    lines = [f"saved of the {found['clock']} of a step with nothing frozen; predicted: {found['source']}"]
     if found["whole_run"]["measured_saving"] is not None:
         predicted, measured, engagement = saving_cells(found["whole_run"])
         lines.append(f"all steps: predicted {predicted}, measured {measured}, engagement {engagement}")
@@ -168,9 +169,10 @@ def engagement_text(result: dict) -> str:
 
 
 def _timed(phase: dict | None) -> tuple[float | None, float | None]:
-    """(seconds a step, their sd) of a phase that may not exist or have no timed step."""
+    """(seconds a step, their sd) of a phase that may not exist or have no timed step; CPU time where that is known."""
     phase = phase or {}
-    return phase.get("seconds_per_step"), phase.get("seconds_error")
+    clock = "cpu_seconds" if phase.get("cpu_seconds_per_step") else "seconds"
+    return phase.get(f"{clock}_per_step"), phase.get(f"{clock}_error")
 
 
 def _both(a: float, b: float) -> float:

@@ -119,9 +119,10 @@ class Trainer:
         joules = meter.joules()
         self.energy = None if None in (joules, self.energy) else self.energy + joules
         self._count_memory()
-        for phase, duration in zip(phase_of, seconds, strict=True):
-            if phase is not None:
-                phase.seconds.append(duration)
+        for name, durations in (("seconds", seconds), ("cpu_seconds", timer.cpu_seconds())):
+            for phase, duration in zip(phase_of, durations, strict=False):  # cpu_seconds may be empty
+                if phase is not None:
+                    getattr(phase, name).append(duration)
         self.epoch += 1
         self.train_seconds += sum(seconds)
         loss, correct = (self.ranks.sum(totals) / images).tolist()
