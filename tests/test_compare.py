@@ -15,6 +15,7 @@ from freezeout_ext.training.compare import (
     make_arms,
     run_folder,
     spread,
+    undisturbed_seconds,
 )
 from freezeout_ext.training.compare_report import comparison_tables
 from freezeout_ext.training.config import BadInput, TrainConfig
@@ -115,11 +116,22 @@ def test_spread():
     assert spread([0.5]) == {"mean": 0.5, "sd": None, "n": 1}
 
 
+def took(seconds, phases=({"steps": 100, "cpu_seconds_per_step": None},), graphs=None):
+    return {"train_seconds": seconds, "total_steps": 100, "phases": phases, "graphs_compiled": graphs}
+
+
+def test_other_programs_do_not_count_where_that_is_known():
+    phases = [{"steps": 60, "cpu_seconds_per_step": 0.1}, {"steps": 40, "cpu_seconds_per_step": 0.05}]
+    assert undisturbed_seconds(took(50.0, phases)) == pytest.approx(8.0)
+    assert undisturbed_seconds(took(50.0, phases, {0: 3})) == 50.0
+    assert undisturbed_seconds(took(50.0)) == 50.0
+
+
 def test_matched_arms_take_the_other_arms_seconds(tmp_path):
     comparison = Comparison(BASE, tmp_path / "out", arms=[FULL, FREEZEOUT], seeds=[0, 1, 2])
     results = {
-        FULL: {s: {"train_seconds": t, "total_steps": 100} for s, t in enumerate((10.0, 10.0, 20.0))},
-        FREEZEOUT: {s: {"train_seconds": t, "total_steps": 100} for s, t in enumerate((8.0, 9.0, 14.0))},
+        FULL: {s: took(t) for s, t in enumerate((10.0, 10.0, 20.0))},
+        FREEZEOUT: {s: took(t) for s, t in enumerate((8.0, 9.0, 14.0))},
     }
     # Ratios 0.8, 0.9, 0.7: the median is 0.8.
     assert comparison._matched_steps(Arm("short", 0.6, "cubic"), results) == 80

@@ -74,8 +74,8 @@ class Comparison:
     """The runs of all arms and seeds in one folder, OUT/runs/ARM/seed-SEED, and what they say together.
 
     Runs are sequential, seed by seed, in alternating order, so that what slows the machine slows all arms. The matched
-    arms come after the others, whose seconds decide their length. With `resume` finished runs are kept and an
-    unfinished one goes on.
+    arms come after the others, whose seconds (see `undisturbed_seconds`) decide their length. With `resume` finished
+    runs are kept and an unfinished one goes on.
 
     Args:
         accuracies: of the test split, in (0, 1], whose first time is reported; none: a point below full training's
@@ -161,7 +161,7 @@ class Comparison:
             if folder.holds_run():
                 return folder.load_config().steps
         full, freezeout = results[Arm("full")], results[Arm("freezeout", arm.t_0, arm.how_scale)]
-        ratio = median(freezeout[s]["train_seconds"] / full[s]["train_seconds"] for s in self.seeds)
+        ratio = median(undisturbed_seconds(freezeout[s]) / undisturbed_seconds(full[s]) for s in self.seeds)
         total = full[self.seeds[0]]["total_steps"]
         return max(1, round(total * ratio if arm.kind == "short" else total / ratio))
 
@@ -186,6 +186,17 @@ class Comparison:
             "memory_measured": results[self.arms[0]][self.seeds[0]]["memory_measured"],
             "arms": arms,
         }
+
+
+def undisturbed_seconds(result: dict) -> float:
+    """train_seconds; where one CPU thread did all the work, what they would be with no other program on the machine.
+
+    Not of a compiled run, whose compiler works elsewhere.
+    """
+    cpu = [phase.get("cpu_seconds_per_step") for phase in result["phases"]]
+    if None in cpu or result["graphs_compiled"]:
+        return result["train_seconds"]
+    return sum(phase["steps"] * seconds for phase, seconds in zip(result["phases"], cpu, strict=True))
 
 
 def _arm_summary(arm: Arm, runs: dict[int, dict], full: dict[int, dict] | None) -> dict:
