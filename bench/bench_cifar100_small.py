@@ -21,7 +21,7 @@ from freezeout_ext.training.compare_report import comparison_tables
 from freezeout_ext.training.config import TrainConfig
 from freezeout_ext.training.report import Reporter
 
-# So many that the first takes as long as the other two: a full run 100, 80 and 37 s, and each net 18 times that.
+# So many that the first takes as long as the other two: a full run 100, 70 and 35 s, and each net 18 times that.
 EPOCHS = {"densenet-10-12": 7, "wrn-10-1": 6, "vgg-11-x0.125": 10}
 FREEZEOUTS = (("cubic", 0.8), ("linear", 0.5))
 KINDS = ("freezeout", "short", "no-anneal")
