@@ -12,7 +12,7 @@ import torch
 from freezeout_ext import Schedule
 from freezeout_ext.training import cli, plot
 from freezeout_ext.training.checkpoint import RunFolder
-from freezeout_ext.training.config import TrainConfig
+from freezeout_ext.training.config import BadInput, TrainConfig
 
 TINY = ["--model", "wrn-10-1", "--steps", "4", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
 
@@ -49,7 +49,8 @@ def test_every_flag_reaches_the_config(tmp_path):
     flags = (
         "--data digits --val-fraction 0.25 --model wrn-10-1 --no-anneal --steps 2 --batch-size 4 --optimizer sgd"
         " --lr 0.05 --momentum 0.8 --weight-decay 0.001 --warmup-steps 1 --t0 0.9 --how-scale 1.5 --no-scale-lr"
-        " --max-transitions 2 --no-augment --amp bf16 --channels-last --device cpu --deterministic --threads 1 --seed 3"
+        " --max-transitions 2 --no-augment --amp bf16 --no-channels-last --device cpu --deterministic"
+        " --threads 1 --seed 3"
     )
     assert cli.main(["train", *flags.split(), "--out", str(tmp_path / "run")]) == 0
     torch.use_deterministic_algorithms(False)
@@ -72,7 +73,7 @@ def test_every_flag_reaches_the_config(tmp_path):
         max_transitions=2,
         augment=False,
         amp="bf16",
-        channels_last=True,
+        channels_last=False,
         device="cpu",
         deterministic=True,
         threads=1,
@@ -86,7 +87,7 @@ def test_every_flag_reaches_the_config(tmp_path):
 
 def test_defaults_are_resolved():
     config = TrainConfig(device="cpu").resolved()
-    assert (config.lr, config.amp, config.channels_last, config.scale_lr) == (0.1, "off", False, True)
+    assert (config.lr, config.amp, config.channels_last, config.scale_lr) == (0.1, "off", True, True)
     config = TrainConfig(device="cpu", optimizer="adamw").resolved()
     assert (config.lr, config.scale_lr) == (0.001, False)
     assert TrainConfig().resolved().device == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -207,18 +208,41 @@ def test_divergence_is_status_1(tmp_path, capsys):
 def test_compare_end_to_end(tmp_path, capsys):
     out = tmp_path / "compare"
     flags = [*TINY, "--seeds", "2", "--t0", "0.5", "0.8", "--t0", "0.9", "--how-scale", "linear", "--out", str(out)]
+    flags += ["--arms", "full", "freezeout"]
     assert cli.main(["compare", *flags]) == 0
     shown = capsys.readouterr().out
     for name in ("full", "freezeout linear 0.5", "freezeout linear 0.8", "freezeout linear 0.9"):
         assert f"{name}, seed 1: " in shown and f"\n{name} " in shown
     assert sorted(path.name for path in out.iterdir()) == ["compare.json", "compare.png", "costs.json", "runs"]
-    assert png_size(out / "compare.png") == (1200, 675)
+    assert png_size(out / "compare.png") == (1500, 570)
     (out / "compare.png").unlink()
     assert cli.main(["plot", str(out)]) == 0
-    assert png_size(out / "compare.png") == (1200, 675)
+    assert png_size(out / "compare.png") == (1500, 570)
     assert cli.main(["compare", *flags]) == 2
     assert "out must be a new or an empty folder" in capsys.readouterr().err
     assert cli.main(["compare", *flags, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "kinds"),
+    [
+        ("", {"full", "freezeout", "no-anneal", "short"}),
+        ("--const-time", {"full", "freezeout", "no-anneal", "short", "const-time"}),
+        ("--const-time --arms full freezeout", {"full", "freezeout", "const-time"}),
+        ("--arms const-time", {"full", "freezeout", "const-time"}),
+    ],
+)
+def test_arms_of_compare(flags, kinds, tmp_path, monkeypatch):
+    asked = []
+
+    class NoComparison:
+        def __init__(self, base, out, *, arms, **options):
+            asked.extend(arms)
+            raise BadInput("enough")
+
+    monkeypatch.setattr(cli, "Comparison", NoComparison)
+    assert cli.main(["compare", *TINY, *flags.split(), "--out", str(tmp_path)]) == 2
+    assert {arm.kind for arm in asked} == kinds
 
 
 @pytest.mark.parametrize(
@@ -269,16 +293,26 @@ def test_schedule_chart_holds_the_learning_rates():
 def test_comparison_chart_holds_means_and_transitions():
     def rows(seconds, accuracies, frozen_at):
         return [
-            {"train_seconds": s, "test_accuracy": a, "transitions": [{}] if k in frozen_at else []}
-            for k, (s, a) in enumerate(zip(seconds, accuracies, strict=True))
+            {
+                "step": 10 * k,
+                "train_seconds": s,
+                "test_accuracy": a,
+                "transitions": [{"step": step} for step in frozen_at if 10 * k - 10 < step <= 10 * k],
+            }
+            for k, (s, a) in enumerate(zip(seconds, accuracies, strict=True), 1)
         ]
 
-    runs = [rows([1, 2, 3], [0.5, 0.7, 0.9], {1}), rows([3, 4, 5], [0.7, 0.9, 1.0], {1})]
-    (ax,) = plot.plot_comparison({"freezeout": runs}, "title").axes
-    curve, end, ticks = ax.lines
+    runs = [rows([1, 2, 3], [0.5, 0.7, 0.9], [5, 15]), rows([3, 4, 5], [0.7, 0.9, 1.0], [5, 15])]
+    figure = plot.plot_comparisons({"a": {"freezeout cubic 0.5": runs, "short cubic 0.5": runs}, "b": {"full": runs}})
+    ax, below = figure.axes
+    curve, end, ticks, short, *_ = ax.lines
     assert curve.get_xdata().tolist() == [2, 3, 4]
     assert curve.get_ydata().tolist() == pytest.approx([60, 80, 95], rel=1e-12)
-    assert (end.get_xdata().tolist(), ticks.get_xdata().tolist()) == ([4], [3])
+    # Between two epochs a freeze is marked where it was; in the first one at its end.
+    assert (end.get_xdata().tolist(), list(ticks.get_xdata())) == ([4], [2, 2.5])
+    assert list(ticks.get_ydata()) == pytest.approx([60, 70], rel=1e-12)
+    assert curve.get_color() == short.get_color() and curve.get_linestyle() != short.get_linestyle()
+    assert (ax.get_title(), below.get_title()) == ("a", "b")
 
 
 def test_plot_without_matplotlib_names_the_extra(tmp_path, capsys, monkeypatch):
@@ -296,3 +330,11 @@ def test_module_runs_as_a_program(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "freezeout: lr must be >= 0, got -1.0\n")
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    program = [sys.executable, "-m", "freezeout_ext", "plan", "--no-measure", "--model", "wrn-10-1"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 141

@@ -1,7 +1,9 @@
 """Comparisons: which runs are made, in which order, from what config, and the arithmetic of their summary."""
 
+import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,12 +11,13 @@ from freezeout_ext.training.checkpoint import RunFolder
 from freezeout_ext.training.compare import (
     Arm,
     Comparison,
-    comparison_tables,
     curves,
     make_arms,
     run_folder,
     spread,
+    undisturbed_seconds,
 )
+from freezeout_ext.training.compare_report import comparison_tables
 from freezeout_ext.training.config import BadInput, TrainConfig
 from freezeout_ext.training.report import Reporter
 
@@ -113,11 +116,22 @@ def test_spread():
     assert spread([0.5]) == {"mean": 0.5, "sd": None, "n": 1}
 
 
+def took(seconds, phases=({"steps": 100, "cpu_seconds_per_step": None},), graphs=None):
+    return {"train_seconds": seconds, "total_steps": 100, "phases": phases, "graphs_compiled": graphs}
+
+
+def test_other_programs_do_not_count_where_that_is_known():
+    phases = [{"steps": 60, "cpu_seconds_per_step": 0.1}, {"steps": 40, "cpu_seconds_per_step": 0.05}]
+    assert undisturbed_seconds(took(50.0, phases)) == pytest.approx(8.0)
+    assert undisturbed_seconds(took(50.0, phases, {0: 3})) == 50.0
+    assert undisturbed_seconds(took(50.0)) == 50.0
+
+
 def test_matched_arms_take_the_other_arms_seconds(tmp_path):
     comparison = Comparison(BASE, tmp_path / "out", arms=[FULL, FREEZEOUT], seeds=[0, 1, 2])
     results = {
-        FULL: {s: {"train_seconds": t, "total_steps": 100} for s, t in enumerate((10.0, 10.0, 20.0))},
-        FREEZEOUT: {s: {"train_seconds": t, "total_steps": 100} for s, t in enumerate((8.0, 9.0, 14.0))},
+        FULL: {s: took(t) for s, t in enumerate((10.0, 10.0, 20.0))},
+        FREEZEOUT: {s: took(t) for s, t in enumerate((8.0, 9.0, 14.0))},
     }
     # Ratios 0.8, 0.9, 0.7: the median is 0.8.
     assert comparison._matched_steps(Arm("short", 0.6, "cubic"), results) == 80
@@ -167,7 +181,7 @@ def test_tables_show_each_arm_and_each_transition(done):
         accuracy = arm["test_accuracy"]
         cell = f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['sd']:.2f} (n=2)"
         assert any(line.startswith(arm["name"]) and cell in line for line in text.splitlines())
-    section = text[text.index("what each transition saved") :]
+    section = text[text.index("between its transitions") :]
     for transition in summary["arms"][1]["transitions"]:
         assert f"{transition['num_frozen']} of 5  {', '.join(transition['layers'])}" in section
     assert "counted" in text and "1 thread;" in text and "wrn-10-1" in text
@@ -175,7 +189,8 @@ def test_tables_show_each_arm_and_each_transition(done):
 
 def test_tables_of_one_seed_have_no_spread(tmp_path):
     summary, _ = compare(tmp_path / "out", [FREEZEOUT], seeds=[5])
-    assert "(n=1)" in comparison_tables(summary) and "±" not in comparison_tables(summary)
+    (row,) = [line for line in comparison_tables(summary).splitlines() if "(n=1)" in line]
+    assert "±" not in row
     assert "accuracy_over_full" not in summary["arms"][0]
 
 
@@ -184,3 +199,23 @@ def test_curves_are_the_logs(done):
     found = curves(out, summary)
     assert found["full"][1] == RunFolder(out / "runs" / "full" / "seed-1").read_log()
     assert [len(runs) for runs in found.values()] == [2, 2, 2, 2]
+
+
+def test_the_cifar100_benchmark_collects_what_is_there(done, tmp_path, capsys):
+    path = Path(__file__).parents[1] / "bench" / "bench_cifar100_small.py"
+    spec = importlib.util.spec_from_file_location("bench_cifar100_small", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    assert [arm.name for arm in bench.ARMS] == [
+        "full", "freezeout cubic 0.8", "freezeout linear 0.5", "short cubic 0.8", "short linear 0.5",
+        "no-anneal cubic 0.8", "no-anneal linear 0.5",
+    ]  # fmt: skip
+    out, summary, _ = done
+    bench.collect(out.parent, tmp_path / "all.json", tmp_path / "all.png")
+    (found,) = json.loads((tmp_path / "all.json").read_text())["comparisons"]
+    for arm, before in zip(found["arms"], summary["arms"], strict=True):
+        assert arm["test_accuracy"]["mean"] == pytest.approx(before["test_accuracy"]["mean"], rel=1e-5)
+        for run, log in zip(arm["curves"], curves(out, summary)[arm["name"]], strict=True):
+            assert run == [pytest.approx([row["train_seconds"], row["test_accuracy"]], rel=1e-5) for row in log]
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    assert "out -> " in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Predicted beside measured: the ratios by hand, the warnings and their causes, and costs for a real run."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,13 @@ from freezeout_ext.training.data import load_data
 from freezeout_ext.training.engagement import (
     engaged,
     engagement_text,
-    run_savings,
+    judged,
+    over_runs,
     warnings_of,
+    whole_run,
     with_engagement,
 )
+from freezeout_ext.training.report import phases_rows
 
 # A whole step of 10, of 8 with one layer frozen and of 5 with two.
 COSTS = StepCosts(
@@ -30,7 +34,14 @@ COSTS = StepCosts(
 
 
 def phase(num_frozen, seconds, error=0.0, steps=10):
-    return {"num_frozen": num_frozen, "steps": steps, "seconds_per_step": seconds, "seconds_error": error}
+    return {
+        "num_frozen": num_frozen,
+        "first_step": 10 * num_frozen,
+        "steps": steps,
+        "seconds_per_step": seconds,
+        "seconds_error": error,
+        "memory_bytes": 2**20,
+    }
 
 
 def transition(num_frozen, before, after):
@@ -47,7 +58,7 @@ def test_engagement_is_measured_over_predicted():
     rows = engaged(
         [transition(1, 0.2, 0.17), transition(2, 0.17, 0.12)],
         [phase(0, 0.2, 0.003), phase(1, 0.17, 0.004), phase(2, 0.12)],
-        COSTS,
+        replace(COSTS, saving_error=(0.0, 0.03, 0.04)),
     )
     assert [row["predicted_saving"] for row in rows] == pytest.approx([0.2, 0.5])
     assert [row["measured_saving"] for row in rows] == pytest.approx([0.15, 0.4])
@@ -56,6 +67,53 @@ def test_engagement_is_measured_over_predicted():
     assert [row["measured_drop"] for row in rows] == pytest.approx([0.15, 0.25])
     assert [row["drop_error"] for row in rows] == pytest.approx([0.005 / 0.2, 0.004 / 0.2])
     assert rows[0]["layers"] == ["a"]
+    # The ratio a / w of two times has the relative error of both.
+    errors = [math.hypot(0.004 / 0.17, 0.003 / 0.2) * 0.17 / 0.2, 0.003 / 0.2 * 0.12 / 0.2]
+    assert [row["measured_error"] for row in rows] == pytest.approx(errors)
+    assert [row["engagement_error"] for row in rows] == pytest.approx(
+        [0.75 * math.hypot(errors[0] / 0.15, 0.03 / 0.2), 0.8 * math.hypot(errors[1] / 0.4, 0.04 / 0.5)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("measured_error", "predicted_error", "told"), [(0.02, 0.01, True), (0.04, 0, False), (0.01, 0.04, False)]
+)
+def test_no_ratio_of_what_is_within_the_noise(measured_error, predicted_error, told):
+    row = judged(
+        {
+            "predicted_saving": 0.1,
+            "predicted_error": predicted_error,
+            "measured_saving": 0.08,
+            "measured_error": measured_error,
+        }
+    )
+    assert (row["engagement"] == pytest.approx(0.8)) if told else (row["engagement"] is row["engagement_error"] is None)
+
+
+def test_of_several_runs_the_error_is_that_of_their_mean():
+    runs = [
+        engaged([transition(1, 0.2, a)], [phase(0, 0.2, 0.001), phase(1, a, 0.001)], COSTS) for a in (0.15, 0.16, 0.17)
+    ]
+    (row,) = over_runs(runs)
+    assert (row["measured_saving"], row["measured_drop"]) == pytest.approx((0.2, 0.2))
+    assert (row["measured_error"], row["drop_error"]) == pytest.approx((0.05 / 3**0.5,) * 2)
+    assert row["engagement"] == pytest.approx(1.0) and row["engagement_error"] == pytest.approx(0.25 / 3**0.5)
+    assert over_runs(runs[:1]) == runs[0]
+    # Equal runs by chance: what scatters within them is left.
+    (row,) = over_runs([runs[1]] * 3)
+    assert row["measured_error"] == pytest.approx(runs[1][0]["measured_error"] / 3**0.5) and row["drop_error"] > 0
+    assert over_runs([runs[0], engaged([transition(1, 0.2, None)], [phase(0, 0.2)], COSTS)])[0]["engagement"] is None
+
+
+def test_cpu_time_goes_before_the_clock():
+    phases = [
+        {**phase(0, 0.2), "cpu_seconds_per_step": 0.1, "cpu_seconds_error": 0.0},
+        {**phase(1, 0.3), "cpu_seconds_per_step": 0.08, "cpu_seconds_error": 0.0},
+    ]
+    found = with_engagement({"transitions": [transition(1, 0.2, 0.3)], "phases": phases}, COSTS, {})
+    assert found["transitions"][0]["measured_saving"] == pytest.approx(0.2)
+    assert found["engagement"]["whole_run"]["measured_saving"] == pytest.approx(0.1)
+    assert "of the CPU time of a step" in engagement_text(found)
 
 
 def test_a_phase_without_a_timed_step_has_no_engagement():
@@ -66,13 +124,21 @@ def test_a_phase_without_a_timed_step_has_no_engagement():
 
 
 def test_the_run_saves_the_mean_over_its_steps():
-    predicted, measured = run_savings(
-        [phase(0, 0.2, steps=50), phase(1, 0.17, steps=30), phase(2, 0.12, steps=20)], COSTS
-    )
-    assert predicted == pytest.approx(0.3 * 0.2 + 0.2 * 0.5)
-    assert measured == pytest.approx(0.3 * 0.15 + 0.2 * 0.4)
-    assert run_savings([phase(1, 0.2)], COSTS) is None
-    assert run_savings([phase(0, None)], COSTS) is None
+    phases = [phase(0, 0.2, 0.002, 50), phase(1, 0.17, 0.003, 30), phase(2, 0.12, 0.004, 20)]
+    row = whole_run(phases, replace(COSTS, saving_error=(0.0, 0.01, 0.02)))
+    assert row["predicted_saving"] == pytest.approx(0.3 * 0.2 + 0.2 * 0.5)
+    assert row["measured_saving"] == pytest.approx(0.3 * 0.15 + 0.2 * 0.4)
+    assert row["predicted_error"] == pytest.approx(0.3 * 0.01 + 0.2 * 0.02)
+    # By small changes of each time.
+    changes = []
+    for k in range(3):
+        moved = [p | {"seconds_per_step": p["seconds_per_step"] + 1e-6 * (j == k)} for j, p in enumerate(phases)]
+        slope = (whole_run(moved, COSTS)["measured_saving"] - row["measured_saving"]) / 1e-6
+        changes.append(slope * phases[k]["seconds_error"])
+    assert row["measured_error"] == pytest.approx(math.hypot(*changes), rel=1e-4)
+    assert row["engagement"] == pytest.approx(0.125 / 0.16)
+    assert whole_run([phase(1, 0.2)], COSTS)["measured_saving"] is None
+    assert whole_run([phase(0, None)], COSTS)["engagement"] is None
 
 
 @pytest.mark.parametrize(
@@ -108,16 +174,29 @@ def test_names_the_causes_that_fit(config, costs, cause):
     assert cause is None or cause in causes[0]
 
 
-def test_text():
+def test_table_and_text():
     result = {
         "transitions": [transition(1, 0.2, 0.2), transition(2, 0.2, 0.1)],
-        "phases": [phase(0, 0.2), phase(1, 0.2), phase(2, 0.1)],
+        "phases": [phase(0, 0.2), phase(1, 0.2, 0.02), phase(2, 0.1, 0.002)],
     }
-    text = engagement_text(with_engagement(result, COSTS, {"device": "cpu"}))
-    assert "20.0 %" in text and "0.00" in text and "1.00" in text
-    assert "worked out by hand" in text
-    assert "all steps: predicted saving 23.3 %, measured 16.7 %, engagement 0.71" in text
-    assert text.count("warning: ") == 1
+    found = with_engagement(result, replace(COSTS, saving_error=(0.0, 0.01, 0.01)), {"device": "cpu"})
+    header, whole, first, second = phases_rows(found["phases"], found["transitions"], 3)
+    assert header == (
+        "from step", "frozen", "newly frozen", "steps", "ms/step", "peak MiB", "saved, predicted", "measured",
+        "engagement",
+    )  # fmt: skip
+    assert whole == ("0", "0 of 3", "", "10", "200.00", "1.0", "", "", "")
+    assert first == ("10", "1 of 3", "a", "10", "200.00", "1.0", "20.0 ± 1.0 %", "0.0 ± 10.0 %", "in the noise")
+    assert second == ("20", "2 of 3", "b", "10", "100.00", "1.0", "50.0 ± 1.0 %", "50.0 ± 1.0 %", "1.00 ± 0.03")
+    assert [row[:6] for row in phases_rows(result["phases"], result["transitions"], 3)] == [
+        row[:6] for row in (header, whole, first, second)
+    ]
+    text = engagement_text(found)
+    assert "predicted: worked out by hand" in text
+    assert "all steps: predicted 23.3 ± 0.7 %, measured 16.7 ± 3.3 %, engagement 0.71 ± 0.15" in text
+    assert "warning: " not in text
+    exact = with_engagement({**result, "phases": [phase(0, 0.2), phase(1, 0.2), phase(2, 0.1)]}, COSTS, {})
+    assert engagement_text(exact).count("warning: ") == 1
     assert engagement_text(result) == ""
 
 
@@ -134,15 +213,17 @@ def test_costs_of_a_run_are_measured_with_its_own_batches(digits):
     state = torch.get_rng_state()
     costs = run_costs(BASE.resolved(), digits)
     assert torch.equal(torch.get_rng_state(), state)
-    # A round of 9 + 5 steps twice fits into a tenth of 300.
-    assert costs.unit == "s" and "batch 16" in costs.source and costs.source.endswith("of 2 rounds")
+    # A round of 8 + 5 steps twice fits into a tenth of 300.
+    assert costs.unit == "s" and "batch 16" in costs.source and "of 2 rounds" in costs.source
     assert costs.loader > 0 and not costs.loader_ahead
     assert len(costs.layers) == 5
 
 
 def test_a_run_too_short_to_measure_gets_flop(digits):
-    costs = run_costs(replace(BASE, steps=20).resolved(), digits)
+    config = replace(BASE, steps=20).resolved()
+    costs = run_costs(config, digits)
     assert costs.unit == "FLOP" and costs.whole_step is None
+    assert run_costs(config, digits, runs=7).unit == "s"
 
 
 def test_costs_are_kept(digits, tmp_path):

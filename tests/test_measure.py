@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from freezeout_ext.training import measure
-from freezeout_ext.training.measure import Phase, SavedBytes, StepTimer, conditions, held_bytes, transitions_measured
+from freezeout_ext.training.measure import (
+    Phase,
+    SavedBytes,
+    StepTimer,
+    conditions,
+    held_bytes,
+    steps_error,
+    transitions_measured,
+)
 
 
 @pytest.fixture
@@ -66,8 +74,30 @@ def test_step_timer_times_what_lies_between_marks(monkeypatch):
     assert timer.seconds() == [0.5, 1.5]
 
 
+def test_cpu_time_stands_still_while_others_run():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = StepTimer(torch.device("cpu"))
+        torch.set_num_threads(2)
+        several = StepTimer(torch.device("cpu"))
+        for timer in (alone, several):
+            timer.mark()
+        time.sleep(0.2)
+        for timer in (alone, several):
+            timer.mark()
+    finally:
+        torch.set_num_threads(threads)
+    assert alone.seconds()[0] >= 0.2 > 0.1 > alone.cpu_seconds()[0]
+    assert several.cpu_seconds() == []
+
+
 def test_transitions_lie_between_their_phases():
-    phases = [Phase(0, 0, 5, [1.0, 3.0, 2.0], 30), Phase(2, 5, 3, [], 20), Phase(3, 8, 2, [0.5], 10)]
+    phases = [
+        Phase(0, 0, 5, [1.0, 3.0, 2.0], memory=30),
+        Phase(2, 5, 3, [], memory=20),
+        Phase(3, 8, 2, [0.5], memory=10),
+    ]
     transitions = [{"num_frozen": n} for n in (2, 3, 4)]  # the last one came with the last step
     assert [tuple(row.values())[1:] for row in transitions_measured(transitions, phases)] == [
         (2.0, None, 30, 20),
@@ -80,9 +110,18 @@ def test_transitions_lie_between_their_phases():
         "steps": 5,
         "seconds_per_step": 2.0,
         "seconds_per_step_mean": 2.0,
-        "seconds_error": pytest.approx(1.2533 * 1.4826 * 1.0 / 3**0.5),
+        "seconds_error": pytest.approx(1.2533 * 1.0 / 3**0.5),
+        "cpu_seconds_per_step": None,
+        "cpu_seconds_error": None,
         "memory_bytes": 30,
     }
+
+
+def test_the_error_of_a_phase_knows_that_neighbours_slow_down_together():
+    assert steps_error([1.0, 1.2] * 50) == 0  # ten stretches, all of median 1.1
+    # Of their medians half are 1.0: the median is 1.1, and every deviation from it 0.1.
+    drifting = [1.0] * 20 + [1.2] * 30 + [1.0] * 30 + [1.2] * 20
+    assert steps_error(drifting) == pytest.approx(1.2533 * 1.4826 * 0.1 / 10**0.5)
 
 
 def test_conditions_name_this_machine():

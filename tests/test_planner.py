@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,9 @@ def test_a_run_costs_each_phase_its_steps():
     assert prediction.ceiling == pytest.approx(1 - least / (10 * COSTS.step(0)))
     assert (prediction.cost, prediction.full_cost) == pytest.approx((cost, 10 * COSTS.step(0)))
     assert prediction.memory == (100, 30, pytest.approx((5 * 100 + 3 * 60 + 2 * 30) / 10))
+    assert prediction.saving_error is None
+    rounds = replace(COSTS, saving_error=(0.0, 0.01, 0.03))
+    assert predict(rounds, schedule).saving_error == pytest.approx((3 * 0.01 + 2 * 0.03) / 10)
 
 
 def test_phases_cover_the_run_also_where_a_milestone_lies_in_its_last_step():
@@ -101,6 +105,8 @@ class Clock:
     @classmethod
     def perf_counter(cls):
         return cls.now
+
+    thread_time = perf_counter
 
 
 class Timed(nn.Module):
@@ -164,21 +170,23 @@ def test_measured_layers_take_their_times(monkeypatch):
     costs = measure_timed(rounds=2, max_seconds=1e9)
     forward, weight, inputs = zip(*TIMES, strict=True)
     assert costs.forward == forward
-    assert costs.frozen_forward == tuple(f / 2 for f in forward)
+    assert costs.frozen_forward == (*(f / 2 for f in forward[:-1]), forward[-1])  # the last never freezes
     assert costs.backward_first == weight
     # Layer 0's input, the images, has no gradient.
     assert costs.backward == (weight[0], *(w + i for w, i in zip(weight[1:], inputs[1:], strict=True)))
     assert (costs.loss, costs.optimizer) == (3, (4, 3, 2, 1))
     assert costs.whole_step == costs.step(0) == 28 + 3 + 10 + 12 + 36 + 16 + 4
     assert costs.closure_error == 0
-    assert costs.source == "measured on cpu with 1 thread, batch 8, medians of 2 rounds"
+    assert costs.saving_error == (0, 0, 0, 0)
+    assert costs.source == "measured on cpu with 1 thread, batch 8, medians of 2 rounds of CPU time"
 
 
 @pytest.mark.parametrize(("max_seconds", "rounds"), [(0, 1), (1e9, 5)])
 def test_no_round_begins_after_max_seconds(monkeypatch, max_seconds, rounds):
     monkeypatch.setattr(measuring, "time", Clock)
     costs = measure_timed(rounds=5, max_seconds=max_seconds)
-    assert costs.source.endswith(f"medians of {rounds} rounds")
+    assert costs.source.endswith(f"medians of {rounds} round{'s' * (rounds > 1)} of CPU time")
+    assert (costs.saving_error is None) == (rounds == 1)
 
 
 def test_measuring_leaves_model_and_generator_as_they_are():

@@ -75,6 +75,7 @@ def test_run_summary_by_hand():
     phase = {"num_frozen": 0, "first_step": 0, "steps": 7, "seconds_per_step": 0.0125, "memory_bytes": 3 * 2**20}
     result = {
         "phases": [phase, phase | {"num_frozen": 1, "first_step": 7, "seconds_per_step": None}],
+        "transitions": [{"num_frozen": 1, "layers": ["stem"]}],
         "layers": ["stem", "head"],
         "memory_measured": "counted",
         "test_accuracy": 0.5,
@@ -83,7 +84,7 @@ def test_run_summary_by_hand():
     }
     lines = report.run_summary(result).splitlines()
     assert lines[2].split() == ["0", "0", "of", "2", "7", "12.50", "3.0"]
-    assert lines[3].split() == ["7", "1", "of", "2", "7", "-", "3.0"]
+    assert lines[3].split() == ["7", "1", "of", "2", "stem", "7", "-", "3.0"]
     assert lines[4:] == ["peak memory: counted", "test accuracy 50.00 % after 14 steps, 1.2 s of training"]
 
 

@@ -8,8 +8,9 @@ import torch
 
 from freezeout_ext.training.config import TrainConfig
 from freezeout_ext.training.data import load_data
-from freezeout_ext.training.loop import Run, Trainer, make_optimizer
+from freezeout_ext.training.loop import Run
 from freezeout_ext.training.report import Reporter, run_summary
+from freezeout_ext.training.trainer import Trainer, make_optimizer
 
 BASE = TrainConfig(model="wrn-10-1", steps=14, batch_size=128, t_0=0.4, threads=1, device="cpu")
 
@@ -71,7 +72,7 @@ def json_like(value):
     [
         ("sgd", "torch.optim.SGD", {"fused": True}),
         ("adamw", "torch.optim.AdamW", {"fused": True, "capturable": True}),
-        ("fused-sgd", "freezeout_ext.training.loop.FusedSGD", {}),
+        ("fused-sgd", "freezeout_ext.training.trainer.FusedSGD", {}),
     ],
 )
 def test_optimizers_of_a_graph_on_cuda_keep_their_rates_on_the_device(name, place, expected, monkeypatch):

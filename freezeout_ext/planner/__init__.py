@@ -3,6 +3,7 @@
 from .costs import Prediction, StepCosts, Suggestion, predict, suggest_t_0
 from .flops import flop_costs
 from .measuring import measure_costs, measure_loader
+from .median_error import median_error
 from .planning import T_0S, Plan, plan, plan_from_costs, suggestions_text
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "flop_costs",
     "measure_costs",
     "measure_loader",
+    "median_error",
     "plan",
     "plan_from_costs",
     "predict",

@@ -18,7 +18,7 @@ class StepCosts:
 
     Attributes:
         forward: of layer i in training.
-        frozen_forward: of layer i in eval mode, nothing saved for backward.
+        frozen_forward: of layer i in eval mode, nothing saved for backward (the last never freezes: its `forward`).
         backward: of layer i with its weights' and its input's gradients.
         backward_first: of layer i where it is the first active one, so that its input needs no gradient.
         optimizer: the update with k layers frozen, k = 0 .. L.
@@ -28,6 +28,7 @@ class StepCosts:
         memory: bytes at the peak with k layers frozen: parameters, buffers, gradients, optimizer state and tensors
             saved for backward, counted (no workspaces); None where not measured.
         whole_step: the step with nothing frozen, measured whole and without instruments; None where counted.
+        saving_error: the sd of saving(k), from its scatter over the rounds of measuring; None for fewer than two.
         unit: "s" or "FLOP".
         source: how they were found, for people.
     """
@@ -44,11 +45,12 @@ class StepCosts:
     other: float = 0.0
     memory: tuple[int, ...] | None = None
     whole_step: float | None = None
+    saving_error: tuple[float, ...] | None = None
     unit: str = "s"
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("forward", "frozen_forward", "backward", "backward_first", "optimizer", "memory"):
+        for name in ("forward", "frozen_forward", "backward", "backward_first", "optimizer", "memory", "saving_error"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.layers):
                 raise ValueError(f"{name} must have one value a layer, got {len(values)} for {len(self.layers)} layers")
@@ -86,6 +88,8 @@ class Prediction:
     """saving = 1 - sum over the run's steps of T(num_frozen(step)) / (total_steps * T(0)).
 
     Attributes:
+        saving_error: the sd of `saving`, from the scatter over the rounds of measuring, as if the errors of all phases
+            were one; None where there is none.
         ceiling: the saving were the frozen layers' forward free.
         cost, full_cost: of the whole run, with FreezeOut and without, in the costs' unit.
         memory: bytes at the peak (while nothing is frozen, as without FreezeOut), after the last freeze, and their mean
@@ -99,6 +103,7 @@ class Prediction:
     cost: float
     full_cost: float
     memory: tuple[int, int, float] | None
+    saving_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -132,11 +137,13 @@ def predict(costs: StepCosts, schedule: Schedule) -> Prediction:
     full = schedule.total_steps * costs.step(0)
     cost = sum(steps * costs.step(k) for k, steps in spans)
     least = sum(steps * costs.step(k, free_prefix=True) for k, steps in spans)
-    memory = None
+    memory = error = None
+    if costs.saving_error:
+        error = sum(steps * costs.saving_error[k] for k, steps in spans) / schedule.total_steps
     if costs.memory:
         mean = sum(steps * costs.memory[k] for k, steps in spans) / schedule.total_steps
         memory = costs.memory[0], costs.memory[spans[-1][0]], mean
-    return Prediction(schedule.how_scale, schedule.t_0, 1 - cost / full, 1 - least / full, cost, full, memory)
+    return Prediction(schedule.how_scale, schedule.t_0, 1 - cost / full, 1 - least / full, cost, full, memory, error)
 
 
 def suggest_t_0(costs: StepCosts, wanted: float, *, how_scale: str | float = "cubic", **schedule) -> Suggestion:

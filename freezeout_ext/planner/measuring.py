@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Iterable
+from itertools import chain
 from statistics import median
 
 import torch
@@ -12,8 +13,9 @@ from ..fused_sgd import FusedSGD
 from ..layers import Layers, find_layers
 from .costs import StepCosts
 from .marks import LayerMarks
+from .median_error import median_error
 
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 2  # of each copy
 FULL_STEPS = 3  # whole steps a round, with instruments and without
 LOADER_BATCHES = 20
 
@@ -38,9 +40,12 @@ def measure_costs(
     """StepCosts in seconds: medians over `rounds` rounds, in each of which every layer is the first active one.
 
     Each step is a whole training step, so caches, allocator and kernel choice are those of training. What precedes
-    the first active layer is frozen by `requires_grad` alone: no FreezeOut runs, and its saving is predicted, not
-    measured. Steps without instruments, in turn with the others, give `whole_step`. All of it happens on a copy of the
-    model with rates of 0; the model, its gradients and torch's generators stay as they are.
+    the first active layer is in eval mode and needs no gradient: no FreezeOut runs, and its saving is put together
+    from the layers' times, not measured. Steps without instruments, in turn with the others, give `whole_step`. Each
+    round happens on a copy of the model of its own, with rates of 0, since where a net lies in memory decides some
+    percent of its time; the model, its gradients and torch's generators stay as they are.
+
+    On a CPU with one thread the clock is that thread's CPU time, which stands still while other programs have the core.
 
     Args:
         example_inputs, targets: one batch of the size to train with.
@@ -64,27 +69,18 @@ def measure_costs(
             make_optimizer=make_optimizer,
             amp_dtype=amp_dtype,
         )
-        for _ in range(WARM_UP_STEPS):
-            bench.step(0)
         if device.type == "cuda":
             for k in range(len(bench.layers)):  # cuDNN tries its algorithms
                 bench.step(k)
         bench.forget()
         begin = time.perf_counter()
-        done = 0
-        while done < rounds and (done == 0 or time.perf_counter() - begin < max_seconds):
+        while bench.rounds < rounds and (bench.rounds == 0 or time.perf_counter() - begin < max_seconds):
             bench.round()
-            done += 1
         memory = bench.memory()
-    return StepCosts(
-        layers=tuple(layer.name for layer in bench.layers),
-        **bench.medians(),
-        loader=loader,
-        loader_ahead=loader_ahead,
-        other=other,
-        memory=memory,
-        source=f"measured on {_device_name(device)}, batch {len(example_inputs)}, medians of {done} rounds",
-    )
+    what = f"medians of {bench.rounds} round{'s' * (bench.rounds != 1)}"
+    clock = " of CPU time" if bench.clock == time.thread_time else ""
+    source = f"measured on {_device_name(device)}, batch {len(example_inputs)}, {what}{clock}"
+    return bench.costs(loader=loader, loader_ahead=loader_ahead, other=other, memory=memory, source=source)
 
 
 def measure_loader(loader: Iterable, *, batches: int = LOADER_BATCHES) -> tuple[float, bool]:
@@ -106,7 +102,7 @@ def measure_loader(loader: Iterable, *, batches: int = LOADER_BATCHES) -> tuple[
 
 
 class LayerBench:
-    """A copy of the model in training, and what its steps took."""
+    """Copies of a model in training, and what their steps took: each part once or more a round."""
 
     def __init__(
         self,
@@ -118,24 +114,27 @@ class LayerBench:
         layers: Layers | None = None,
         make_optimizer: MakeOptimizer | None = None,
         amp_dtype: torch.dtype | None = None,
-        clock: Callable[[], float] | None = None,
     ) -> None:
-        # Of a CPU; CUDA has events.
-        self.clock = clock or time.perf_counter
-        layers = layers or find_layers(model)
+        self.clock = cpu_clock()  # CUDA has events
+        self._original = model, layers or find_layers(model)
+        self._make_optimizer = make_optimizer or _make_optimizer
         self.inputs, self.targets, self.criterion = inputs.detach(), targets, criterion
         self.amp_dtype, self.device = amp_dtype, inputs.device
-        self.model, self.layers = copy.deepcopy((model, layers))
-        for p in self.model.parameters():
-            p.grad = None
-        groups = [{"params": list(layer.parameters.values())} for layer in self.layers]
-        make = make_optimizer or (lambda p: FusedSGD(p, lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4))
-        self.optimizer = make(groups)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"] * 0
+        self._copy()
         self.forget()
 
+    def _copy(self) -> None:
+        self.model = self.layers = self.optimizer = None  # the old ones go first
+        self.model, self.layers = copy.deepcopy(self._original)
+        for p in self.model.parameters():
+            p.grad = None
+        self.optimizer = self._make_optimizer([{"params": list(layer.parameters.values())} for layer in self.layers])
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] * 0
+
     def forget(self) -> None:
+        self.rounds = 0
+        self.savings: list[list[float]] = []  # of each round
         count = len(self.layers)
         self.forward: list[list[float]] = [[] for _ in range(count)]
         self.frozen_forward: list[list[float]] = [[] for _ in range(count)]
@@ -146,21 +145,28 @@ class LayerBench:
         self.whole: list[float] = []
 
     def round(self) -> None:
+        self._copy()
+        for _ in range(WARM_UP_STEPS):
+            self.whole_step(skip=True)
+        starts = [len(values) for values in self._lists()]
         for _ in range(FULL_STEPS):
-            self.frozen_pass()
             self.whole_step()
             self.step(0)
         for k in range(1, len(self.layers)):
             # The update of the first step after a change prepares its tables anew: the second one counts.
             self.step(k, skip_optimizer=True)
             self.step(k)
+        self.rounds += 1
+        costs = StepCosts(**self._medians([values[n:] for values, n in zip(self._lists(), starts, strict=True)]))
+        self.savings.append([costs.saving(k) for k in range(len(self.layers))])
 
-    def whole_step(self) -> None:
+    def whole_step(self, *, skip: bool = False) -> None:
         self._freeze(0)
         start = self._now()
         self._loss().backward()
         self._update()
-        self.whole.append(self._seconds(start, self._now()))
+        if not skip:
+            self.whole.append(self._seconds(start, self._now()))
 
     def step(self, k: int, *, skip_optimizer: bool = False) -> None:
         """One step with layers 0 .. k-1 frozen, its parts into the lists."""
@@ -177,8 +183,8 @@ class LayerBench:
             self._update()
             end = self._now()
         self._synchronize()
-        for i, seconds in enumerate(marks.forward_intervals(start, called, k), k):
-            self.forward[i].append(seconds)
+        for i, seconds in enumerate(marks.forward_intervals(start, called)):
+            (self.forward if i >= k else self.frozen_forward)[i].append(seconds)
         self.loss.append(self._difference(forwarded, called))
         first, *rest = marks.backward_intervals(forwarded, backwarded, k)
         self.backward_first[k].append(first)
@@ -187,28 +193,35 @@ class LayerBench:
         if not skip_optimizer:
             self.optimizer_step[k].append(self._difference(end, backwarded))
 
-    @torch.no_grad()
-    def frozen_pass(self) -> None:
-        self.model.eval()
-        with self._autocast(), LayerMarks(self.model, self.layers, self._now, self._difference) as marks:
-            start = self._now()
-            self.model(self.inputs)
-            end = self._now()
-        self._synchronize()
-        for i, seconds in enumerate(marks.forward_intervals(start, end)):
-            self.frozen_forward[i].append(seconds)
+    def costs(self, **others) -> StepCosts:
+        """The medians over all rounds; `others`: further fields of StepCosts."""
+        error = None
+        if self.rounds > 1:
+            error = tuple(median_error(values) for values in zip(*self.savings, strict=True))
+        return StepCosts(**self._medians(self._lists()), saving_error=error, **others)
 
-    def medians(self) -> dict:
-        backward_first = tuple(map(median, self.backward_first))
+    def _lists(self) -> list[list[float]]:
+        by_layer = self.forward, self.frozen_forward, self.backward, self.backward_first, self.optimizer_step
+        return [*chain.from_iterable(by_layer), self.loss, self.whole]
+
+    def _medians(self, lists: list[list[float]]) -> dict:
+        """lists: as _lists() gives them, or parts of these."""
+        values = [median(each) if each else 0.0 for each in lists]
+        count = len(self.layers)
+        forward, frozen_forward, backward, first, optimizer = (
+            tuple(values[count * j : count * (j + 1)]) for j in range(5)
+        )
         return {
-            "forward": tuple(map(median, self.forward)),
-            "frozen_forward": tuple(map(median, self.frozen_forward)),
+            "layers": tuple(layer.name for layer in self.layers),
+            "forward": forward,
+            # The last layer never freezes.
+            "frozen_forward": (*frozen_forward[:-1], forward[-1]),
             # Layer 0 never has its input's gradient.
-            "backward": (backward_first[0], *map(median, self.backward[1:])),
-            "backward_first": backward_first,
-            "optimizer": tuple(map(median, self.optimizer_step)),
-            "loss": median(self.loss),
-            "whole_step": median(self.whole),
+            "backward": (first[0], *backward[1:]),
+            "backward_first": first,
+            "optimizer": optimizer,
+            "loss": values[-2],
+            "whole_step": values[-1],
         }
 
     def memory(self) -> tuple[int, ...]:
@@ -243,6 +256,8 @@ class LayerBench:
         for i, layer in enumerate(self.layers):
             for p in layer.parameters.values():
                 p.requires_grad_(i >= k)
+            for module in layer.submodules:
+                module.training = i >= k
 
     def _loss(self) -> Tensor:
         with self._autocast():
@@ -272,6 +287,15 @@ class LayerBench:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def cpu_clock() -> Callable[[], float]:
+    """CPU time of this thread where it does all the work (a CPU graph's backward runs in the thread that calls it)."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _make_optimizer(groups: list[dict]) -> torch.optim.Optimizer:
+    return FusedSGD(groups, lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
 def _bytes(tensor: Tensor) -> int:

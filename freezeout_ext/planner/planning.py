@@ -134,10 +134,11 @@ def predictions_table(predictions: Iterable[Prediction], unit: str = "s") -> str
         if p.memory:
             start, end, mean = (f"{value / 2**20:.1f}" for value in p.memory)
             memory = [start, mean, end]
-        percents = (f"{100 * value:.1f} %" for value in (p.saving, p.ceiling))
+        error = "" if p.saving_error is None else f" ± {100 * p.saving_error:.1f}"
+        percents = f"{100 * p.saving:.1f}{error} %", f"{100 * p.ceiling:.1f} %"
         runs = (_duration(cost) if unit == "s" else f"{cost:.3g} {unit}" for cost in (p.cost, p.full_cost))
         rows.append((str(p.how_scale), f"{p.t_0:g}", *percents, *runs, *memory))
-    note = "saving: of the whole run; ceiling: were the frozen layers' forward free"
+    note = "saving: of the whole run, ± its standard deviation; ceiling: were the frozen layers' forward free"
     return f"{_aligned(rows, left=0)}\n{note}"
 
 

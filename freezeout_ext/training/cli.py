@@ -4,6 +4,7 @@ Exit status 0; 2 for bad input, with one sentence on stderr; 130 for Ctrl-C.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -15,17 +16,22 @@ from ..schedule import Schedule
 from . import plot
 from .checkpoint import RunFolder, make_folder, read_json
 from .cli_plan import add_plan_options, run_plan
-from .compare import KINDS, Comparison, comparison_tables, curves, make_arms
+from .compare import KINDS, Comparison, curves, make_arms
+from .compare_report import comparison_tables
 from .config import AMP_DTYPES, OPTIMIZERS, PREFIXES, BadInput, TrainConfig, faults_of_input
 from .costing import kept_costs
 from .data import NAMES
 from .engagement import engagement_text
 from .html_report import write_report
-from .loop import Run, TrainingFailed
+from .loop import Run
 from .ranks import Ranks, ranks_of_torchrun, traffic_table
 from .report import BarReporter, LineReporter, Reporter, Reporters, TensorBoardReporter, has_live_bar, run_summary
+from .trainer import TrainingFailed
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
+
+
+DEFAULT_ARMS = [kind for kind in KINDS if kind != "const-time"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingFailed as error:
         print(f"freezeout: {error}", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:
+        # Who read it has enough; what Python still flushes at its exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print("\nfreezeout: interrupted; with --resume it goes on from the last epoch's end", file=sys.stderr)
         return INTERRUPTED
@@ -103,7 +113,7 @@ def _compare(args: argparse.Namespace) -> None:
         if args.seeds < 1:
             raise ValueError(f"seeds must be >= 1, got {args.seeds}")
         base = replace(TrainConfig(), **_given(args))
-        arms = make_arms(args.arms, args.t0s or [base.t_0], args.how_scales or [base.how_scale])
+        arms = make_arms([*args.arms, *args.const_time], args.t0s or [base.t_0], args.how_scales or [base.how_scale])
     out = args.out or Path("runs") / f"compare-{base.data}-{base.model}"
     comparison = Comparison(
         base,
@@ -216,8 +226,14 @@ def _parser() -> Parser:
     _add_run_options(compare)
     compare.add_argument("--seeds", type=int, default=3, help="how many (3)")
     compare.add_argument(
-        "--arms", nargs="+", default=["full", "freezeout"], choices=KINDS, metavar="ARM", help=f"of {', '.join(KINDS)}"
-    )
+        "--arms", nargs="+", default=DEFAULT_ARMS, choices=KINDS, metavar="ARM",
+        help=f"of {', '.join(KINDS)} (all but const-time); short: full training on a cosine as short as FreezeOut's"
+        " seconds; no-anneal: one cosine, layers freeze all the same",
+    )  # fmt: skip
+    compare.add_argument(
+        "--const-time", action="store_const", const=["const-time"], default=[],
+        help="add the arm const-time: FreezeOut lengthened to full training's seconds",
+    )  # fmt: skip
     _add_freezeout_options(compare, lists=True)
     compare.add_argument("--resume", action="store_true", default=False, help="keep what is done in --out and go on")
 
@@ -270,7 +286,7 @@ def _add_run_options(parser: argparse.ArgumentParser, *, out: bool = True) -> No
     warmup.add_argument("--warmup-epochs", type=float)
     add("--augment", action=argparse.BooleanOptionalAction, help="crop and flip (yes)")
     add("--amp", choices=tuple(AMP_DTYPES), help="mixed precision (bf16 on CUDA, off on CPU)")
-    add("--channels-last", action=argparse.BooleanOptionalAction, help="memory format (yes on CUDA)")
+    add("--channels-last", action=argparse.BooleanOptionalAction, help="memory format (yes)")
     add("--device", choices=("auto", "cpu", "cuda"), help="(auto)")
     add("--deterministic", action="store_true", help="bit-identical runs on CUDA too, at some cost")
     add("--threads", type=int, help="CPU threads of torch (torch's choice)")

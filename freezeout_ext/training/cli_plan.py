@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 
 from ..models import build_model
-from ..planner import T_0S, Plan, flop_costs, plan_from_costs, suggestions_text
+from ..planner import T_0S, Plan, StepCosts, flop_costs, plan_from_costs, suggestions_text
 from ..schedule import POWERS
 from . import plot
 from .checkpoint import make_folder, write_json
 from .config import TrainConfig
 from .costing import training_costs
 from .data import DataSplits, Split, load_data
-from .loop import Trainer
 from .measure import conditions
 from .plan_report import plot_plan
+from .trainer import Trainer
 
 # (channels, side, classes, training images) of the sets, for a plan without them.
 SHAPES = {"digits": (1, 8, 10, 1347), "cifar10": (3, 32, 10, 50_000), "cifar100": (3, 32, 100, 50_000)}
@@ -56,32 +56,34 @@ def run_plan(args: argparse.Namespace, config: TrainConfig) -> None:
 def _measured(args: argparse.Namespace, config: TrainConfig) -> Plan:
     if config.data == "digits" or args.data_dir is not None:
         data = load_data(config.data, args.data_dir, download=args.download, device=config.device)
-        total_steps = None
+        steps_per_epoch = None
     else:
         print(f"no --data-dir: measured on random images of {config.data}'s shape")
         data = _random_images(config)
-        total_steps = _total_steps(config, SHAPES[config.data][3])
+        steps_per_epoch = _steps_per_epoch(config)
     trainer = Trainer(config, data)
     costs = training_costs(trainer, rounds=args.rounds, max_seconds=args.max_seconds)
-    return _plan(args, config, costs, total_steps or trainer.total_steps)
+    return _plan(args, config, costs, steps_per_epoch or trainer.steps_per_epoch)
 
 
 def _counted(args: argparse.Namespace, config: TrainConfig, backward: float) -> Plan:
-    channels, side, classes, images = SHAPES[config.data]
+    channels, side, classes, _ = SHAPES[config.data]
     with torch.device("meta"):
         model = build_model(config.model, classes, in_channels=channels, image_size=side)
         inputs = torch.empty(config.batch_size, channels, side, side)
-    return _plan(args, config, flop_costs(model, inputs, backward=backward), _total_steps(config, images))
+    return _plan(args, config, flop_costs(model, inputs, backward=backward), _steps_per_epoch(config))
 
 
-def _plan(args: argparse.Namespace, config: TrainConfig, costs, total_steps: int) -> Plan:
-    warmup = config.warmup_steps or round(config.warmup_epochs * total_steps / config.epochs)
+def _plan(args: argparse.Namespace, config: TrainConfig, costs: StepCosts, steps_per_epoch: int) -> Plan:
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    warmup = config.warmup_steps or round(config.warmup_epochs * steps_per_epoch)
     schedule = {"total_steps": total_steps, "warmup_steps": warmup, "max_transitions": config.max_transitions}
     return plan_from_costs(costs, schedule, args.t0s or T_0S, args.how_scales or tuple(POWERS))
 
 
-def _total_steps(config: TrainConfig, images: int) -> int:
-    return config.steps or config.epochs * math.ceil(images / config.batch_size)
+def _steps_per_epoch(config: TrainConfig) -> int:
+    """Of training without the set: whole batches alone, as `Trainer` takes."""
+    return max(1, SHAPES[config.data][3] // config.batch_size)
 
 
 def _random_images(config: TrainConfig) -> DataSplits:

@@ -12,11 +12,12 @@ from .checkpoint import RunFolder, check_empty, make_folder, write_json
 from .config import TrainConfig, faults_of_input
 from .costing import kept_costs
 from .data import DataSplits, load_data
-from .engagement import engagement_text, with_engagement
-from .loop import Run, Trainer
+from .engagement import with_engagement
+from .loop import Run
 from .measure import conditions
 from .paired import paired_test
-from .report import Reporter, table
+from .report import Reporter
+from .trainer import Trainer
 
 # short: full training on a cosine as long as FreezeOut's seconds; const-time: FreezeOut as long as full training's.
 KINDS = ("full", "freezeout", "no-anneal", "short", "const-time")
@@ -73,8 +74,8 @@ class Comparison:
     """The runs of all arms and seeds in one folder, OUT/runs/ARM/seed-SEED, and what they say together.
 
     Runs are sequential, seed by seed, in alternating order, so that what slows the machine slows all arms. The matched
-    arms come after the others, whose seconds decide their length. With `resume` finished runs are kept and an
-    unfinished one goes on.
+    arms come after the others, whose seconds (see `undisturbed_seconds`) decide their length. With `resume` finished
+    runs are kept and an unfinished one goes on.
 
     Args:
         accuracies: of the test split, in (0, 1], whose first time is reported; none: a point below full training's
@@ -117,7 +118,8 @@ class Comparison:
         if not all(self._folder(arm, seed).result_path.exists() for arm in self.arms for seed in self.seeds):
             self._warm_up()
         freezes = any(arm.freezes for arm in self.arms)
-        costs = kept_costs(self.out / "costs.json", self.base, self.data) if freezes else None
+        runs = len(self.arms) * len(self.seeds)
+        costs = kept_costs(self.out / "costs.json", self.base, self.data, runs=runs) if freezes else None
         for stage in (measured, matched):
             steps = {arm: self._matched_steps(arm, results) for arm in stage}
             for k, seed in enumerate(self.seeds):
@@ -159,7 +161,7 @@ class Comparison:
             if folder.holds_run():
                 return folder.load_config().steps
         full, freezeout = results[Arm("full")], results[Arm("freezeout", arm.t_0, arm.how_scale)]
-        ratio = median(freezeout[s]["train_seconds"] / full[s]["train_seconds"] for s in self.seeds)
+        ratio = median(undisturbed_seconds(freezeout[s]) / undisturbed_seconds(full[s]) for s in self.seeds)
         total = full[self.seeds[0]]["total_steps"]
         return max(1, round(total * ratio if arm.kind == "short" else total / ratio))
 
@@ -167,7 +169,9 @@ class Comparison:
         full = results.get(Arm("full"))
         arms = [_arm_summary(arm, results[arm], full) for arm in self.arms]
         arms = [
-            with_engagement(summary, costs, self.base.to_dict()) if arm.freezes else summary
+            with_engagement(summary, costs, self.base.to_dict(), list(results[arm].values()))
+            if arm.freezes
+            else summary
             for arm, summary in zip(self.arms, arms, strict=True)
         ]
         reference = arms[:1] if full else arms
@@ -184,6 +188,17 @@ class Comparison:
         }
 
 
+def undisturbed_seconds(result: dict) -> float:
+    """train_seconds; where one CPU thread did all the work, what they would be with no other program on the machine.
+
+    Not of a compiled run, whose compiler works elsewhere.
+    """
+    cpu = [phase.get("cpu_seconds_per_step") for phase in result["phases"]]
+    if None in cpu or result["graphs_compiled"]:
+        return result["train_seconds"]
+    return sum(phase["steps"] * seconds for phase, seconds in zip(result["phases"], cpu, strict=True))
+
+
 def _arm_summary(arm: Arm, runs: dict[int, dict], full: dict[int, dict] | None) -> dict:
     first = next(iter(runs.values()))
     summary = {
@@ -193,12 +208,13 @@ def _arm_summary(arm: Arm, runs: dict[int, dict], full: dict[int, dict] | None) 
         "how_scale": arm.how_scale,
         "total_steps": first["total_steps"],
         "num_layers": len(first["layers"]),
+        "graphs_compiled": first["graphs_compiled"],
         "test_accuracy": spread([run["test_accuracy"] for run in runs.values()]),
         "train_seconds": spread([run["train_seconds"] for run in runs.values()]),
         "train_joules": _spread_of_all([run["train_joules"] for run in runs.values()]),
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs.values()),
         "phases": _over_runs([run["phases"] for run in runs.values()]),
-        "transitions": _over_runs([run["transitions"] for run in runs.values()]),
+        "transitions": first["transitions"],
         "runs": [
             {"seed": seed, **{k: run[k] for k in ("test_accuracy", "test_loss", "train_loss", "train_seconds")}}
             for seed, run in runs.items()
@@ -255,88 +271,3 @@ def _over_runs(rows_of_runs: list[list[dict]]) -> list[dict]:
                 row[name] = median(values) if values else None
         merged.append(row)
     return merged
-
-
-def comparison_tables(summary: dict) -> str:
-    """The text that `freezeout compare` ends in."""
-    config, where = summary["config"], summary["conditions"]
-    device = where["device"]
-    if device == "cpu":
-        device += f" ({where['cpu']}), {where['threads']} thread{'s' * (where['threads'] != 1)}"
-    parts = [
-        f"{config['data']}, {config['model']}, batch {config['batch_size']}, {config['optimizer']} lr {config['lr']:g},"
-        f" seeds {', '.join(map(str, summary['seeds']))}\n"
-        f"{device}; torch {where['torch']}, commit {where['commit'] or '-'}",
-        table(arms_rows(summary["arms"]), left=[0]),
-    ]
-    for arm in summary["arms"]:
-        if arm["kind"] == "freezeout" and arm["transitions"]:
-            parts.append(f"{arm['name']}: what each transition saved\n{table(transitions_rows(arm), left=[2])}")
-            parts.append(engagement_text(arm))
-    parts.append(
-        "p: two-sided paired t-test of the difference in accuracy over the seeds."
-        " ms/step: median over the steps between two transitions."
-        f" peak memory: {summary['memory_measured']}."
-    )
-    return "\n\n".join(parts)
-
-
-def arms_rows(arms: list[dict]) -> list[tuple[str, ...]]:
-    """One row an arm, header first."""
-    targets = [found["accuracy"] for found in arms[0]["time_to_accuracy"]]
-    has_energy = all(arm["train_joules"] for arm in arms)
-    header = ("", "test accuracy, %", "over full", "p", "seconds", "saved", "steps", "ms/step", "peak MiB")
-    header += tuple(f"s to {100 * target:.1f} %" for target in targets) + ("kJ",) * has_energy
-    rows = [header]
-    for arm in arms:
-        gain, ratio = arm.get("accuracy_over_full"), arm.get("seconds_over_full")
-        first, last = arm["phases"][0], arm["phases"][-1]
-        rows.append(
-            (
-                arm["name"],
-                f"{_mean_sd(arm['test_accuracy'], 100, 2)} (n={arm['test_accuracy']['n']})",
-                _mean_sd(gain, 100, 2, sign="+") if gain else "",
-                f"{test['p']:.2f}" if (test := arm.get("accuracy_over_full_test")) else "",
-                _mean_sd(arm["train_seconds"], 1, 2),
-                f"{100 * (1 - ratio['mean']):.1f} %" if ratio else "",
-                str(arm["total_steps"]),
-                _change(first["seconds_per_step"], last["seconds_per_step"], 1e3, 2),
-                _change(first["memory_bytes"], last["memory_bytes"], 2**-20, 1),
-                *(_time_to(found, arm["test_accuracy"]["n"]) for found in arm["time_to_accuracy"]),
-                *([_mean_sd(arm["train_joules"], 1e-3, 3)] if has_energy else []),
-            )
-        )
-    return rows
-
-
-def transitions_rows(arm: dict) -> list[tuple[str, ...]]:
-    """One row a transition of the arm, header first."""
-    rows = [("step", "layers frozen", "newly frozen", "ms/step before -> after", "peak MiB before -> after")]
-    for t in arm["transitions"]:
-        rows.append(
-            (
-                str(t["step"]),
-                f"{t['num_frozen']} of {arm['num_layers']}",
-                ", ".join(t["layers"]),
-                _change(t["seconds_per_step_before"], t["seconds_per_step_after"], 1e3, 2),
-                _change(t["memory_bytes_before"], t["memory_bytes_after"], 2**-20, 2),
-            )
-        )
-    return rows
-
-
-def _change(before: float | None, after: float | None, factor: float, digits: int) -> str:
-    texts = ["-" if value is None else f"{value * factor:.{digits}f}" for value in (before, after)]
-    return texts[0] if texts[0] == texts[1] else " -> ".join(texts)
-
-
-def _time_to(found: dict, runs: int) -> str:
-    if found["seconds"] is None:
-        return "never"
-    part = "" if found["reached"] == runs else f" ({found['reached']} of {runs})"
-    return f"{found['seconds']['mean']:.2f}{part}"
-
-
-def _mean_sd(values: dict, factor: float, digits: int, sign: str = "") -> str:
-    mean = f"{values['mean'] * factor:{sign}.{digits}f}"
-    return mean if values["sd"] is None else f"{mean} ± {values['sd'] * factor:.{digits}f}"

@@ -26,6 +26,8 @@ def faults_of_input() -> Iterator[None]:
     """Turns the errors of loading, checking and building into BadInput."""
     try:
         yield
+    except BrokenPipeError:  # of what reads stdout, not of the input
+        raise
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise BadInput(" ".join(str(error).split())) from error
 
@@ -81,8 +83,9 @@ class TrainConfig:
     def resolved(self) -> "TrainConfig":
         """The config with every choice made for this machine, checked.
 
-        device: CUDA where there is one; lr: 0.1, AdamW 0.001; amp: bf16 on CUDA; channels_last: on CUDA; scale_lr: not
-        for AdamW; max_transitions: 4 where layers are compiled.
+        device: CUDA where there is one; lr: 0.1, AdamW 0.001; amp: bf16 on CUDA; channels_last: yes (on a CPU too,
+        where the small nets take 0.65 to 0.8 of the time); scale_lr: not for AdamW; max_transitions: 4 where layers
+        are compiled.
 
         Raises:
             ValueError: a value out of its range, by name.
@@ -99,7 +102,7 @@ class TrainConfig:
             device=device,
             lr=(0.001 if adam else 0.1) if self.lr is None else self.lr,
             amp=("bf16" if cuda and torch.cuda.is_bf16_supported() else "off") if self.amp is None else self.amp,
-            channels_last=cuda if self.channels_last is None else self.channels_last,
+            channels_last=self.channels_last is not False,
             scale_lr=not adam if self.scale_lr is None else self.scale_lr,
             max_transitions=self.max_transitions or (COMPILED_TRANSITIONS if self.compile else None),
         )

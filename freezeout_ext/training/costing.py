@@ -11,32 +11,32 @@ from ..planner import StepCosts, flop_costs, measure_costs, measure_loader
 from .checkpoint import read_json, write_json
 from .config import TrainConfig
 from .data import DataSplits
-from .loop import Trainer, make_optimizer
+from .trainer import Trainer, make_optimizer
 
-# What measuring may take of a run: its steps over the run's. Else FLOP are counted.
+# What measuring may take of the runs that it is for: its steps over theirs. Else FLOP are counted.
 LARGEST_SHARE = 0.1
-MAX_ROUNDS, MAX_SECONDS = 5, 60.0
+MAX_ROUNDS, MAX_SECONDS = 10, 60.0
 
 
-def kept_costs(path: Path, config: TrainConfig, data: DataSplits) -> StepCosts:
+def kept_costs(path: Path, config: TrainConfig, data: DataSplits, *, runs: int = 1) -> StepCosts:
     """The costs that `path` keeps; measured and written there where it does not exist."""
     if path.exists():
         return StepCosts.from_dict(read_json(path))
-    costs = run_costs(config, data)
+    costs = run_costs(config, data, runs=runs)
     write_json(path, costs.to_dict())
     return costs
 
 
-def run_costs(config: TrainConfig, data: DataSplits) -> StepCosts:
-    """The step's costs for a run of `config`: measured on its device, or FLOP counted where the run is too short.
+def run_costs(config: TrainConfig, data: DataSplits, *, runs: int = 1) -> StepCosts:
+    """The step's costs for `runs` runs of `config`: measured on its device, or FLOP counted where they are too short.
 
     The net that steps is another one than the run's; torch's generators are left as they are.
     """
     with torch.random.fork_rng():
         trainer = Trainer(replace(config, method="full", compile=False), data)
-        # A round steps nine times whole, and twice from each layer on.
-        round_steps = 9 + len(trainer.layer_names)
-        rounds = min(MAX_ROUNDS, int(LARGEST_SHARE * trainer.total_steps / round_steps))
+        # A round steps eight times whole, and twice from each layer on, which takes about half.
+        round_steps = 8 + len(trainer.layer_names)
+        rounds = min(MAX_ROUNDS, int(LARGEST_SHARE * runs * trainer.total_steps / round_steps))
         if rounds:
             return training_costs(trainer, rounds=rounds, max_seconds=MAX_SECONDS)
         return flop_costs(trainer.model, _batch(trainer)[0])

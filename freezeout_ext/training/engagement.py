@@ -1,23 +1,24 @@
 """engagement = measured saving / predicted saving: whether freezing shortened the steps as the layers' times say."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from statistics import fmean, stdev
 
 from ..planner import StepCosts
-from .report import milliseconds, table
+from .report import milliseconds, saving_cells
 
-# Of a step's saving, below which its ratio to a measured one says nothing.
-LEAST_PREDICTED = 0.01
-# A transition is warned of below this part of its predicted drop, where that stands out of the noise by so many sd.
-LEAST_DROP, CLEAR_OF_NOISE = 0.25, 3.0
+# A saving or a drop is told from noise where it is so many standard deviations.
+CLEAR_OF_NOISE = 3.0
+# A transition is warned of below this part of its predicted drop.
+LEAST_DROP = 0.25
 
 
 def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -> list[dict]:
     """Each transition with what its phase saves of a step, predicted and measured, and what it alone saved.
 
-    predicted_saving, measured_saving: 1 - step / step with nothing frozen; engagement: measured over predicted.
-    predicted_drop, measured_drop: by which part of the whole step this transition shortened it; drop_error: the sd of
-    measured_drop that the scatter of the steps leaves. None where no step was measured, and engagement where less than
-    a percent is predicted.
+    predicted_saving, measured_saving: 1 - step / step with nothing frozen; engagement: measured over predicted, see
+    `judged`. predicted_drop, measured_drop: by which part of the whole step this transition shortened it. *_error: the
+    sd that the scatter of the rounds, or of the steps, leaves. None where no step was measured. Of the steps' CPU time
+    where it is known, as in `measure_costs`.
 
     Args:
         transitions: as `transitions_measured` gives them.
@@ -25,38 +26,84 @@ def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -
     """
     by_frozen = {phase["num_frozen"]: phase for phase in phases}
     rows, before = [], 0
-    whole = by_frozen.get(0, {}).get("seconds_per_step")
+    whole, whole_error = _timed(by_frozen.get(0))
     for transition in transitions:
         k = transition["num_frozen"]
         row = {
             **transition,
             "predicted_saving": costs.saving(k),
+            "predicted_error": costs.saving_error[k] if costs.saving_error else None,
             "predicted_drop": costs.saving(k) - costs.saving(before),
-            **dict.fromkeys(("measured_saving", "measured_drop", "drop_error", "engagement")),
+            **dict.fromkeys(("measured_saving", "measured_error", "measured_drop", "drop_error")),
         }
-        first, then = by_frozen.get(before, {}), by_frozen.get(k, {})
-        seconds = first.get("seconds_per_step"), then.get("seconds_per_step")
-        if whole and None not in seconds:
-            errors = (first.get("seconds_error") or 0.0, then.get("seconds_error") or 0.0)
-            row["measured_saving"] = 1 - seconds[1] / whole
-            row["measured_drop"] = (seconds[0] - seconds[1]) / whole
-            row["drop_error"] = (errors[0] ** 2 + errors[1] ** 2) ** 0.5 / whole
-            if row["predicted_saving"] >= LEAST_PREDICTED:
-                row["engagement"] = row["measured_saving"] / row["predicted_saving"]
-        rows.append(row)
+        (first, first_error), (then, then_error) = _timed(by_frozen.get(before)), _timed(by_frozen.get(k))
+        if whole and then is not None:
+            row["measured_saving"] = 1 - then / whole
+            if None not in (then_error, whole_error):
+                row["measured_error"] = _both(then_error, whole_error * then / whole) / whole
+            if first is not None:
+                row["measured_drop"] = (first - then) / whole
+                if None not in (first_error, then_error):
+                    row["drop_error"] = _both(first_error, then_error) / whole
+        rows.append(judged(row))
         before = k
     return rows
 
 
-def run_savings(phases: list[dict], costs: StepCosts) -> tuple[float, float] | None:
-    """(predicted, measured) saving of the run's steps over as many with nothing frozen; None where not measured."""
-    timed = [phase for phase in phases if phase["seconds_per_step"]]
-    if not timed or timed[0]["num_frozen"]:
-        return None
-    steps = sum(phase["steps"] for phase in timed)
-    predicted = sum(phase["steps"] * costs.saving(phase["num_frozen"]) for phase in timed) / steps
-    measured = sum(phase["steps"] * phase["seconds_per_step"] for phase in timed)
-    return predicted, 1 - measured / (steps * timed[0]["seconds_per_step"])
+def judged(row: dict) -> dict:
+    """`row` with engagement = measured_saving / predicted_saving and its sd, engagement_error.
+
+    Both None where too few steps were measured to know their scatter, or where the predicted saving lies within the
+    noise of either: a ratio of two numbers that may be 0 says nothing. predicted_error None (FLOP were counted, or one
+    round measured) counts as 0.
+    """
+    measured, predicted = row["measured_saving"], row["predicted_saving"]
+    errors = row["measured_error"], row["predicted_error"] or 0.0
+    ratio = error = None
+    if None not in (measured, errors[0], predicted) and predicted > CLEAR_OF_NOISE * _both(*errors) and predicted > 0:
+        ratio = measured / predicted
+        error = _both(errors[0], ratio * errors[1]) / predicted
+    return {**row, "engagement": ratio, "engagement_error": error}
+
+
+def over_runs(rows_of_runs: Sequence[list[dict]]) -> list[dict]:
+    """The rows of an arm: savings and drops are means over its runs, and their errors those of the means.
+
+    From the scatter of the runs, which alone shows the machine's drift between two phases; or from the steps within
+    the runs where that is more, since the scatter of two or three may be small by chance.
+    """
+    n = len(rows_of_runs)
+    merged = []
+    for rows in zip(*rows_of_runs, strict=True):
+        row = dict(rows[0])
+        for value, error in (("measured_saving", "measured_error"), ("measured_drop", "drop_error")):
+            values = [r.get(value) for r in rows]
+            if None in values:
+                row[value] = row[error] = None
+            elif n > 1:
+                within = fmean((r[error] or 0.0) ** 2 for r in rows) ** 0.5
+                row[value], row[error] = fmean(values), max(stdev(values), within) / n**0.5
+        merged.append(judged(row))
+    return merged
+
+
+def whole_run(phases: list[dict], costs: StepCosts) -> dict:
+    """What all steps of a run save over as many with nothing frozen, as a row of `judged`."""
+    timed = [(phase["num_frozen"], phase["steps"], *_timed(phase)) for phase in phases if phase["seconds_per_step"]]
+    row = dict.fromkeys(("predicted_saving", "predicted_error", "measured_saving", "measured_error"))
+    if not timed or timed[0][0]:
+        return {**row, "engagement": None, "engagement_error": None}
+    total = sum(steps for _, steps, _, _ in timed)
+    (_, first_steps, whole, whole_error), *later = timed
+    seconds = sum(steps * each for _, steps, each, _ in later)
+    row["predicted_saving"] = sum(steps * costs.saving(k) for k, steps, _, _ in timed) / total
+    row["measured_saving"] = 1 - (first_steps + seconds / whole) / total
+    if costs.saving_error:  # rounds that err in one phase err in the next: their errors add up
+        row["predicted_error"] = sum(steps * costs.saving_error[k] for k, steps, _, _ in timed) / total
+    if whole_error is not None:
+        own = sum((steps * (error or 0.0)) ** 2 for _, steps, _, error in later) ** 0.5
+        row["measured_error"] = _both(own, seconds * whole_error / whole) / (total * whole)
+    return judged(row)
 
 
 def warnings_of(rows: Iterable[dict], costs: StepCosts, config: dict) -> list[str]:
@@ -64,7 +111,11 @@ def warnings_of(rows: Iterable[dict], costs: StepCosts, config: dict) -> list[st
     found = []
     for row in rows:
         drop, predicted = row["measured_drop"], row["predicted_drop"]
-        if drop is None or predicted <= CLEAR_OF_NOISE * row["drop_error"] or drop >= LEAST_DROP * predicted:
+        if (
+            None in (drop, row["drop_error"])
+            or predicted <= CLEAR_OF_NOISE * row["drop_error"]
+            or drop >= LEAST_DROP * predicted
+        ):
             continue
         found.append(
             f"step {row['step']}: freezing {', '.join(row['layers'])} should have saved {100 * predicted:.1f} % of a"
@@ -90,59 +141,39 @@ def _causes(costs: StepCosts, config: dict) -> list[str]:
     return causes
 
 
-def engagement_rows(rows: list[dict], num_layers: int) -> list[tuple[str, ...]]:
-    """Predicted beside measured, header first, one row a transition."""
-    cells = [("step", "layers frozen", "ms/step before -> after", "saved, predicted", "measured", "engagement")]
-    for row in rows:
-        before, after = row["seconds_per_step_before"], row["seconds_per_step_after"]
-        cells.append(
-            (
-                str(row["step"]),
-                f"{row['num_frozen']} of {num_layers}",
-                " -> ".join("-" if value is None else f"{1000 * value:.2f}" for value in (before, after)),
-                _percent(row["predicted_saving"]),
-                _percent(row["measured_saving"]),
-                "-" if row["engagement"] is None else f"{row['engagement']:.2f}",
-            )
-        )
-    return cells
+def with_engagement(result: dict, costs: StepCosts, config: dict, runs: Sequence[dict] = ()) -> dict:
+    """`result` with its transitions engaged, and what holds for the whole of it as "engagement".
+
+    runs: results with engagement, where `result` is an arm's over them.
+    """
+    if runs:
+        rows = over_runs([run["transitions"] for run in runs])
+        (whole,) = over_runs([[run["engagement"]["whole_run"]] for run in runs])
+    else:
+        rows, whole = engaged(result["transitions"], result["phases"], costs), whole_run(result["phases"], costs)
+    clock = "CPU time" if result["phases"][0].get("cpu_seconds_per_step") else "time"
+    found = {"whole_run": whole, "source": costs.source, "unit": costs.unit, "clock": clock}
+    return {**result, "transitions": rows, "engagement": found | {"warnings": warnings_of(rows, costs, config)}}
 
 
 def engagement_text(result: dict) -> str:
-    """The table, the run's own line and the warnings, from a result (or an arm of a comparison) that holds them."""
+    """What stands below the table of a result (or an arm of a comparison): the whole run's line and the warnings."""
     found = result.get("engagement")
     if not found or not result["transitions"]:
         return ""
-    lines = [
-        "saved of a step with nothing frozen, predicted from the layers' costs and measured in this run",
-        table(engagement_rows(result["transitions"], found["num_layers"])),
-        f"costs: {found['source']}",
-    ]
-    if found["measured"] is not None:
-        lines.append(
-            f"all steps: predicted saving {_percent(found['predicted'])}, measured {_percent(found['measured'])}"
-            + (f", engagement {found['measured'] / found['predicted']:.2f}" if found["predicted"] > 0 else "")
-        )
+    lines = [f"saved of the {found['clock']} of a step with nothing frozen; predicted: {found['source']}"]
+    if found["whole_run"]["measured_saving"] is not None:
+        predicted, measured, engagement = saving_cells(found["whole_run"])
+        lines.append(f"all steps: predicted {predicted}, measured {measured}, engagement {engagement}")
     return "\n".join(lines + [f"warning: {text}" for text in found["warnings"]])
 
 
-def with_engagement(result: dict, costs: StepCosts, config: dict) -> dict:
-    """`result` (a run's, or an arm's of a comparison) with its transitions engaged, and a summary as "engagement"."""
-    rows = engaged(result["transitions"], result["phases"], costs)
-    predicted, measured = run_savings(result["phases"], costs) or (None, None)
-    return {
-        **result,
-        "transitions": rows,
-        "engagement": {
-            "predicted": predicted,
-            "measured": measured,
-            "num_layers": len(costs.layers),
-            "source": costs.source,
-            "unit": costs.unit,
-            "warnings": warnings_of(rows, costs, config),
-        },
-    }
+def _timed(phase: dict | None) -> tuple[float | None, float | None]:
+    """(seconds a step, their sd) of a phase that may not exist or have no timed step; CPU time where that is known."""
+    phase = phase or {}
+    clock = "cpu_seconds" if phase.get("cpu_seconds_per_step") else "seconds"
+    return phase.get(f"{clock}_per_step"), phase.get(f"{clock}_error")
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+def _both(a: float, b: float) -> float:
+    return (a * a + b * b) ** 0.5

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 
 from . import plot
 from .checkpoint import RunFolder, read_json, write_atomically
-from .compare import arms_rows, curves, transitions_rows
-from .engagement import engagement_rows
-from .report import percent, phases_rows
+from .compare import curves
+from .compare_report import arms_rows
+from .engagement import engagement_text
+from .report import graphs_text, percent, phases_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid var(--line); padding-top: 1.5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -64,9 +65,8 @@ def _run(folder: Path, rows: list[dict], config: dict, result: dict | None) -> s
     )
     parts.append(_chart(plot.plot_run(rows, folder.name), "loss, accuracy, learning rates, frozen layers, time"))
     if result:
-        parts += [_where(result["conditions"]), "<h3>Stretches between transitions</h3>", _table(phases_rows(result))]
+        parts += [_where(result["conditions"]), _phases(result, len(result["layers"]))]
         parts.append(f'<p class="quiet">peak memory: {escape(result["memory_measured"])}</p>')
-        parts.append(_engagement(result))
     parts.append(_config(config))
     return "\n".join(parts) + "\n"
 
@@ -76,7 +76,7 @@ def _comparison(folder: Path, summary: dict) -> str:
     seeds = ", ".join(map(str, summary["seeds"]))
     parts = [
         f"<h2>{escape(folder.name)}</h2>",
-        _what(config),
+        _what({name: config[name] for name in config if name not in ("method", "how_scale", "t_0", "seed")}),
         f"<p>Seeds {seeds}; mean ± sd over them.</p>",
         _where(summary["conditions"]),
         _table(arms_rows(summary["arms"])),
@@ -87,7 +87,7 @@ def _comparison(folder: Path, summary: dict) -> str:
     ]
     for arm in summary["arms"]:
         if arm["transitions"]:
-            parts += [f"<h3>{escape(arm['name'])}</h3>", _table(transitions_rows(arm)), _engagement(arm)]
+            parts += [f"<h3>{escape(arm['name'])}</h3>", _phases(arm, arm["num_layers"])]
     parts.append(
         f'<p class="quiet">ms/step: median over the steps between two transitions. peak memory:'
         f" {escape(summary['memory_measured'])}</p>"
@@ -96,16 +96,12 @@ def _comparison(folder: Path, summary: dict) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _engagement(result: dict) -> str:
-    found = result.get("engagement")
-    if not found or not result["transitions"]:
-        return ""
-    parts = [
-        "<h3>Predicted beside measured</h3>",
-        f'<p class="quiet">saved of a step with nothing frozen; costs: {escape(found["source"])}</p>',
-        _table(engagement_rows(result["transitions"], found["num_layers"])),
-    ]
-    parts += [f'<p class="warning">{escape(text)}</p>' for text in found["warnings"]]
+def _phases(result: dict, num_layers: int) -> str:
+    """The stretches between a run's (or an arm's) transitions, predicted beside measured, and the warnings."""
+    parts = [_table(phases_rows(result["phases"], result["transitions"], num_layers))]
+    for line in [*graphs_text(result).splitlines(), *engagement_text(result).splitlines()]:
+        kind = "warning" if line.startswith("warning: ") else "quiet"
+        parts.append(f'<p class="{kind}">{escape(line)}</p>')
     return "\n".join(parts)
 
 

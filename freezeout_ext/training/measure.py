@@ -6,13 +6,18 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
 
+from ..planner import median_error
+from .malloc import malloc_in_use
+
 COUNTED_MEMORY = "parameters + buffers + gradients + optimizer state + tensors saved for backward, counted"
+STRETCHES = 10  # of a phase
 CUDA_MEMORY = "torch.cuda.max_memory_allocated"
 
 
@@ -20,27 +25,20 @@ CUDA_MEMORY = "torch.cuda.max_memory_allocated"
 class Phase:
     """The steps first_step .. first_step + steps - 1, in which num_frozen layers were frozen; seconds of each step.
 
-    The first step of a phase is not among `seconds`: memory is counted and allocators warm up in it.
+    The first step of a phase is not among `seconds`: memory is counted and allocators warm up in it. cpu_seconds: as
+    StepTimer gives them.
     """
 
     num_frozen: int
     first_step: int
     steps: int = 0
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     memory: int = 0  # bytes at the peak
 
     @property
     def seconds_per_step(self) -> float | None:
         return median(self.seconds) if self.seconds else None
-
-    @property
-    def seconds_error(self) -> float | None:
-        """The sd that seconds_per_step has by the scatter of the steps, from their median absolute deviation."""
-        if not self.seconds:
-            return None
-        middle = median(self.seconds)
-        # 1.4826: the deviation's ratio to a normal sd; 1.2533: the median's sd to the mean's.
-        return 1.2533 * 1.4826 * median(abs(s - middle) for s in self.seconds) / len(self.seconds) ** 0.5
 
     def summary(self) -> dict:
         return {
@@ -49,7 +47,9 @@ class Phase:
             "steps": self.steps,
             "seconds_per_step": self.seconds_per_step,
             "seconds_per_step_mean": fmean(self.seconds) if self.seconds else None,
-            "seconds_error": self.seconds_error,
+            "seconds_error": steps_error(self.seconds),
+            "cpu_seconds_per_step": median(self.cpu_seconds) if self.cpu_seconds else None,
+            "cpu_seconds_error": steps_error(self.cpu_seconds),
             "memory_bytes": self.memory,
         }
 
@@ -57,12 +57,26 @@ class Phase:
         return asdict(self)
 
 
+def steps_error(seconds: list[float]) -> float | None:
+    """The sd of the steps' median. From the medians of stretches where there are enough steps: what slows the machine
+    slows neighbours together, and the scatter of single steps would say too little."""
+    length = len(seconds) // STRETCHES
+    if length < 2:
+        return median_error(seconds)
+    return median_error([median(seconds[k * length : (k + 1) * length]) for k in range(STRETCHES)])
+
+
 class StepTimer:
-    """seconds()[k] = time from mark k to mark k + 1: by the clock on CPU, by the stream on CUDA (synchronised once)."""
+    """seconds()[k] = time from mark k to mark k + 1: by the clock on CPU, by the stream on CUDA (synchronised once).
+
+    cpu_seconds(): of this thread, where it alone works: other programs do not lengthen them. Else empty.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        self._alone = not self._cuda and torch.get_num_threads() == 1
         self._marks: list = []
+        self._cpu_marks: list[float] = []
 
     def mark(self) -> None:
         if self._cuda:
@@ -71,13 +85,21 @@ class StepTimer:
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())
+        if self._alone:
+            self._cpu_marks.append(time.thread_time())
 
     def seconds(self) -> list[float]:
-        pairs = list(zip(self._marks, self._marks[1:], strict=False))
         if not self._cuda:
-            return [end - start for start, end in pairs]
+            return _differences(self._marks)
         torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1000 for start, end in pairs]
+        return [start.elapsed_time(end) / 1000 for start, end in pairwise(self._marks)]
+
+    def cpu_seconds(self) -> list[float]:
+        return _differences(self._cpu_marks)
+
+
+def _differences(marks: list[float]) -> list[float]:
+    return [end - start for start, end in pairwise(marks)]
 
 
 class SavedBytes:
@@ -153,6 +175,8 @@ def conditions(device: torch.device) -> dict:
         "freezeout_ext": installed("freezeout_ext"),
         "commit": _commit(),
     }
+    if device.type == "cpu":
+        found |= {"malloc": malloc_in_use()}
     if device.type == "cuda":
         found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return found

@@ -8,7 +8,8 @@ from statistics import fmean, stdev
 def paired_test(differences: Sequence[float]) -> dict | None:
     """t = mean / (sd / sqrt(n)); p = P(|T| >= |t|), T Student with n - 1 degrees of freedom; 95 % interval of the mean.
 
-    None for fewer than two differences. Equal differences give p = 0, or 1 where they are 0.
+    None for fewer than two differences. Where all are equal their scatter is unknown (accuracies are counted in whole
+    images: it happens by chance): the interval, t and p are None.
 
     Source: Student 1908; Abramowitz and Stegun 26.7.3, 26.7.4 for whole degrees of freedom.
     """
@@ -17,7 +18,7 @@ def paired_test(differences: Sequence[float]) -> dict | None:
         return None
     mean, sd = fmean(differences), stdev(differences)
     if sd == 0:
-        return {"mean": mean, "low": mean, "high": mean, "t": None, "p": 1.0 if mean == 0 else 0.0, "n": n}
+        return {"mean": mean, "low": None, "high": None, "t": None, "p": None, "n": n}
     error = sd / math.sqrt(n)
     margin = student_quantile(0.95, n - 1) * error
     return {

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 150
+# By the kind of an arm; its color says which FreezeOut it belongs to.
+LINES = {"full": "-", "freezeout": "-", "no-anneal": ":", "short": "--", "const-time": "-."}
+FILLED = ("full", "freezeout")
 
 
 def plot_schedules(schedules: dict[str, Schedule], *, base_lr: float = 0.1) -> "Figure":
@@ -64,48 +67,72 @@ def plot_comparison(curves: dict[str, list[list[dict]]], title: str) -> "Figure"
 
     curves: for each arm, the rows of the log of each of its runs.
     """
-    figure, (ax,) = empty_figure(1, height=4.5)
-    from matplotlib import colormaps
+    return plot_comparisons({title: curves})
 
-    colors = colormaps["tab10"]
+
+def plot_comparisons(charts: dict[str, dict[str, list[list[dict]]]]) -> "Figure":
+    """plot_comparison of each title's curves, one panel below the other."""
+    figure, axes = empty_figure(len(charts), height=3.8, width=10)
+    for ax, (title, curves) in zip(axes, charts.items(), strict=True):
+        _draw_comparison(ax, curves)
+        ax.set_title(title)
+    axes[-1].set_xlabel("seconds of training; | layers freeze, band: one sd over the seeds")
+    return figure
+
+
+def _draw_comparison(ax, curves: dict[str, list[list[dict]]]) -> None:
+    variants = list(dict.fromkeys(name.partition(" ")[2] for name in curves if " " in name))
     lowest = []
-    for k, (name, runs) in enumerate(curves.items()):
+    for name, runs in curves.items():
+        kind, _, variant = name.partition(" ")
+        color = f"C{variants.index(variant)}" if variant else "black"
         epochs = list(zip(*runs, strict=True))
         seconds = [fmean(row["train_seconds"] for row in rows) for rows in epochs]
         values = [[100 * row["test_accuracy"] for row in rows] for rows in epochs]
         means = [fmean(v) for v in values]
         spreads = [_sd(v) for v in values]
-        ax.plot(seconds, means, color=colors(k), label=f"{name}: {means[-1]:.2f} % in {seconds[-1]:.3g} s")
+        label = f"{name}: {means[-1]:.2f}{f' ± {spreads[-1]:.2f}' if len(runs) > 1 else ''} % in {seconds[-1]:.3g} s"
+        ax.plot(seconds, means, color=color, linestyle=LINES[kind], linewidth=1.4, label=label)
         low = [m - s for m, s in zip(means, spreads, strict=True)]
         high = [m + s for m, s in zip(means, spreads, strict=True)]
-        ax.fill_between(seconds, low, high, color=colors(k), alpha=0.15, linewidth=0)
-        ax.plot(seconds[-1], means[-1], "o", color=colors(k), markersize=5)
-        freezes = [j for j, rows in enumerate(epochs) if rows[0]["transitions"]]
-        ax.plot([seconds[j] for j in freezes], [means[j] for j in freezes], "|", color=colors(k), markersize=11)
+        ax.fill_between(seconds, low, high, color=color, alpha=0.1, linewidth=0)
+        ax.plot(seconds[-1], means[-1], "o", color=color, markersize=5, fillstyle="full" if kind in FILLED else "none")
+        marks = [_at(step, [rows[0]["step"] for rows in epochs], seconds, means) for step in _freezes(runs[0])]
+        ax.plot(*zip(*marks, strict=True) if marks else ([], []), "|", color=color, markersize=9)
         lowest.append(means[len(means) // 3])
     top = max(ax.dataLim.y1, min(lowest) + 1)
     ax.set_ylim(min(lowest) - 0.3 * (top - min(lowest)), top + 0.03 * (top - min(lowest)))
     ax.set_xlim(left=0)
-    ax.set_xlabel("seconds of training (| layers freeze)")
     ax.set_ylabel("test accuracy, %")
-    ax.set_title(title)
     ax.grid(alpha=0.3)
-    ax.legend(loc="lower right")
-    return figure
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+
+
+def _freezes(rows: list[dict]) -> list[int]:
+    return [transition["step"] for row in rows for transition in row["transitions"]]
+
+
+def _at(step: int, steps: list[int], *curves: list[float]) -> tuple[float, ...]:
+    """The curves at `step`, on the line between the two epochs around it; before the first epoch's end, there."""
+    if step <= steps[0]:
+        return tuple(curve[0] for curve in curves)
+    k = next((k for k, end in enumerate(steps) if end >= step), len(steps) - 1)
+    part = (step - steps[k - 1]) / (steps[k] - steps[k - 1])
+    return tuple(curve[k - 1] + part * (curve[k] - curve[k - 1]) for curve in curves)
 
 
 def save(figure: "Figure", path: str | Path) -> None:
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
-def empty_figure(rows: int, *, height: float, sharex: bool = False) -> tuple["Figure", list]:
+def empty_figure(rows: int, *, height: float, width: float = 8, sharex: bool = False) -> tuple["Figure", list]:
     """A figure with `rows` axes below each other, and these."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("charts need matplotlib: pip install 'freezeout_ext[train]'") from None
-    figure = Figure(figsize=(8, height * rows), layout="constrained")
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(rows, 1, sharex=sharex, squeeze=False)[:, 0])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from .loop import Trainer
+    from .trainer import Trainer
 
 REFRESH_SECONDS = 0.5
 
@@ -176,30 +176,67 @@ def transition_line(transition: dict, num_layers: int) -> str:
     )
 
 
-def phases_rows(result: dict) -> list[tuple[str, ...]]:
-    """A run's phases, header first."""
-    rows = [("from step", "layers frozen", "steps", "ms/step", "peak MiB")]
-    for phase in result["phases"]:
-        rows.append(
-            (
-                str(phase["first_step"]),
-                f"{phase['num_frozen']} of {len(result['layers'])}",
-                str(phase["steps"]),
-                _number(phase["seconds_per_step"], 1e3, 2),
-                _number(phase["memory_bytes"], 2**-20, 1),
-            )
-        )
+def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) -> list[tuple[str, ...]]:
+    """A row for each stretch between two transitions, header first; what a step saves there where that is known."""
+    opened_by = {t["num_frozen"]: t for t in transitions}
+    header = ["from step", "frozen", "newly frozen", "steps", "ms/step", "peak MiB"]
+    is_engaged = any("predicted_saving" in t for t in transitions)
+    rows = [tuple(header + ["saved, predicted", "measured", "engagement"] * is_engaged)]
+    for phase in phases:
+        transition = opened_by.get(phase["num_frozen"])
+        row = [
+            str(phase["first_step"]),
+            f"{phase['num_frozen']} of {num_layers}",
+            _names(transition["layers"]) if transition else "",
+            str(phase["steps"]),
+            _number(phase["seconds_per_step"], 1e3, 2),
+            _number(phase["memory_bytes"], 2**-20, 1),
+        ]
+        if is_engaged:
+            row += saving_cells(transition) if transition else [""] * 3
+        rows.append(tuple(row))
     return rows
+
+
+def saving_cells(row: dict) -> list[str]:
+    """Predicted, measured, engagement: the numbers and their standard deviations."""
+    measured, ratio = row["measured_saving"], row["engagement"]
+    if row["measured_error"] is None:
+        engagement = "-"  # too few steps
+    elif ratio is None:
+        engagement = "in the noise"
+    else:
+        engagement = f"{ratio:.2f} ± {row['engagement_error']:.2f}"
+    return [
+        _percent_error(row["predicted_saving"], row["predicted_error"]),
+        _percent_error(measured, row["measured_error"]),
+        engagement,
+    ]
+
+
+def _names(layers: Sequence[str]) -> str:
+    return ", ".join(layers) if len(layers) < 3 else f"{layers[0]} .. {layers[-1]}"
+
+
+def _percent_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
+
+
+def graphs_text(result: dict) -> str:
+    """How often torch.compile compiled, "" where it was not asked."""
+    graphs = result.get("graphs_compiled") or {}
+    counts = ", ".join(f"{count} with {k} frozen" for k, count in graphs.items())
+    return f"graphs compiled: {counts}" if counts else ""
 
 
 def run_summary(result: dict) -> str:
     """The table of a run's phases, and its last line."""
-    compiled = ""
-    if result.get("graphs_compiled"):
-        counts = ", ".join(f"{count} with {k} frozen" for k, count in result["graphs_compiled"].items())
-        compiled = f"graphs compiled: {counts}\n"
+    compiled = f"{text}\n" if (text := graphs_text(result)) else ""
+    rows = phases_rows(result["phases"], result["transitions"], len(result["layers"]))
     return (
-        f"{table(phases_rows(result))}\npeak memory: {result['memory_measured']}\n{compiled}"
+        f"{table(rows, left=[2])}\npeak memory: {result['memory_measured']}\n{compiled}"
         f"test accuracy {percent(result['test_accuracy'])} after {result['total_steps']} steps,"
         f" {result['train_seconds']:.1f} s of training"
     )
