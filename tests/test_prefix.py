@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from prefix_cases import NETS, assert_same_steps, freeze, images, one_step, pair, trained
 from torch import nn
 
+from freezeout_ext.freezeout import FreezeOut
 from freezeout_ext.layers import find_layers
 from freezeout_ext.prefix import MODES, Prefix
 from freezeout_ext.prefix.runtime import TOLERANCE, Originals, Trial
@@ -350,6 +351,38 @@ def test_where_eager_wins_the_modules_are_as_they_were_and_the_report_says_so(mo
     assert (report.eager_ms, report.prefix_ms) == (1000.0, 5000.0)
     assert "eager is as fast" in str(report)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("mode", ["folded", "bf16"])
+def test_measure_prefix_false_takes_equal_paths_whatever_the_clock_says(mode, monkeypatch):
+    def run(slow: str, measure: bool) -> tuple[dict, str]:
+        def note(self, turn, seconds):
+            (self.eager if turn == "eager" else self.engine).append(2.0 if turn == slow else 1.0)
+            self.open = len(self.engine) < self.rounds
+            return not self.open
+
+        monkeypatch.setattr(Trial, "note", note)
+        torch.manual_seed(3)
+        model = NETS["wrn"]()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        freezeout = FreezeOut(
+            model, optimizer, total_steps=30, t_0=0.2, how_scale="linear", prefix=mode, measure_prefix=measure,
+            max_transitions=2,
+        )  # fmt: skip
+        for _ in range(30):
+            F.cross_entropy(model(images()), torch.randint(10, (6,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            freezeout.step()
+        return model.state_dict(), freezeout.prefix_report().route
+
+    (a, route), (b, _) = run("engine", False), run("eager", False)
+    assert route == "chain"
+    assert all(torch.equal(value, b[key]) for key, value in a.items())
+    # With the clock in it the same two runs part.
+    (a, route), (b, other) = run("engine", True), run("eager", True)
+    assert (route, other) == ("eager", "chain")
+    assert not all(torch.equal(value, b[key]) for key, value in a.items())
 
 
 # Arguments

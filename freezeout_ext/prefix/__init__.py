@@ -37,6 +37,8 @@ __all__ = ["MODES", "Prefix", "PrefixReport"]
 
 logger = logging.getLogger("freezeout_ext")
 
+REPLICA = "replicas of nn.DataParallel run the frozen layers as they are"
+
 
 class LayerLike(Protocol):
     name: str
@@ -172,6 +174,11 @@ class Prefix:
     # One watched forward
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if model is not self.model:
+            # A replica shares the hooks of its original, and runs in another thread.
+            if REPLICA not in self._fallbacks:
+                self._fallbacks.append(REPLICA)
+            return
         if torch.compiler.is_compiling() or not model.training or not torch.is_grad_enabled():
             return
         self._stop_watching()
@@ -193,7 +200,7 @@ class Prefix:
             self._watcher = Recorder(self._units(), verified=self._verified, cut_after=self._cut_after)
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self._watcher is None:
+        if self._watcher is None or model is not self.model:
             return
         start = time.perf_counter()
         stage, self._pending, watcher = self._pending, "", self._watcher
