@@ -1,7 +1,7 @@
 """nn.DataParallel's replicas of a module whose methods were replaced on the instance.
 
-A replica copies the instance's attributes, so that a method replaced there would go on working on the original, with its
-weights and on its device.
+A replica copies the instance's attributes, so that a method replaced there would go on working on the original, with
+its weights and on its device.
 """
 
 from functools import partial
