@@ -21,7 +21,7 @@ from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix
 from freezeout_ext.prefix.cpu import CpuEngine, unsupported_dtype
 from freezeout_ext.prefix.folding import lower_chain
-from freezeout_ext.prefix.runtime import TOLERANCE, median
+from freezeout_ext.prefix.runtime import TOLERANCE, Trial, median
 from freezeout_ext.training.measure import conditions
 
 NETS = ("densenet-76-12", "wrn-40-4", "vgg-16", "resnet-18")
@@ -150,25 +150,51 @@ def test_whole_iteration(benchmark, name, fraction):
 
 
 @pytest.mark.parametrize("name", NETS[:3])
-@pytest.mark.parametrize("mode", ["exact", "folded"])
+@pytest.mark.parametrize("mode", ["exact", *HALF])
 def test_transition_of_one_layer(benchmark, name, mode):
-    """Milliseconds that a transition adds: `freeze` itself, and the capture at the end of the next forward."""
+    """Milliseconds of wall time that a transition adds, medians of three in a row, the trial of the engine included.
+
+    freeze: the call of `freeze`. capture: at the end of the watched forward. watched: what that forward takes longer
+    than later ones besides (the new layers as they are). trial: what calls of eager take longer than the engine's.
+    """
+    if missing := unsupported_dtype(HALF.get(mode, torch.float32)):
+        pytest.skip(missing)
     layers, num_frozen = freeze(model := net(name), 0.5)
     x = torch.randn(BATCH, 3, 32, 32)
-    prefix = Prefix(model, layers, mode=mode, measure=False)
-    prefix.freeze(num_frozen - 1)
-    model(x)
-    captures, calls = [], []
-    for k in (num_frozen, num_frozen - 1, num_frozen):
-        kept = dict(prefix._weights), set(prefix._verified)
+    prefix = Prefix(model, layers, mode=mode)
+
+    def call() -> float:
+        start = time.perf_counter()
+        model(x)
+        return 1e3 * (time.perf_counter() - start)
+
+    def trial() -> Trial:
+        return prefix._parts[0].runner.trial
+
+    prefix.freeze(num_frozen - 3)
+    call()
+    first_capture = 1e3 * prefix.report().seconds
+    while trial().open:
+        call()
+    added: dict[str, list[float]] = {"freeze": [], "capture": [], "watched": [], "trial": []}
+    for k in (num_frozen - 2, num_frozen - 1, num_frozen):
         start = time.perf_counter()
         prefix.freeze(k)
-        calls.append(1e3 * (time.perf_counter() - start))
-        if k < num_frozen:
-            # Back to the frontier before, with what a run would have kept.
-            prefix._weights.update(kept[0]), prefix._verified.update(kept[1])
-            prefix._verified.difference_update(layers[k].modules.values())
-        model(x)
-        captures.append(1e3 * prefix.report().seconds)
+        added["freeze"].append(1e3 * (time.perf_counter() - start))
+        watched = call()
+        added["capture"].append(1e3 * prefix.report().seconds)
+        later = [call() for _ in range(4)]
+        while trial().open:
+            call()
+        added["watched"].append(watched - added["capture"][-1] - median(later))
+        eager_calls = len(trial().eager) if trial().expected is None else 0
+        added["trial"].append(sum(1e3 * (t - median(trial().engine)) for t in trial().eager[:eager_calls]))
     benchmark.pedantic(prefix.report, rounds=1)
-    benchmark.extra_info |= {"freeze_ms": calls[2], "capture_ms": captures[2], "frozen": num_frozen} | settings()
+    assert prefix.report().route == "chain"
+    medians = {name: median(values) for name, values in added.items()}
+    benchmark.extra_info |= {
+        "added_ms": sum(medians.values()),
+        "of_which_ms": medians,
+        "first_capture_ms": first_capture,
+        "frozen": num_frozen,
+    } | settings()

@@ -338,6 +338,88 @@ def test_calls_of_another_shape_are_not_timed():
     assert [trial.turn(s) for s in ("a", "b", "a", "b")] == ["untimed", "untimed", "eager", "untimed"]
 
 
+def test_a_longer_prefix_is_judged_by_the_time_of_what_was_added():
+    known = Trial(open=False, shape="shape", eager=[4.0, 5.0, 6.0], engine=[3.0] * 3)
+    for engine, turns in ((5.5, ["untimed", *["engine"] * 3]), (7.0, ["untimed", *["engine"] * 3, "eager"])):
+        trial, seen = known.extended(1.0), []
+        assert trial.expected == 6.0 and trial.shape == "shape"
+        while trial.open and len(seen) < 5:
+            seen.append(trial.turn("shape"))
+            if seen[-1] != "untimed":
+                trial.note(seen[-1], engine)
+        assert seen == turns  # where the sum says that eager wins, it is measured
+        assert trial.open == (engine > 6)
+        assert not trial.eager_wins()
+    assert Trial().extended(1.0).expected is None  # nothing known yet
+
+
+@pytest.mark.parametrize("mode", ["exact", "folded", "bf16"])
+def test_a_transition_runs_only_the_new_layers_as_they_are(mode):
+    model = trained("wrn")
+    layers = find_layers(model)
+    prefix = Prefix(model, layers, mode=mode, measure=False)
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            original = module._conv_forward
+            module._conv_forward = lambda *args, name=name, original=original: ran.append(name) or original(*args)
+    for num_frozen in (3, 5, 6):
+        before = prefix.num_frozen
+        freeze(model, num_frozen, layers)
+        prefix.freeze(num_frozen)
+        assert prefix.report().route == "waiting"
+        assert prefix.report().units == before  # the chain that there is runs on
+        ran.clear()
+        one_step(model, 0)
+        assert prefix.report().route == "chain" and prefix.report().units == num_frozen
+        assert prefix.report().error <= TOLERANCE[mode]
+        frozen = {n for layer in layers[:before] for n in ran if any(n.startswith(key) for key in layer.modules)}
+        # Exact runs the modules themselves, in the chain.
+        assert bool(frozen) == (mode == "exact" and before > 0), frozen
+        assert mode != "exact" or len(ran) <= 2 * len(set(ran))  # once, and the new ones once more for the probe
+
+
+def test_a_new_layer_that_cannot_join_leaves_the_chain_in_front_of_it():
+    model = trained("wrn")
+    plain = copy.deepcopy(model)
+    layers, plain_layers = find_layers(model), find_layers(plain)
+    prefix = Prefix(model, layers, mode="folded", measure=False)
+    for net, each in ((model, layers), (plain, plain_layers)):
+        freeze(net, 3, each)
+    prefix.freeze(3)
+    one_step(model, 0)
+    for net, each in ((model, layers), (plain, plain_layers)):
+        freeze(net, 4, each)
+        inner = net.blocks[2]
+        inner.forward = lambda x, inner=inner: type(inner).forward(inner, x) + 0.01 * torch.randn(1)
+    prefix.freeze(4)
+    for seed in range(3):
+        one_step(model, seed)
+    report = prefix.report()
+    assert (report.route, report.units) == ("layers", 3), report
+    assert "blocks.2" in str(report) and "gave something else" in str(report)
+    plain.load_state_dict(model.state_dict())
+    expected, found = one_step(plain, 5), one_step(model, 5)
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-4, atol=0)  # folding, and the same noise
+
+
+def test_a_kept_chain_whose_weights_change_while_it_waits_is_captured_anew():
+    model = trained("wrn")
+    layers = freeze(model, 3)
+    prefix = Prefix(model, layers, mode="folded", measure=False)
+    prefix.freeze(3)
+    one_step(model, 0)
+    freeze(model, 4, layers)
+    prefix.freeze(4)
+    with torch.no_grad():
+        model.stem.weight.mul_(2)
+    for seed in range(3):
+        one_step(model, seed)
+    report = prefix.report()
+    assert (report.route, report.units) == ("chain", 4) and report.error <= TOLERANCE["folded"]
+    assert prefix._parts[0].runner.calls > 0
+
+
 def test_where_eager_wins_the_modules_are_as_they_were_and_the_report_says_so(monkeypatch):
     _, model, prefix = pair(trained("wrn"), 3, "folded", measure=True)
     times = iter(range(1000))
