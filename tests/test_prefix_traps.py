@@ -96,6 +96,53 @@ def test_dropout_in_front_of_a_frozen_layer_stays_random_and_behind_the_frontier
     assert prefix.report().units == 2  # conv and bn of `one`; what follows the dropout is no constant
 
 
+@pytest.mark.parametrize("p, units", [(0.0, 4), (0.3, 2)])
+def test_an_active_dropout_of_nothing_is_a_constant(p, units):
+    model = Glue()
+    model.drop = nn.Dropout(p)
+    model.between = lambda x: model.drop(F.relu(x))
+    plain = Glue()
+    plain.load_state_dict(model.state_dict())
+    plain.drop = nn.Dropout(p)
+    plain.between = lambda x: plain.drop(F.relu(x))
+    layers = freeze(model.train(), 2)
+    freeze(plain.train(), 2)
+    prefix = Prefix(model, layers, mode="exact", measure=False)
+    prefix.freeze(2)
+    assert_same_steps(plain, model)
+    assert (prefix.report().route, prefix.report().units) == ("split", units)  # the convolutions and norms
+
+
+class Growing(nn.Module):
+    """Dense blocks in the way that hands each layer a list which grows later."""
+
+    class Layer(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.conv = conv_bn(channels, 4)
+
+        def forward(self, features):
+            return F.relu(self.conv(torch.cat(features, 1)))
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layers = conv_bn(3, 4), nn.ModuleList(self.Layer(4 * n) for n in (1, 2, 3))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        features = [self.stem(x)]
+        for layer in self.layers:
+            features.append(layer(features))
+        return self.head(torch.cat(features, 1).mean((2, 3)))
+
+
+@pytest.mark.parametrize("num_frozen", [2, 3])
+def test_a_list_that_grows_after_it_was_handed_over(num_frozen):
+    prefix = check(Growing(), num_frozen)
+    report = prefix.report()
+    assert report.route == "split" and report.units == report.of_units
+
+
 class DroppedHead(Glue):
     def forward(self, x):
         x = self.two(self.between(self.one(x)))
