@@ -11,6 +11,7 @@ from torch import nn
 from freezeout_ext.freezeout import FreezeOut
 from freezeout_ext.layers import find_layers
 from freezeout_ext.prefix import MODES, Prefix
+from freezeout_ext.prefix.cpu import unsupported_dtype
 from freezeout_ext.prefix.runtime import TOLERANCE, Originals, Trial
 
 # The routes that a net's frontiers take, in any mode.
@@ -263,6 +264,34 @@ def test_under_autocast_exact_is_bit_equal_and_another_autocast_runs_the_modules
     calls = prefix._parts[0].runner.calls
     assert_same_steps(plain, model)
     assert prefix._parts[0].runner.calls == calls
+    assert "autocast" in str(prefix.report())
+
+
+@pytest.mark.parametrize("name", ["densenet", "wrn", "resnet-50"])
+@pytest.mark.parametrize("mode", ["folded", "bf16"])
+def test_an_engine_follows_autocast_and_another_autocast_runs_the_modules(name, mode):
+    if missing := unsupported_dtype(torch.bfloat16):
+        pytest.skip(missing)
+
+    def autocast(net, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return net(x).float()
+
+    plain, model, prefix = pair(trained(name), 4, mode)
+    for seed in range(2):
+        one_step(model, seed, run=autocast)
+    report, engine = prefix.report(), prefix._parts[0].runner.engine
+    assert engine.dtype == torch.bfloat16 and report.fused
+    assert 1e-5 < report.error <= TOLERANCE["bf16"]
+    plain.load_state_dict(model.state_dict())
+    calls = prefix._parts[0].runner.calls
+    expected, found = one_step(plain, 5, run=autocast), one_step(model, 5, run=autocast)
+    assert prefix._parts[0].runner.calls == calls + 1
+    assert {key: value.dtype for key, value in expected.items()} == {key: value.dtype for key, value in found.items()}
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=5e-2, atol=0)  # bfloat16 twice
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(one_step(plain, 6)["loss"], one_step(model, 6)["loss"])  # without autocast
+    assert prefix._parts[0].runner.calls == calls + 1
     assert "autocast" in str(prefix.report())
 
 

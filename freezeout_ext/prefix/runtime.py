@@ -41,7 +41,11 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 
 class Originals:
-    """outputs = function(*inputs): the original modules; the engine of mode "exact"."""
+    """outputs = function(*inputs): the original modules; the engine of mode "exact".
+
+    Under autocast they cast their frozen float32 weights at every call. Kept casts would save 0.04 to 0.2 % of the
+    forward of half a net (DenseNet-76-12, WRN-40-4, VGG-16, batch 64, one CPU thread), so there are none.
+    """
 
     bytes_held = 0
 
