@@ -54,6 +54,25 @@ def test_folded_is_within_1e_5_and_its_gradients_within_a_perturbation_at_every_
         assert_within_perturbation(copy.deepcopy(model), plain, other, prefix, lambda net: one_step(net, 7, 5))
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_bf16_is_within_its_tolerance_at_every_frontier(name):
+    """Of the nets in their real sizes (fresh weights, batch 16) DenseNet-76-12 has the largest error: 2.2e-2 at half."""
+    if missing := unsupported_dtype(torch.bfloat16):
+        pytest.skip(missing)
+    model = trained(name)
+    for num_frozen in frontiers(name):
+        plain, other, prefix = pair(copy.deepcopy(model), num_frozen, "bf16")
+        steps_until_installed(other, prefix)
+        report = prefix.report()
+        assert 1e-4 < report.error <= TOLERANCE["bf16"], report
+        assert report.units > 0 and report.fused
+        plain.load_state_dict(other.state_dict())
+        expected, found = one_step(plain, 7, 5), one_step(other, 7, 5)
+        assert expected.keys() == found.keys()
+        assert all(value.dtype == found[key].dtype for key, value in expected.items())
+        assert all(value.isfinite().all() for value in found.values() if value.is_floating_point())
+
+
 @pytest.mark.parametrize("name", ["resnet-50", "unet", "branches"])
 def test_code_between_frozen_modules_goes_by_the_split(name):
     routes = set()
