@@ -56,7 +56,7 @@ def test_folded_is_within_1e_5_and_its_gradients_within_a_perturbation_at_every_
 
 @pytest.mark.parametrize("name", NETS)
 def test_bf16_is_within_its_tolerance_at_every_frontier(name):
-    """Of the nets in their real sizes (fresh weights, batch 16) DenseNet-76-12 has the largest error: 2.2e-2 at half."""
+    """Of the real sizes (fresh weights, batch 16) DenseNet-76-12 has the largest error: 2.2e-2 at half the layers."""
     if missing := unsupported_dtype(torch.bfloat16):
         pytest.skip(missing)
     model = trained(name)
