@@ -283,7 +283,8 @@ class Prefix:
         try:
             if kept is not None:
                 kept.remove()
-                self._check_again(rest, x, y, segment.autocast)
+                if self.mode != "exact":  # which checks nothing else
+                    self._check_again(rest, x, y, segment.autocast)
             runner = self._runner(
                 chain.originals,
                 lambda: lower_chain([unit.module for unit in segment.units], self._graphs),
