@@ -2,17 +2,21 @@
 
 pytest bench/bench_prefix.py --benchmark-json=bench/results/prefix.json
 
-FREEZEOUT_BENCH_COMPILE=1 adds torch.compile with freezing (minutes), FREEZEOUT_BENCH_BATCH another batch than 64. Page
-faults are much of eager's time on a CPU, so the allocator's settings are stored with the numbers.
+FREEZEOUT_BENCH_COMPILE=0 leaves out torch.compile with freezing (minutes of compiling), FREEZEOUT_BENCH_BATCH takes
+another batch than 64. Page faults are much of eager's time on a CPU, so the allocator's settings are stored with the
+numbers.
 """
 
 import copy
 import os
 import time
 from collections.abc import Callable
+from statistics import fmean
 
 import pytest
 import torch
+import torch._dynamo
+import torch._inductor.config
 import torch.nn.functional as F
 
 from freezeout_ext.eval_pin import pin
@@ -21,7 +25,7 @@ from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix
 from freezeout_ext.prefix.cpu import CpuEngine, unsupported_dtype
 from freezeout_ext.prefix.folding import lower_chain
-from freezeout_ext.prefix.runtime import TOLERANCE, median
+from freezeout_ext.prefix.runtime import TOLERANCE, Trial, median
 from freezeout_ext.training.measure import conditions
 
 NETS = ("densenet-76-12", "wrn-40-4", "vgg-16", "resnet-18")
@@ -95,14 +99,14 @@ def test_half_the_units(benchmark, name, mode):
         error = ((found - expected).abs().max() / expected.abs().max()).item()
         assert error <= TOLERANCE[mode]
         rivals = {"eager": lambda: eager(x), "eager channels-last": lambda: last(x_last), mode: lambda: engine(x)}
-        if os.environ.get("FREEZEOUT_BENCH_COMPILE"):
-            import torch._inductor.config as config
-
-            config.freezing = True
-            start = time.perf_counter()
+        if mode == "folded" and os.environ.get("FREEZEOUT_BENCH_COMPILE") != "0":
+            torch._dynamo.reset()
             compiled = torch.compile(eager)
-            compiled(x)
-            benchmark.extra_info["compile_seconds"] = time.perf_counter() - start
+            with torch._inductor.config.patch(freezing=True):
+                start = time.perf_counter()
+                outcome = compiled(x)
+                benchmark.extra_info["compile_seconds"] = time.perf_counter() - start
+            assert (outcome - expected).abs().max() <= TOLERANCE[mode] * expected.abs().max()
             rivals["torch.compile, freezing"] = lambda: compiled(x)
         times = interleaved(rivals)
         benchmark.pedantic(engine, args=(x,), rounds=1)
@@ -118,57 +122,93 @@ def test_half_the_units(benchmark, name, mode):
     } | settings()
 
 
-@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name, fraction", [*((n, f) for n in NETS[:3] for f in (0.25, 0.5, 0.75)), (NETS[3], 0.5)])
 def test_whole_iteration(benchmark, name, fraction):
-    """Forward and backward of the user's own code: plain freezing, and the same with the prefix in two modes."""
+    """Forward and backward of the user's own code: plain freezing and the same with a prefix; at half in both layouts.
+
+    The active layers compute in float32 in all of them, in the layout that the row names; so "bf16" is a prefix in
+    bfloat16 in front of a float32 suffix.
+    """
     x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
     base, prefixes, rivals = net(name), {}, {}
 
-    def iteration(model: torch.nn.Module) -> torch.Tensor:
+    def iteration(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         model.zero_grad()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         return loss.detach()
 
-    for mode in ("off", "exact", "folded"):
-        model = copy.deepcopy(base)
-        layers, num_frozen = freeze(model, fraction)
-        prefixes[mode] = prefix = Prefix(model, layers, mode=mode, measure=False)
-        prefix.freeze(num_frozen)
-        iteration(model)
-        rivals["plain freezing" if mode == "off" else mode] = lambda model=model: iteration(model)
-    assert all(prefix.report().route == "chain" for mode, prefix in prefixes.items() if mode != "off")
-    times = interleaved(rivals, 5)
+    modes = ["off", "exact", *(mode for mode, dtype in HALF.items() if not unsupported_dtype(dtype))]
+    for layout in (torch.contiguous_format, torch.channels_last)[: 2 if fraction == 0.5 else 1]:
+        for mode in modes:
+            if layout == torch.channels_last and mode == "exact":
+                continue  # the same modules as plain freezing, which the other layout shows
+            model = copy.deepcopy(base).to(memory_format=layout)
+            layers, num_frozen = freeze(model, fraction)
+            row = ("plain freezing" if mode == "off" else mode) + ", channels-last" * (layout == torch.channels_last)
+            prefixes[row] = Prefix(model, layers, mode=mode, measure=False)
+            prefixes[row].freeze(num_frozen)
+            image = x.contiguous(memory_format=layout)
+            iteration(model, image)
+            rivals[row] = lambda model=model, image=image: iteration(model, image)
+    assert all(prefix.report().route == ("off" if prefix.mode == "off" else "chain") for prefix in prefixes.values())
+    times = interleaved(rivals, 3)
     benchmark.pedantic(rivals["folded"], rounds=1)
+    plain = {row: "plain freezing" + ", channels-last" * row.endswith("last") for row in times}
     benchmark.extra_info |= {
         "milliseconds": times,
-        "over_plain": {k: v / times["plain freezing"] for k, v in times.items()},
+        "over_plain_in_the_same_layout": {row: t / times[plain[row]] for row, t in times.items()},
         "frozen": f"{num_frozen} of {len(layers)}",
-        "report": str(prefixes["folded"].report()),
+        "report": {row: str(prefix.report()) for row, prefix in prefixes.items()},
     } | settings()
 
 
 @pytest.mark.parametrize("name", NETS[:3])
-@pytest.mark.parametrize("mode", ["exact", "folded"])
+@pytest.mark.parametrize("mode", ["exact", *HALF])
 def test_transition_of_one_layer(benchmark, name, mode):
-    """Milliseconds that a transition adds: `freeze` itself, and the capture at the end of the next forward."""
+    """Milliseconds of wall time that a transition adds, the mean of two in a row, the trial of the engine included.
+
+    freeze: the call of `freeze`. capture: at the end of the watched forward. watched: what that forward takes longer
+    than later ones besides (the new layers as they are). trial: what calls of eager take longer than the engine's.
+    """
+    if missing := unsupported_dtype(HALF.get(mode, torch.float32)):
+        pytest.skip(missing)
     layers, num_frozen = freeze(model := net(name), 0.5)
     x = torch.randn(BATCH, 3, 32, 32)
-    prefix = Prefix(model, layers, mode=mode, measure=False)
-    prefix.freeze(num_frozen - 1)
-    model(x)
-    captures, calls = [], []
-    for k in (num_frozen, num_frozen - 1, num_frozen):
-        kept = dict(prefix._weights), set(prefix._verified)
+    prefix = Prefix(model, layers, mode=mode)
+
+    def call() -> float:
+        start = time.perf_counter()
+        model(x)
+        return 1e3 * (time.perf_counter() - start)
+
+    def trial() -> Trial:
+        return prefix._parts[0].runner.trial
+
+    prefix.freeze(num_frozen - 2)
+    call()
+    first_capture = 1e3 * prefix.report().seconds
+    while trial().open:
+        call()
+    added: dict[str, list[float]] = {"freeze": [], "capture": [], "watched": [], "trial": []}
+    for k in (num_frozen - 1, num_frozen):
         start = time.perf_counter()
         prefix.freeze(k)
-        calls.append(1e3 * (time.perf_counter() - start))
-        if k < num_frozen:
-            # Back to the frontier before, with what a run would have kept.
-            prefix._weights.update(kept[0]), prefix._verified.update(kept[1])
-            prefix._verified.difference_update(layers[k].modules.values())
-        model(x)
-        captures.append(1e3 * prefix.report().seconds)
+        added["freeze"].append(1e3 * (time.perf_counter() - start))
+        watched = call()
+        added["capture"].append(1e3 * prefix.report().seconds)
+        later = [call() for _ in range(3)]
+        while trial().open:
+            call()
+        added["watched"].append(watched - added["capture"][-1] - median(later))
+        eager_calls = len(trial().eager) if trial().expected is None else 0
+        added["trial"].append(sum(1e3 * (t - median(trial().engine)) for t in trial().eager[:eager_calls]))
     benchmark.pedantic(prefix.report, rounds=1)
-    benchmark.extra_info |= {"freeze_ms": calls[2], "capture_ms": captures[2], "frozen": num_frozen} | settings()
+    assert prefix.report().route == "chain"
+    means = {name: fmean(values) for name, values in added.items()}
+    benchmark.extra_info |= {
+        "added_ms": sum(means.values()),
+        "of_which_ms": means,
+        "first_capture_ms": first_capture,
+        "frozen": num_frozen,
+    } | settings()

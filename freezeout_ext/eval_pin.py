@@ -1,8 +1,10 @@
-"""Keeps a module in eval mode through model.train(), in copies and pickles of the model too."""
+"""Keeps a module in eval mode through model.train(), in copies, pickles and replicas of the model too."""
 
 from functools import partial
 
 from torch import nn
+
+from .replicas import follow_replicas, leave_replicas
 
 
 def pin(module: nn.Module) -> None:
@@ -10,6 +12,7 @@ def pin(module: nn.Module) -> None:
     module.training = False
     # A partial of a plain function: pickles, and a deepcopy of the model pins the copied module.
     module.train = partial(_stay_in_eval, module)
+    follow_replicas(module)
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -18,4 +21,5 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def unpin(module: nn.Module, training: bool) -> None:
     module.__dict__.pop("train", None)
+    leave_replicas(module)
     module.training = training

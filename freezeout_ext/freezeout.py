@@ -56,6 +56,8 @@ class FreezeOut:
         prefix: how the forward of the frozen layers runs: "exact" (the original modules, bit-equal), "folded" (batch
             norms folded into weights, error about 1e-6), "bf16", "fp16" (the same in half precision), "off" (nothing
             is installed). See `prefix_report()`.
+        measure_prefix: False uses each checked engine without timing it against the modules, so that the path does not
+            depend on the clock: two runs from one seed then give bit-identical weights in every mode.
 
     Raises:
         ValueError, TypeError: an argument is out of its range, a parameter is not in the optimizer, an LR scheduler or
@@ -78,6 +80,7 @@ class FreezeOut:
         max_transitions: int | None = None,
         anneal: bool = True,
         prefix: str = "exact",
+        measure_prefix: bool = True,
     ) -> None:
         self.optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
         for each in self.optimizers:
@@ -98,7 +101,7 @@ class FreezeOut:
             warmup_steps=warmup_steps,
             max_transitions=max_transitions,
         )
-        self._prefix = Prefix(model, self.layers, mode=prefix)
+        self._prefix = Prefix(model, self.layers, mode=prefix, measure=measure_prefix)
         warn_if_beyond_limit(given, self.schedule)
         self.step_count = 0
         self.num_frozen = 0

@@ -1,16 +1,17 @@
 import copy
 import io
 import pickle
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
-from prefix_cases import NETS, assert_same_steps, freeze, images, one_step, pair, trained
+from prefix_cases import NETS, assert_same_steps, assert_within_perturbation, freeze, images, one_step, pair, trained
 from torch import nn
 
+from freezeout_ext.freezeout import FreezeOut
 from freezeout_ext.layers import find_layers
 from freezeout_ext.prefix import MODES, Prefix
+from freezeout_ext.prefix.cpu import unsupported_dtype
 from freezeout_ext.prefix.runtime import TOLERANCE, Originals, Trial
 
 # The routes that a net's frontiers take, in any mode.
@@ -50,42 +51,26 @@ def test_folded_is_within_1e_5_and_its_gradients_within_a_perturbation_at_every_
         report = prefix.report()
         assert report.error <= TOLERANCE["folded"], report
         assert report.fused, report
-        # The forwards watched above moved the statistics of the active layers.
-        state = copy.deepcopy(other.state_dict())
-        found = one_step(other, 7, 5)
-        runs = []
-        for perturbation in (0, 1, 2, 3):
-            plain.load_state_dict(state)
-            with perturbed(plain, num_frozen, 1e-6 if perturbation else 0.0, seed=perturbation):
-                runs.append(one_step(plain, 7, 5))
-        expected = runs[0]
+        assert_within_perturbation(copy.deepcopy(model), plain, other, prefix, lambda net: one_step(net, 7, 5))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_bf16_is_within_its_tolerance_at_every_frontier(name):
+    """Of the real sizes (fresh weights, batch 16) DenseNet-76-12 has the largest error: 2.2e-2 at half the layers."""
+    if missing := unsupported_dtype(torch.bfloat16):
+        pytest.skip(missing)
+    model = trained(name)
+    for num_frozen in frontiers(name):
+        plain, other, prefix = pair(copy.deepcopy(model), num_frozen, "bf16")
+        steps_until_installed(other, prefix)
+        report = prefix.report()
+        assert 1e-4 < report.error <= TOLERANCE["bf16"], report
+        assert report.units > 0 and report.fused
+        plain.load_state_dict(other.state_dict())
+        expected, found = one_step(plain, 7, 5), one_step(other, 7, 5)
         assert expected.keys() == found.keys()
-        # Where a true gradient is 0 (a bias in front of a norm) all of it is rounding: judged by all gradients' scale.
-        scale = max(value.abs().max() for key, value in expected.items() if key.startswith("gradient"))
-        for key, value in expected.items():
-            effect = max((value - run[key]).abs().max() for run in runs[1:])
-            floor = 1e-6 * max(scale, value.abs().max())
-            assert (value - found[key]).abs().max() <= 10 * effect + floor, f"{key} at {num_frozen}"
-
-
-@contextmanager
-def perturbed(model: nn.Module, num_frozen: int, size: float, seed: int):
-    """Adds noise of `size` times the largest value to what the frozen layers without active ones below give."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def add(module, args, output):
-        if isinstance(output, torch.Tensor) and output.is_floating_point():
-            noise = torch.randn(output.shape, generator=generator)
-            return output + size * output.abs().max() * noise if size else None
-
-    frozen = [m for m in model.modules() if not any(p.requires_grad for p in m.parameters())]
-    leaves = [m for m in frozen if not list(m.children()) and list(m.parameters())]
-    handles = [m.register_forward_hook(add) for m in leaves]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        assert all(value.dtype == found[key].dtype for key, value in expected.items())
+        assert all(value.isfinite().all() for value in found.values() if value.is_floating_point())
 
 
 @pytest.mark.parametrize("name", ["resnet-50", "unet", "branches"])
@@ -301,6 +286,34 @@ def test_under_autocast_exact_is_bit_equal_and_another_autocast_runs_the_modules
     assert "autocast" in str(prefix.report())
 
 
+@pytest.mark.parametrize("name", ["densenet", "wrn", "resnet-50"])
+@pytest.mark.parametrize("mode", ["folded", "bf16"])
+def test_an_engine_follows_autocast_and_another_autocast_runs_the_modules(name, mode):
+    if missing := unsupported_dtype(torch.bfloat16):
+        pytest.skip(missing)
+
+    def autocast(net, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return net(x).float()
+
+    plain, model, prefix = pair(trained(name), 4, mode)
+    for seed in range(2):
+        one_step(model, seed, run=autocast)
+    report, engine = prefix.report(), prefix._parts[0].runner.engine
+    assert engine.dtype == torch.bfloat16 and report.fused
+    assert 1e-5 < report.error <= TOLERANCE["bf16"]
+    plain.load_state_dict(model.state_dict())
+    calls = prefix._parts[0].runner.calls
+    expected, found = one_step(plain, 5, run=autocast), one_step(model, 5, run=autocast)
+    assert prefix._parts[0].runner.calls == calls + 1
+    assert {key: value.dtype for key, value in expected.items()} == {key: value.dtype for key, value in found.items()}
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=5e-2, atol=0)  # bfloat16 twice
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(one_step(plain, 6)["loss"], one_step(model, 6)["loss"])  # without autocast
+    assert prefix._parts[0].runner.calls == calls + 1
+    assert "autocast" in str(prefix.report())
+
+
 @pytest.mark.parametrize("mode", ["bf16", "fp16"])
 def test_a_half_mode_is_within_its_tolerance_or_says_why_it_is_not_used(mode):
     _plain, model, prefix = pair(trained("resnet-18"), 4, mode)
@@ -337,6 +350,88 @@ def test_calls_of_another_shape_are_not_timed():
     assert [trial.turn(s) for s in ("a", "b", "a", "b")] == ["untimed", "untimed", "eager", "untimed"]
 
 
+def test_a_longer_prefix_is_judged_by_the_time_of_what_was_added():
+    known = Trial(open=False, shape="shape", eager=[4.0, 5.0, 6.0], engine=[3.0] * 3)
+    for engine, turns in ((5.5, ["untimed", *["engine"] * 3]), (7.0, ["untimed", *["engine"] * 3, "eager"])):
+        trial, seen = known.extended(1.0), []
+        assert trial.expected == 6.0 and trial.shape == "shape"
+        while trial.open and len(seen) < 5:
+            seen.append(trial.turn("shape"))
+            if seen[-1] != "untimed":
+                trial.note(seen[-1], engine)
+        assert seen == turns  # where the sum says that eager wins, it is measured
+        assert trial.open == (engine > 6)
+        assert not trial.eager_wins()
+    assert Trial().extended(1.0).expected is None  # nothing known yet
+
+
+@pytest.mark.parametrize("mode", ["exact", "folded", "bf16"])
+def test_a_transition_runs_only_the_new_layers_as_they_are(mode):
+    model = trained("wrn")
+    layers = find_layers(model)
+    prefix = Prefix(model, layers, mode=mode, measure=False)
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            original = module._conv_forward
+            module._conv_forward = lambda *args, name=name, original=original: ran.append(name) or original(*args)
+    for num_frozen in (3, 5, 6):
+        before = prefix.num_frozen
+        freeze(model, num_frozen, layers)
+        prefix.freeze(num_frozen)
+        assert prefix.report().route == "waiting"
+        assert prefix.report().units == before  # the chain that there is runs on
+        ran.clear()
+        one_step(model, 0)
+        assert prefix.report().route == "chain" and prefix.report().units == num_frozen
+        assert prefix.report().error <= TOLERANCE[mode]
+        frozen = {n for layer in layers[:before] for n in ran if any(n.startswith(key) for key in layer.modules)}
+        # Exact runs the modules themselves, in the chain.
+        assert bool(frozen) == (mode == "exact" and before > 0), frozen
+        assert mode != "exact" or len(ran) <= 2 * len(set(ran))  # once, and the new ones once more for the probe
+
+
+def test_a_new_layer_that_cannot_join_leaves_the_chain_in_front_of_it():
+    model = trained("wrn")
+    plain = copy.deepcopy(model)
+    layers, plain_layers = find_layers(model), find_layers(plain)
+    prefix = Prefix(model, layers, mode="folded", measure=False)
+    for net, each in ((model, layers), (plain, plain_layers)):
+        freeze(net, 3, each)
+    prefix.freeze(3)
+    one_step(model, 0)
+    for net, each in ((model, layers), (plain, plain_layers)):
+        freeze(net, 4, each)
+        inner = net.blocks[2]
+        inner.forward = lambda x, inner=inner: type(inner).forward(inner, x) + 0.01 * torch.randn(1)
+    prefix.freeze(4)
+    for seed in range(3):
+        one_step(model, seed)
+    report = prefix.report()
+    assert (report.route, report.units) == ("layers", 3), report
+    assert "blocks.2" in str(report) and "gave something else" in str(report)
+    plain.load_state_dict(model.state_dict())
+    expected, found = one_step(plain, 5), one_step(model, 5)
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-4, atol=0)  # folding, and the same noise
+
+
+def test_a_kept_chain_whose_weights_change_while_it_waits_is_captured_anew():
+    model = trained("wrn")
+    layers = freeze(model, 3)
+    prefix = Prefix(model, layers, mode="folded", measure=False)
+    prefix.freeze(3)
+    one_step(model, 0)
+    freeze(model, 4, layers)
+    prefix.freeze(4)
+    with torch.no_grad():
+        model.stem.weight.mul_(2)
+    for seed in range(3):
+        one_step(model, seed)
+    report = prefix.report()
+    assert (report.route, report.units) == ("chain", 4) and report.error <= TOLERANCE["folded"]
+    assert prefix._parts[0].runner.calls > 0
+
+
 def test_where_eager_wins_the_modules_are_as_they_were_and_the_report_says_so(monkeypatch):
     _, model, prefix = pair(trained("wrn"), 3, "folded", measure=True)
     times = iter(range(1000))
@@ -350,6 +445,38 @@ def test_where_eager_wins_the_modules_are_as_they_were_and_the_report_says_so(mo
     assert (report.eager_ms, report.prefix_ms) == (1000.0, 5000.0)
     assert "eager is as fast" in str(report)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("mode", ["folded", "bf16"])
+def test_measure_prefix_false_takes_equal_paths_whatever_the_clock_says(mode, monkeypatch):
+    def run(slow: str, measure: bool) -> tuple[dict, str]:
+        def note(self, turn, seconds):
+            (self.eager if turn == "eager" else self.engine).append(2.0 if turn == slow else 1.0)
+            self.open = len(self.engine) < self.rounds
+            return not self.open
+
+        monkeypatch.setattr(Trial, "note", note)
+        torch.manual_seed(3)
+        model = NETS["wrn"]()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        freezeout = FreezeOut(
+            model, optimizer, total_steps=30, t_0=0.2, how_scale="linear", prefix=mode, measure_prefix=measure,
+            max_transitions=2,
+        )  # fmt: skip
+        for _ in range(30):
+            F.cross_entropy(model(images()), torch.randint(10, (6,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            freezeout.step()
+        return model.state_dict(), freezeout.prefix_report().route
+
+    (a, route), (b, _) = run("engine", False), run("eager", False)
+    assert route == "chain"
+    assert all(torch.equal(value, b[key]) for key, value in a.items())
+    # With the clock in it the same two runs part.
+    (a, route), (b, other) = run("engine", True), run("eager", True)
+    assert (route, other) == ("eager", "chain")
+    assert not all(torch.equal(value, b[key]) for key, value in a.items())
 
 
 # Arguments

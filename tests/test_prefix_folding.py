@@ -194,6 +194,37 @@ def test_a_dense_block_grows_in_one_buffer_and_outputs_are_fresh():
 
 
 @pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("batch", [15, 16, 17, 40])
+def test_a_dense_block_runs_in_parts_of_the_batch(batch, last, monkeypatch):
+    model = randomized(trained("densenet"))
+    units = [model.stem, *model.blocks[:4]]
+    run, sizes = engine(lower_chain(units), last=last), []
+    whole = run._run_whole
+    monkeypatch.setattr(run, "_run_whole", lambda x: sizes.append(len(x)) or whole(x))
+    x = torch.randn(batch, 3, 16, 16)
+    with torch.no_grad():
+        expected, (found,) = nn.Sequential(*units)(x), run(x)
+    assert sizes == {15: [15], 16: [16], 17: [16, 1], 40: [16, 16, 8]}[batch]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # folding
+    assert found.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def test_what_mixes_images_runs_whole():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(n, 4, 1) for n in (3, 7, 11))
+
+        def forward(self, x):
+            x = torch.cat((x, self.a(x)), 1)
+            x = torch.cat((x, self.b(x)), 1)
+            return self.c(x - x.mean(0, keepdim=True))
+
+    run = assert_folded(Mixing(), torch.randn(40, 3, 5, 5))
+    assert run._extends and not run._in_parts
+
+
+@pytest.mark.parametrize("last", [True, False])
 def test_the_output_has_the_memory_format_that_eager_gave(last):
     model = randomized(trained("wrn"))
     run = engine(lower_chain([model.stem, model.blocks[0]]), last=last)

@@ -9,6 +9,7 @@ from prefix_cases import NETS, UNet, assert_same_steps, conv_bn, freeze, images,
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from freezeout_ext.eval_pin import unpin
 from freezeout_ext.layers import find_layers
 from freezeout_ext.prefix import Prefix
 
@@ -93,6 +94,53 @@ def test_dropout_in_front_of_a_frozen_layer_stays_random_and_behind_the_frontier
     prefix = check(Dropped(), 2)
     assert prefix.report().route == "split"
     assert prefix.report().units == 2  # conv and bn of `one`; what follows the dropout is no constant
+
+
+@pytest.mark.parametrize("p, units", [(0.0, 4), (0.3, 2)])
+def test_an_active_dropout_of_nothing_is_a_constant(p, units):
+    model = Glue()
+    model.drop = nn.Dropout(p)
+    model.between = lambda x: model.drop(F.relu(x))
+    plain = Glue()
+    plain.load_state_dict(model.state_dict())
+    plain.drop = nn.Dropout(p)
+    plain.between = lambda x: plain.drop(F.relu(x))
+    layers = freeze(model.train(), 2)
+    freeze(plain.train(), 2)
+    prefix = Prefix(model, layers, mode="exact", measure=False)
+    prefix.freeze(2)
+    assert_same_steps(plain, model)
+    assert (prefix.report().route, prefix.report().units) == ("split", units)  # the convolutions and norms
+
+
+class Growing(nn.Module):
+    """Dense blocks in the way that hands each layer a list which grows later."""
+
+    class Layer(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.conv = conv_bn(channels, 4)
+
+        def forward(self, features):
+            return F.relu(self.conv(torch.cat(features, 1)))
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layers = conv_bn(3, 4), nn.ModuleList(self.Layer(4 * n) for n in (1, 2, 3))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        features = [self.stem(x)]
+        for layer in self.layers:
+            features.append(layer(features))
+        return self.head(torch.cat(features, 1).mean((2, 3)))
+
+
+@pytest.mark.parametrize("num_frozen", [2, 3])
+def test_a_list_that_grows_after_it_was_handed_over(num_frozen):
+    prefix = check(Growing(), num_frozen)
+    report = prefix.report()
+    assert report.route == "split" and report.units == report.of_units
 
 
 class DroppedHead(Glue):
@@ -467,6 +515,45 @@ def test_compiled_active_blocks_keep_working():
         net.blocks[5] = torch.compile(net.blocks[5], backend="eager")
     assert_same_steps(plain, model)
     assert prefix.report().route == "chain"
+
+
+@pytest.mark.parametrize("name", ["wrn", "resnet-50"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_replica_of_data_parallel_runs_its_own_weights(name, copied):
+    plain, model, prefix = pair(trained(name), 3, "folded")
+    for seed in range(3):
+        one_step(model, seed)
+    assert prefix.report().route != "waiting"
+    plain.load_state_dict(model.state_dict())
+    original = copy.deepcopy(model) if copied else model
+    x, calls = images(), [part.runner.calls for part in prefix._parts]
+    # What replicate() does, on one device: the parameters are plain attributes of the replicas.
+    modules = list(original.modules())
+    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in replicas.items():
+        for key, child in module._modules.items():
+            replica._modules[key] = None if child is None else replicas[child]
+        for key, p in module._parameters.items():
+            setattr(replica, key, p if p is None else p.detach() * 2)
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.mul_(2)
+    replica = replicas[original].eval()
+    plain.eval()
+    with torch.no_grad():
+        assert torch.equal(replica(x), plain(x))
+    assert [part.runner.calls for part in prefix._parts] == calls
+    pinned = [replicas[m] for m in modules if "train" in m.__dict__]
+    assert pinned and not any(m.train().training for m in pinned)
+    assert all(m.train() is m for m in pinned)
+    if not copied:
+        replica.training = True
+        replica(x)
+        assert "replicas of nn.DataParallel" in str(prefix.report())
+        prefix.close()
+        for module in modules:
+            unpin(module, True)
+        assert not any("_replicate_for_data_parallel" in m.__dict__ for m in modules)
 
 
 def test_a_forward_wrapped_by_someone_else_survives_close():

@@ -6,7 +6,8 @@ model's own code (split.py), chains of what chains there are (each at least one 
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,15 +17,18 @@ from torch.utils._pytree import tree_flatten
 
 from ..transient_hook import TransientHook
 from .chain import Chain, Unit
+from .cpu import Arena
 from .folding import first_line, lower_chain, lower_graph
 from .graph import Recorder, Segment
 from .guard import HOOKED, STALE
 from .runtime import (
     MODES,
+    PROBE_SAMPLES,
     TOLERANCE,
     Originals,
     Refused,
     Runner,
+    Trial,
     build_engine,
     constant,
     error_of,
@@ -36,6 +40,8 @@ from .split import Playback, Split, cut
 __all__ = ["MODES", "Prefix", "PrefixReport"]
 
 logger = logging.getLogger("freezeout_ext")
+
+REPLICA = "replicas of nn.DataParallel run the frozen layers as they are"
 
 
 class LayerLike(Protocol):
@@ -111,6 +117,7 @@ class Prefix:
         self.model, self.layers, self.mode, self.measure = model, layers, mode, measure
         self.num_frozen = 0
         self._weights: dict = {}
+        self._arena = Arena()
         self._graphs: dict = {}
         self._verified: set[nn.Module] = set()
         self._handles: list = []
@@ -124,9 +131,14 @@ class Prefix:
             raise ValueError(f"num_frozen must be in 0..{len(self.layers)}, got {num_frozen}")
         if num_frozen < self.num_frozen:
             self._forget_weights()
-        self._take_down()
+        kept = self._extendable() if num_frozen > self.num_frozen else None
+        if kept is None:
+            self._take_down()
+        self._stop_watching()
         self.num_frozen = num_frozen
         self._clear()
+        if kept is not None:
+            self._parts, self._kept = [kept], kept
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -153,6 +165,7 @@ class Prefix:
                 fused[kind] = fused.get(kind, 0) + count
             fallbacks += part.runner.engine.fallbacks
             fallbacks += [f"{count} calls ran as they are: {reason}" for reason, count in part.bypassed.items()]
+        buffers = {id(getattr(part.runner.engine, "arena", part)): part.runner.engine.bytes_held for part in parts}
         covered = {module for part in parts for module in part.guard.modules}
         return PrefixReport(
             mode=self.mode,
@@ -165,13 +178,18 @@ class Prefix:
             error=max(self._errors, default=None),
             eager_ms=sum(1e3 * median(trial.eager) for trial in timed) if timed else None,
             prefix_ms=sum(1e3 * median(trial.engine) for trial in timed) if timed else None,
-            bytes_held=sum(part.runner.engine.bytes_held for part in parts) + _nbytes(self._weights),
+            bytes_held=_nbytes(self._weights) + sum(buffers.values()),
             seconds=self._seconds,
         )
 
     # One watched forward
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if model is not self.model:
+            # A replica shares the hooks of its original, and runs in another thread.
+            if REPLICA not in self._fallbacks:
+                self._fallbacks.append(REPLICA)
+            return
         if torch.compiler.is_compiling() or not model.training or not torch.is_grad_enabled():
             return
         self._stop_watching()
@@ -190,10 +208,12 @@ class Prefix:
                 self._refuse("split", reason)
                 self._pending = "layers"
         if self._pending in ("chain", "layers"):
-            self._watcher = Recorder(self._units(), verified=self._verified, cut_after=self._cut_after)
+            kept = {unit.module for unit in self._kept.units} if self._kept else set()
+            units = [unit for unit in self._units() if unit.module not in kept]
+            self._watcher = Recorder(units, verified=self._verified, cut_after=self._cut_after, kept=self._kept)
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self._watcher is None:
+        if self._watcher is None or model is not self.model:
             return
         start = time.perf_counter()
         stage, self._pending, watcher = self._pending, "", self._watcher
@@ -221,6 +241,11 @@ class Prefix:
     def _install_chains(self, stage: str, recorder: Recorder, args: tuple, kwargs: dict) -> None:
         units, recording = self._units(), recorder.finish()
         whole = recording.single_chain(units)
+        if self._kept is not None and not (whole and self._kept in self._parts):
+            # It does not go on as one chain: all of it is seen in the next forward.
+            self._take_down()
+            self._kept, self._pending = None, "chain"
+            return
         if stage == "chain" and not whole:
             try:
                 self._cut = cut(self.model, args, kwargs)
@@ -232,26 +257,56 @@ class Prefix:
         for segment in recording.segments:
             self._install_chain(segment)
         if self._parts:
-            self._route = "chain" if whole else "layers"
+            self._route = "chain" if whole and len(self._parts[0].units) == len(units) else "layers"
 
     def _install_chain(self, segment: Segment) -> None:
-        chain = Chain(segment.units, segment.x, segment.autocast)
+        kept, self._kept = self._kept, None
         start, x, y = segment.probe()
-        # Other batch sizes may run other kernels: exact is judged on the whole batch.
-        few_x, few_y = (x, y) if self.mode == "exact" and start == 0 else segment.few
         rest = Chain(segment.units[start:], x, segment.autocast) if start < len(segment.units) else None
+        if kept is None:
+            few = segment.few
+            chain = Chain(segment.units, segment.x, segment.autocast)
+        else:
+            chain = Chain(segment.units, kept.few[0], segment.autocast)
+            with _quietly(x.device, segment.autocast):
+                few = (kept.few[0], Chain(segment.units[segment.kept :], x, segment.autocast).originals(kept.few[1])[0])
+        # Other batch sizes may run other kernels: exact is judged on the whole batch.
+        few_x, few_y = (x, y) if self.mode == "exact" and start == 0 and x.device.type != "cpu" else few
+
+        def check_originals() -> float:
+            if rest is None:
+                return 0.0
+            n = PROBE_SAMPLES
+            return error_of(rest.originals(x[:n]), (y[:n],)) and error_of(rest.originals(x), (y,))
+
+        trial = kept.runner.trial.extended(segment.seconds) if kept else Trial()
         try:
+            if kept is not None:
+                kept.remove()
+                if self.mode != "exact":  # which checks nothing else
+                    self._check_again(rest, x, y, segment.autocast)
             runner = self._runner(
                 chain.originals,
                 lambda: lower_chain([unit.module for unit in segment.units], self._graphs),
-                (few_x,), (few_y,), segment.autocast,
-                lambda: error_of(rest.originals(x), (y,)) if rest else 0.0,
+                (few_x,), (few_y,), segment.autocast, check_originals, trial,
             )  # fmt: skip
         except Refused as reason:
+            if kept is not None:
+                kept.install(kept.runner)
             return self._refuse(chain.name, reason)
         if isinstance(runner.engine, Originals) and x.device.type == "cpu":
             self._verified.update(unit.module for unit in segment.units)
+        if kept is not None:
+            self._parts.remove(kept)
+        chain.few = few
         self._install(chain, runner)
+
+    def _check_again(self, rest: Chain, x: torch.Tensor, y: torch.Tensor, autocast: tuple) -> None:
+        """What was watched against the same modules once more: a kept chain's own probe has other samples."""
+        with _quietly(x.device, autocast):
+            found = error_of(rest.originals(x[:PROBE_SAMPLES]), (y[:PROBE_SAMPLES],))
+        if not found <= TOLERANCE["bf16" if autocast[0] else "folded"]:
+            raise Refused(f"{rest.name} gave something else in the watched forward")
 
     def _install_split(self, playback: Playback, output: Any) -> None:
         try:
@@ -259,7 +314,7 @@ class Prefix:
             split = Split(self.model, self._cut, playback.autocast)
             runner = self._runner(
                 split.originals, lambda: lower_graph(self._cut.prefix), tuple(playback.inputs), frontier,
-                playback.autocast, lambda: 0.0,
+                playback.autocast, lambda: 0.0, Trial(),
             )  # fmt: skip
         except Refused as reason:
             self._refuse("split", reason)
@@ -268,28 +323,25 @@ class Prefix:
         self._install(split, runner)
         self._route = "split"
 
-    def _runner(self, originals, lower, inputs, expected, autocast, check_originals) -> Runner:
+    def _runner(self, originals, lower, inputs, expected, autocast, check_originals, trial) -> Runner:
         """The engine of the mode, or the originals where it is refused, checked against eager."""
         device = next(x.device for x in tree_flatten(inputs)[0] if isinstance(x, torch.Tensor))
         half = autocast[1] if autocast[0] else None
-        with (
-            same_random_numbers(device),
-            constant(),
-            torch.autocast(device.type, enabled=autocast[0], dtype=autocast[1]),
-        ):
+        trial = trial if self.measure else None
+        with _quietly(device, autocast):
             try:
-                engine = build_engine(self.mode, originals, lower, expected, device, self._weights, half)
+                engine = build_engine(self.mode, originals, lower, expected, device, self._weights, self._arena, half)
                 if not isinstance(engine, Originals):
                     mode = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(half, self.mode)
                     tolerance = TOLERANCE["exact" if self.mode == "exact" else mode]
                     tolerance = max(tolerance, getattr(engine, "tolerance", 0.0))  # TF32 has its own
                     self._check(lambda: error_of(engine(*inputs), expected), tolerance)
-                    return Runner(engine, originals, measure=self.measure)
+                    return Runner(engine, originals, trial=trial)
             except Refused as reason:
                 self._refuse(self.mode, reason)
                 engine = Originals(originals)
             self._check(check_originals, 0.0)
-        return Runner(engine, originals, measure=self.measure)
+        return Runner(engine, originals, trial=trial)
 
     def _check(self, error: Any, tolerance: float) -> None:
         try:
@@ -328,6 +380,15 @@ class Prefix:
             f"{what} not used: {reason if isinstance(reason, str | Refused) else first_line(reason)}"
         )
 
+    def _extendable(self) -> Chain | None:
+        """The one chain of all that was frozen so far: it may go on running while what comes behind it is watched."""
+        if self._kept is not None:
+            return self._kept if self._kept in self._parts and not self._restart else None
+        whole = self._route == "chain" and not self._pending and not self._restart and len(self._parts) == 1
+        chain = self._parts[0] if whole else None
+        # On a GPU eager takes a few milliseconds, which is what its trials cost.
+        return chain if whole and not chain.looked_inside and chain.few[0].device.type == "cpu" else None
+
     def _units(self) -> list[Unit]:
         found: dict[nn.Module, Unit] = {}
         for layer in self.layers[: self.num_frozen]:
@@ -343,6 +404,7 @@ class Prefix:
 
     def _forget_weights(self) -> None:
         self._weights.clear()
+        self._arena = Arena()
         self._graphs.clear()
         self._verified.clear()
 
@@ -350,6 +412,7 @@ class Prefix:
         self._pending, self._route = "", "eager"
         self._restart = False
         self._parts: list[Chain | Split] = []
+        self._kept: Chain | None = None
         self._watcher: Recorder | Playback | None = None
         self._cut: Any = None
         self._cut_after: set[nn.Module] = set()
@@ -357,6 +420,13 @@ class Prefix:
         self._errors: list[float] = []
         self._lost: list = []
         self._seconds = 0.0
+
+
+@contextmanager
+def _quietly(device: torch.device, autocast: tuple) -> Iterator[None]:
+    """For a probe: no graph, the user's autocast, no random number of his used."""
+    with same_random_numbers(device), constant(), torch.autocast(device.type, enabled=autocast[0], dtype=autocast[1]):
+        yield
 
 
 def _nbytes(weights: dict) -> int:

@@ -73,6 +73,8 @@ class Chain:
         self.looked_inside: set[int] = set()
         self.on_bypass: Callable[[str], None] = lambda reason: None
         self.bypassed: dict[str, int] = {}
+        self.autocast = autocast
+        self.few: tuple[Tensor, Tensor] | None = None  # some samples of an input and what eager makes of them
         self._kind = (probe.dtype, probe.device, probe.dim(), autocast)
         self._forwards: list[OwnForward] = []
 

@@ -15,6 +15,9 @@ from .. import native
 from .folding import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Step, refs
 
 CHANNELS_LAST = torch.channels_last
+# A dense block's buffer is read and written whole by every layer: of this many images it stays in the cache
+# (DenseNet-76-12, batch 64, one thread: 0.85 of the time, a quarter of the memory; other nets gain nothing).
+DENSE_IMAGES = 16
 
 
 def fused_convolutions() -> str | None:
@@ -106,6 +109,7 @@ class CpuEngine:
         self._buffer_of: dict[int, list] = {}  # value -> [its buffer, how many values live in it]
         self._dead_after = self._last_uses()
         self._extends, self._total_appended = self._dense_blocks()
+        self._in_parts = bool(self._extends) and self._keeps_images_apart()
         self._run: dict[type[Step], Callable] = {
             Affine: self._affine, Conv: self._conv, Add: self._add, Relu: self._relu, Cat: self._cat, Call: self._call,
         }  # fmt: skip
@@ -134,6 +138,12 @@ class CpuEngine:
         return counts
 
     def __call__(self, *inputs: Tensor) -> tuple:
+        if self._in_parts and inputs[0].dim() == 4 and len(inputs[0]) > DENSE_IMAGES:
+            parts = [self._run_whole(x) for x in inputs[0].split(DENSE_IMAGES)]
+            return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
+        return self._run_whole(*inputs)
+
+    def _run_whole(self, *inputs: Tensor) -> tuple:
         values: dict[int, Tensor] = dict(zip(self.program.inputs, inputs, strict=True))
         self._fresh: set[int] = set()
         try:
@@ -340,6 +350,12 @@ class CpuEngine:
             if value not in outputs:
                 dead[i].append(value)
         return dead
+
+    def _keeps_images_apart(self) -> bool:
+        """Whether each image's outputs depend on that image alone, by the kinds of the steps; one input only."""
+        steps, outputs = self.program.steps, self.program.outputs
+        apart = all(not isinstance(step, Call) or step.any_layout for step in steps)
+        return apart and len(self.program.inputs) == 1 and all(isinstance(output, Ref) for output in outputs)
 
     def _dense_blocks(self) -> tuple[dict[int, int], dict[int, int]]:
         """-> which cat goes on in whose buffer, and the channels that a block's first cat must leave room for."""

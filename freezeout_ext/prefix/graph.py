@@ -1,5 +1,6 @@
 """What of a model is the frozen prefix: seen in one real forward, cut into chains of units."""
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..transient_hook import TransientHook
-from .chain import Unit
+from .chain import Chain, Unit
 from .guard import autocast_state, ineligible
 from .runtime import PROBE_SAMPLES
 
@@ -19,7 +20,8 @@ class Segment:
     """Units in order of execution, each given the very tensor that the one before it returned.
 
     For the probe, as eager had them: x, y, input of the unit at `start` and output of the last one, and their versions;
-    few, copies of the first samples of the first unit's input and of the last one's output.
+    few, copies of the first samples of the input of the first unit watched and of the last one's output. The first
+    `kept` units are of an installed chain and were not watched; seconds: what the others took.
     """
 
     units: list[Unit]
@@ -30,11 +32,13 @@ class Segment:
     y: Tensor | None = None
     y_version: int = 0
     few: tuple[Tensor, Tensor] | None = None
+    kept: int = 0
+    seconds: float = 0.0
 
     def probe(self) -> tuple[int, Tensor, Tensor]:
         """-> the first unit to probe, its input and the last one's output; a few samples where they were written to."""
         if _version(self.x) != self.x_version or _version(self.y) != self.y_version:
-            return 0, *self.few
+            return self.kept, *self.few
         return self.start, self.x, self.y
 
 
@@ -54,15 +58,22 @@ class Recorder:
         units: the frozen units, in any order.
         verified: units whose part of a chain was verified before; the probe starts at the first other one.
         cut_after: units whose output is used by more than the next unit.
+        kept: an installed chain in front of the units, which runs and is extended.
     """
 
-    def __init__(self, units: list[Unit], *, verified: set[nn.Module], cut_after: set[nn.Module]) -> None:
+    def __init__(
+        self, units: list[Unit], *, verified: set[nn.Module], cut_after: set[nn.Module], kept: Chain | None = None
+    ) -> None:
         self.recording = Recording()
         self._verified, self._cut_after = verified, cut_after
         self._segment: Segment | None = None
         self._given: Any = None
         self._called: dict[nn.Module, int] = {}
         self._handles = []
+        self._started = 0.0
+        if kept is not None:
+            hook = TransientHook(partial(self._after_kept, kept, dict(kept.bypassed)))
+            self._handles.append(kept.units[-1].module.register_forward_hook(hook))
         for unit in units:
             reason = ineligible(unit.module)
             if reason is not None:
@@ -101,8 +112,19 @@ class Recorder:
             self.recording.refused[unit.name] = "its input needs a gradient"
         else:
             self._given = (args[0], _version(args[0]))
+        self._started = time.perf_counter()
+
+    def _after_kept(self, kept: Chain, bypassed: dict, module: nn.Module, args: tuple, output: Any) -> None:
+        self._segment = None
+        if type(output) is Tensor and kept.bypassed == bypassed:
+            count, version = len(kept.units), _version(output)
+            self._segment = Segment(
+                list(kept.units), count, output, kept.autocast, version, output, version, kept=count
+            )
+            self.recording.segments.append(self._segment)
 
     def _after(self, unit: Unit, module: nn.Module, args: tuple, output: Any) -> None:
+        seconds = time.perf_counter() - self._started
         given, self._given = self._given, None
         if given is None:
             self._segment = None
@@ -126,14 +148,13 @@ class Recorder:
             segment = Segment([], 0, x, autocast, _version(x))
             self.recording.segments.append(segment)
         self._extend(segment, unit, x, output)
+        segment.seconds += seconds
         self._segment = None if module in self._cut_after else segment
 
     def _extend(self, segment: Segment, unit: Unit, x: Tensor, y: Tensor) -> None:
-        first = not segment.units
         segment.units.append(unit)
-        segment.few = ((x if first else segment.few[0])[:PROBE_SAMPLES], y[:PROBE_SAMPLES].detach().clone())
-        if first:
-            segment.few = (segment.few[0].detach().clone(), segment.few[1])
+        given = x[:PROBE_SAMPLES].detach().clone() if segment.few is None else segment.few[0]
+        segment.few = (given, y[:PROBE_SAMPLES].detach().clone())
         if unit.module in self._verified and segment.start == len(segment.units) - 1:
             # Verified in an earlier transition: the probe may start behind it.
             segment.start += 1

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..replicas import follow_replicas, leave_replicas
+
 
 class Guard:
     """Remembers the state of modules and says at a later call what of it changed.
@@ -96,7 +98,7 @@ _wrapped: Callable[[Tensor], bool] = getattr(
 
 
 class OwnForward:
-    """A forward on the instance that copies and pickles of the module do not keep."""
+    """A forward on the instance that copies, pickles and replicas of the module do not keep."""
 
     def __init__(self, module: nn.Module, function: Callable) -> None:
         self.module = module
@@ -104,6 +106,7 @@ class OwnForward:
         self.replaced = module.__dict__.get("forward")
         self.original = module.forward
         module.forward = self
+        follow_replicas(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -113,6 +116,11 @@ class OwnForward:
             return _same, (self.replaced,)
         return partial, (_class_forward, self.module)
 
+    def for_replica(self, replica: nn.Module) -> None:
+        replica.__dict__.pop("forward")
+        if self.replaced is not None:
+            replica.forward = self.replaced
+
     def remove(self) -> None:
         # Whoever wrapped this forward since keeps a forward that does what the module's own does.
         self.function = self.original
@@ -120,6 +128,7 @@ class OwnForward:
             del self.module.forward
             if self.replaced is not None:
                 self.module.forward = self.replaced
+        leave_replicas(self.module)
 
 
 def _class_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

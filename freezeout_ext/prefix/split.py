@@ -258,7 +258,7 @@ def _constant(model: nn.Module, node: fx.Node) -> bool:
             return True
         # A torch module without state does the same in training mode, unless it is made of chance.
         return type(module).__module__.startswith("torch.nn") and not any(
-            isinstance(m, RANDOM_MODULES) for m in module.modules()
+            isinstance(m, RANDOM_MODULES) and getattr(m, "p", 1) != 0 for m in module.modules()
         ) and next(module.parameters(), None) is None  # fmt: skip
     if node.op == "call_method":
         return node.target not in RANDOM_METHODS
@@ -302,6 +302,8 @@ class Playback:
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _note(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
+        # The containers as they are now: whoever made a list may go on appending to it.
+        args, kwargs, output = tree_map(lambda leaf: leaf, (args, kwargs, output))
         self.calls[name].append((args, kwargs, output, _random_state(self.device)))
 
     def remove(self) -> None:
