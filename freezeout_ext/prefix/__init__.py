@@ -57,7 +57,8 @@ class PrefixReport:
     units: frozen modules that the route runs, of `of_units`.
     fused: how many operations of each fused kind. fallbacks: what did not go as the mode asks, and why.
     error: against eager on the probe, over eager's largest value. eager_ms, prefix_ms: medians of calls in turn,
-    None where not timed (mode "exact" on the CPU runs the same modules). seconds: spent on the last capture.
+    None where not timed (mode "exact" on the CPU runs the same modules); of a prefix that grew, eager_ms is the sum of
+    what each part took when it was added. seconds: spent on the last capture.
     """
 
     mode: str
@@ -96,7 +97,8 @@ class Prefix:
     forward in training mode runs as it is and is watched: that batch is the probe. At its end the prefix is captured,
     built, checked against what eager just gave, and installed (the torch.fx route watches one more forward). Then the
     engine and eager take turns for 2 * 3 calls of the same shape, timed; eager stays unless the engine's median is
-    smaller. Nothing is run for the probe but frozen modules: buffers, hooks and random numbers of the active layers
+    smaller. On the CPU a chain that runs is extended: it goes on running while the new layers alone are watched, and
+    the longer engine is judged by eager's old time and theirs; only if it loses by that do the two take turns again. Nothing is run for the probe but frozen modules: buffers, hooks and random numbers of the active layers
     see what they would have seen.
 
     Args:
