@@ -57,7 +57,8 @@ class PrefixReport:
     units: frozen modules that the route runs, of `of_units`.
     fused: how many operations of each fused kind. fallbacks: what did not go as the mode asks, and why.
     error: against eager on the probe, over eager's largest value. eager_ms, prefix_ms: medians of calls in turn,
-    None where not timed (mode "exact" on the CPU runs the same modules). seconds: spent on the last capture.
+    None where not timed (mode "exact" on the CPU runs the same modules); of a prefix that grew, eager_ms is the sum of
+    what each part took when it was added. seconds: spent on the last capture.
     """
 
     mode: str
@@ -92,12 +93,15 @@ class PrefixReport:
 class Prefix:
     """frontier = frozen layers(inputs), under no_grad, at every call of the model from the freeze on.
 
-    `freeze(n)` is cheap and cannot fail half-way: it takes down what was installed and notes n. The model's next
+    `freeze(n)` is cheap and cannot fail half-way: it takes down what cannot stay and notes n. The model's next
     forward in training mode runs as it is and is watched: that batch is the probe. At its end the prefix is captured,
     built, checked against what eager just gave, and installed (the torch.fx route watches one more forward). Then the
     engine and eager take turns for 2 * 3 calls of the same shape, timed; eager stays unless the engine's median is
     smaller. Nothing is run for the probe but frozen modules: buffers, hooks and random numbers of the active layers
     see what they would have seen.
+
+    On the CPU a chain that runs is extended: it goes on running while the new layers alone are watched, and the longer
+    engine is judged by eager's old time and theirs; only if it loses by that do the two take turns again.
 
     Args:
         layers: FreezeOut's layers: objects with `name` and `modules`, in forward order.
