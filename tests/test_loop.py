@@ -408,3 +408,21 @@ def test_checkpoint_of_another_run_and_broken_ones(whole_run, tmp_path, digits):
     folder.save_checkpoint(state)
     with pytest.raises(BadInput, match=r"checkpoint\.pt is of another run: seed is 7 there, 0 here$"):
         run(CONFIG, tmp_path, digits, resume=True)
+
+
+def test_deterministic_runs_choose_nothing_by_the_clock(digits, tmp_path, monkeypatch):
+    """The engine of a folded prefix is used, however long it takes; two runs then end in the same bits."""
+    config = replace(CONFIG, prefix="folded", deterministic=True)
+    weights = []
+    try:
+        for k in range(2):
+            trained = Run.prepare(config, tmp_path / str(k), data=digits)
+            # What it is timed against would seem to take no time.
+            monkeypatch.setattr("freezeout_ext.prefix.runtime.median", lambda times: 0.0)
+            trained.train(Reporter())
+            report = trained.trainer.freezeout.prefix_report()
+            assert report.fused and report.eager_ms is None
+            weights.append(trained.trainer.model.state_dict())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

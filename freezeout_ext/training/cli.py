@@ -288,7 +288,11 @@ def _add_run_options(parser: argparse.ArgumentParser, *, out: bool = True) -> No
     add("--amp", choices=tuple(AMP_DTYPES), help="mixed precision (bf16 on CUDA, off on CPU)")
     add("--channels-last", action=argparse.BooleanOptionalAction, help="memory format (yes)")
     add("--device", choices=("auto", "cpu", "cuda"), help="(auto)")
-    add("--deterministic", action="store_true", help="bit-identical runs on CUDA too, at some cost")
+    add(
+        "--deterministic",
+        action="store_true",
+        help="bit-identical runs on CUDA and with any --prefix, at some cost",
+    )
     add("--threads", type=int, help="CPU threads of torch (torch's choice)")
     add("--graph", action=argparse.BooleanOptionalAction, help="the step as a CUDA graph (no)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile layer by layer (no)")

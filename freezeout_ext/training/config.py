@@ -36,8 +36,10 @@ def faults_of_input() -> Iterator[None]:
 class TrainConfig:
     """weights = f(TrainConfig): on one machine, runs of equal configs end in the same weights, bit for bit.
 
-    (On CUDA with `deterministic`.) Where files lie and what is shown is no part of it. Fields that are None mean
-    "choose": see `resolved`.
+    On a CPU with prefix "exact" or "off", and then a run that was stopped and resumed does so too. On CUDA, and with a
+    prefix of its own arithmetic ("folded", "bf16", "fp16"), which is else kept or left by its time, with
+    `deterministic`. Where files lie and what is shown is no part of it. Fields that are None mean "choose": see
+    `resolved`.
 
     Args:
         method: "freezeout"; "full": plain training on one cosine; "no-anneal": one cosine, layers frozen at their
@@ -47,6 +49,7 @@ class TrainConfig:
         warmup_epochs: instead of warmup_steps.
         t_0, how_scale, scale_lr, max_transitions: see `Schedule`.
         prefix: how the frozen layers run, see `FreezeOut`.
+        deterministic: nothing is chosen by the clock, and CUDA's kernels add in a fixed order; slower.
         graph: the step as a CUDA graph, see `GraphedStep`; eager on CPU.
         compile: torch.compile layer by layer, see `CompiledLayers`.
         threads: torch's intra-op threads.

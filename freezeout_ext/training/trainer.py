@@ -72,6 +72,7 @@ class Trainer:
                 warmup_steps=warmup_steps,
                 max_transitions=config.max_transitions,
                 anneal=config.method == "freezeout",
+                measure_prefix=not config.deterministic,
                 **({} if config.prefix is None else {"prefix": config.prefix}),
             )
         self.amp_dtype = AMP_DTYPES[config.amp]
