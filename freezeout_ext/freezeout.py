@@ -196,6 +196,9 @@ class FreezeOut:
         if state_dict["layers"] != names:
             raise ValueError(f"state_dict must be of the same layers, got {state_dict['layers']}, here {names}")
         due = self.schedule.num_frozen(state_dict["step"])
+        if due:
+            # The run that was saved has shown the order, and some frozen modules compute otherwise under hooks.
+            self._order.close()
         if due > self.num_frozen:
             self._freeze(due, state_dict["step"])
         else:

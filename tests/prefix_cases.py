@@ -19,6 +19,18 @@ def conv_bn(channels: int, out: int, kernel: int = 3, stride: int = 1, groups: i
     return nn.Sequential(conv, nn.BatchNorm2d(out))
 
 
+class ShyOfHooks(nn.Module):
+    """Computes otherwise in eval mode where it finds hooks on itself, as nn.TransformerEncoderLayer does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        return self.conv(x) * (2 if hooked and not self.training else 1)
+
+
 class Bottleneck(nn.Module):
     """The block of ResNet-50, in the usual writing: relu in place and `out += x`."""
 

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from prefix_cases import ShyOfHooks
 from torch import nn
 
 from freezeout_ext.freezeout import FreezeOut
@@ -192,6 +193,20 @@ def test_resume_is_bit_identical(optimizer, stop, optimizer_first):
     train(resumed, resumed_opt, resumed_freezeout, range(stop, TOTAL_STEPS))
     assert_same(resumed.state_dict(), model.state_dict())
     assert [t.step for t in resumed_freezeout.transitions] == [t.step for t in freezeout.transitions]
+
+
+def test_resume_leaves_no_hooks_on_frozen_modules():
+    def run(steps, state=None):
+        torch.manual_seed(0)
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 10))
+        model, optimizer, freezeout = controlled(model=nn.Sequential(ShyOfHooks(1), ShyOfHooks(1), head))
+        for target, values in zip((model, freezeout, optimizer), state or (), strict=False):
+            target.load_state_dict(values)
+        train(model, optimizer, freezeout, steps)
+        return copy.deepcopy([target.state_dict() for target in (model, freezeout, optimizer)])
+
+    whole = run(range(TOTAL_STEPS))
+    assert_same(run(range(15, TOTAL_STEPS), run(range(15)))[0], whole[0])
 
 
 def test_going_back_to_an_earlier_step_thaws():

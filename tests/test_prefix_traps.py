@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from prefix_cases import NETS, UNet, assert_same_steps, conv_bn, freeze, images, one_step, pair, trained
+from prefix_cases import NETS, ShyOfHooks, UNet, assert_same_steps, conv_bn, freeze, images, one_step, pair, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -630,3 +630,10 @@ def test_a_module_that_is_not_written_as_steps_runs_by_its_own_forward(first, nu
         torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-4, atol=0)
     assert prefix.report().route == "chain", prefix.report()
     assert not prefix._parts[0].looked_inside
+
+
+@pytest.mark.parametrize("num_frozen", [1, 2])
+def test_watching_leaves_no_hooks_on_the_frozen_modules(num_frozen):
+    last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
+    prefix = check(nn.Sequential(ShyOfHooks(3), ShyOfHooks(3), last), num_frozen)
+    assert prefix.report().route == "chain"

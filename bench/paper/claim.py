@@ -22,7 +22,8 @@ from pathlib import Path
 from figures import MORE_TO_DO, OutOfTime, StageReporter
 
 from freezeout_ext.training import plot
-from freezeout_ext.training.compare import KINDS, Comparison, comparison_tables, curves, make_arms
+from freezeout_ext.training.compare import KINDS, Comparison, curves, make_arms
+from freezeout_ext.training.compare_report import comparison_tables
 from freezeout_ext.training.config import TrainConfig
 
 REHEARSED = {"model": "wrn-10-1", "data": "digits", "epochs": 2, "batch_size": 450}

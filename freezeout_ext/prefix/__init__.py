@@ -136,9 +136,9 @@ class Prefix:
         if num_frozen < self.num_frozen:
             self._forget_weights()
         kept = self._extendable() if num_frozen > self.num_frozen else None
+        self._stop_watching()
         if kept is None:
             self._take_down()
-        self._stop_watching()
         self.num_frozen = num_frozen
         self._clear()
         if kept is not None:
@@ -401,9 +401,9 @@ class Prefix:
         return list(found.values())
 
     def _take_down(self) -> None:
+        self._stop_watching()  # it stands on what the parts installed
         for part in self._parts:
             part.remove()
-        self._stop_watching()
         self._parts = []
 
     def _forget_weights(self) -> None:

@@ -1,7 +1,7 @@
 """What of a model is the frozen prefix: seen in one real forward, cut into chains of units."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..transient_hook import TransientHook
 from .chain import Chain, Unit
-from .guard import autocast_state, ineligible
+from .guard import OwnForward, autocast_state, ineligible
 from .runtime import PROBE_SAMPLES
 
 
@@ -52,7 +51,9 @@ class Recording:
 
 
 class Recorder:
-    """Hooks on the frozen units during one forward of the user's own; nothing runs twice.
+    """Watches the frozen units during one forward of the user's own; nothing runs twice.
+
+    By forwards on the instances, not by hooks: nn.TransformerEncoderLayer computes otherwise where it finds hooks.
 
     Args:
         units: the frozen units, in any order.
@@ -69,19 +70,15 @@ class Recorder:
         self._segment: Segment | None = None
         self._given: Any = None
         self._called: dict[nn.Module, int] = {}
-        self._handles = []
-        self._started = 0.0
+        self._forwards: list[OwnForward] = []
         if kept is not None:
-            hook = TransientHook(partial(self._after_kept, kept, dict(kept.bypassed)))
-            self._handles.append(kept.units[-1].module.register_forward_hook(hook))
+            self._watch(kept.units[-1].module, partial(self._run_kept, kept, dict(kept.bypassed)))
         for unit in units:
             reason = ineligible(unit.module)
             if reason is not None:
                 self.recording.refused[unit.name] = reason
                 continue
-            before, after = TransientHook(partial(self._before, unit)), TransientHook(partial(self._after, unit))
-            self._handles.append(unit.module.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(unit.module.register_forward_hook(after))
+            self._watch(unit.module, partial(self._run, unit))
 
     def finish(self) -> Recording:
         self.remove()
@@ -99,22 +96,23 @@ class Recorder:
         return recording
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for forward in reversed(self._forwards):
+            forward.remove()
+        self._forwards = []
 
-    def _before(self, unit: Unit, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._called[module] = self._called.get(module, 0) + 1
-        self._given = None
-        if len(args) != 1 or kwargs or type(args[0]) is not Tensor:
-            self.recording.refused[unit.name] = "it is called with something else than one tensor"
-        elif args[0].requires_grad and torch.is_grad_enabled():
-            self.recording.refused[unit.name] = "its input needs a gradient"
-        else:
-            self._given = (args[0], _version(args[0]))
-        self._started = time.perf_counter()
+    def _watch(self, module: nn.Module, run: Callable) -> None:
+        own = OwnForward(module, lambda *args, **kwargs: run(own.original, *args, **kwargs))
+        self._forwards.append(own)
 
-    def _after_kept(self, kept: Chain, bypassed: dict, module: nn.Module, args: tuple, output: Any) -> None:
+    def _run(self, unit: Unit, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        self._before(unit, args, kwargs)
+        start = time.perf_counter()
+        output = forward(*args, **kwargs)
+        self._after(unit, output, time.perf_counter() - start)
+        return output
+
+    def _run_kept(self, kept: Chain, bypassed: dict, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
         self._segment = None
         if type(output) is Tensor and kept.bypassed == bypassed:
             count, version = len(kept.units), _version(output)
@@ -122,9 +120,19 @@ class Recorder:
                 list(kept.units), count, output, kept.autocast, version, output, version, kept=count
             )
             self.recording.segments.append(self._segment)
+        return output
 
-    def _after(self, unit: Unit, module: nn.Module, args: tuple, output: Any) -> None:
-        seconds = time.perf_counter() - self._started
+    def _before(self, unit: Unit, args: tuple, kwargs: dict) -> None:
+        self._called[unit.module] = self._called.get(unit.module, 0) + 1
+        self._given = None
+        if len(args) != 1 or kwargs or type(args[0]) is not Tensor:
+            self.recording.refused[unit.name] = "it is called with something else than one tensor"
+        elif args[0].requires_grad and torch.is_grad_enabled():
+            self.recording.refused[unit.name] = "its input needs a gradient"
+        else:
+            self._given = (args[0], _version(args[0]))
+
+    def _after(self, unit: Unit, output: Any, seconds: float) -> None:
         given, self._given = self._given, None
         if given is None:
             self._segment = None
@@ -149,7 +157,7 @@ class Recorder:
             self.recording.segments.append(segment)
         self._extend(segment, unit, x, output)
         segment.seconds += seconds
-        self._segment = None if module in self._cut_after else segment
+        self._segment = None if unit.module in self._cut_after else segment
 
     def _extend(self, segment: Segment, unit: Unit, x: Tensor, y: Tensor) -> None:
         segment.units.append(unit)
