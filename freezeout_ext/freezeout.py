@@ -53,9 +53,9 @@ class FreezeOut:
             in proportion to the rate's sum.
         layers: overrides `find_layers`' search, in its form, or `Layers` that it returned.
         anneal: False leaves the rates of active layers to you (an LR scheduler) and only freezes.
-        prefix: how the forward of the frozen layers runs: "exact" (the original modules, bit-equal), "folded" (batch
-            norms folded into weights, error about 1e-6), "bf16", "fp16" (the same in half precision), "off" (nothing
-            is installed). See `prefix_report()`.
+        prefix: how the forward of the frozen layers runs: "exact" (the original modules, bit-equal: as one CUDA graph
+            on a GPU, as they are on a CPU), "folded" (batch norms folded into weights, error about 1e-6), "bf16",
+            "fp16" (the same in half precision), "off" (nothing is installed). See `prefix_report()`.
         measure_prefix: False uses each checked engine without timing it against the modules, so that the path does not
             depend on the clock: two runs from one seed then give bit-identical weights in every mode.
 
@@ -168,6 +168,11 @@ class FreezeOut:
     def prefix_report(self) -> PrefixReport:
         """What runs the frozen layers' forward now: route, what was fused, what fell back and why, error, time."""
         return self._prefix.report()
+
+    @property
+    def prefix_is_settled(self) -> bool:
+        """Whether the frozen layers' forward stays as it is until the next transition: captured, checked, timed."""
+        return self._prefix.is_settled
 
     def state_dict(self) -> dict:
         """The step, what it is a step of, and the log of transitions; plain containers."""

@@ -159,7 +159,8 @@ class GraphedStep:
 
     def _is_warm(self, key: tuple) -> bool:
         """Whether the next step of this shape may be captured; counts it."""
-        if not _is_settled(self.freezeout) and self._unsettled.get(key, 0) < MOST_UNSETTLED_STEPS:
+        settled = self.freezeout is None or self.freezeout.prefix_is_settled
+        if not settled and self._unsettled.get(key, 0) < MOST_UNSETTLED_STEPS:
             self._unsettled[key] = self._unsettled.get(key, 0) + 1
             return False
         seen = self._seen.get(key, 0)
@@ -316,14 +317,6 @@ def _device_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> _Te
                 f" {type(optimizer).__name__} with neither (param group {i})"
             )
     return _TensorRates(device)
-
-
-def _is_settled(freezeout: FreezeOut | None) -> bool:
-    """Whether the frozen prefix is captured, and timed against eager: both read from the device, as no graph may."""
-    if freezeout is None:
-        return True
-    prefix = freezeout._prefix
-    return not prefix._pending and not any(part.runner.trial.open for part in prefix._parts)
 
 
 def _layout(tensor: Tensor) -> tuple:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from freezeout_ext import FreezeOut, FusedSGD, Schedule, graphed, native
 from freezeout_ext.graphed import MAX_SHAPES, MOST_UNSETTLED_STEPS, WARM_UP_STEPS, GraphedStep
 from freezeout_ext.models import build_model
-from freezeout_ext.prefix import runtime
+from freezeout_ext.prefix import Prefix, runtime
 
 STEPS = 40
 needs_native = pytest.mark.skipif(native.C is None, reason=f"the compiled half is missing: {native.import_error}")
@@ -54,7 +54,8 @@ def make(sgd=torch.optim.SGD, *, freeze=True, anneal=True, **options):
     optimizer = sgd(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3, **options)
     freezeout = None
     if freeze:
-        freezeout = FreezeOut(model, optimizer, total_steps=STEPS, t_0=0.3, how_scale="linear", anneal=anneal)
+        given = {"t_0": 0.3, "how_scale": "linear", "anneal": anneal, "measure_prefix": False}
+        freezeout = FreezeOut(model, optimizer, total_steps=STEPS, **given)
     return model, optimizer, freezeout
 
 
@@ -190,6 +191,7 @@ def test_the_prefix_is_timed_before_the_capture(monkeypatch):
     monkeypatch.setattr(runtime, "now", now)
     monkeypatch.setattr(runtime, "_exact", lambda originals, device: FailsInCapture(originals))
     monkeypatch.setattr(runtime.Trial, "eager_wins", lambda self: False)
+    monkeypatch.setattr(Prefix, "_gains_nothing", lambda self: False)
     monkeypatch.setattr(FailsInCapture, "calls", 0)
     torch.manual_seed(1)
     model = build_model("wrn-10-1", 4, image_size=8).train()
@@ -202,7 +204,7 @@ def test_the_prefix_is_timed_before_the_capture(monkeypatch):
         if freezeout.num_frozen and step._graphs:
             frozen.add(freezeout.num_frozen)
             (part,) = freezeout._prefix._parts
-            assert not part.runner.trial.open and len(part.runner.trial.engine) == runtime.ROUNDS
+            assert freezeout.prefix_is_settled and len(part.runner.trial.engine) == runtime.ROUNDS
     assert len(frozen) == 2 and FailsInCapture.calls > 10
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from freezeout_ext.freezeout import FreezeOut
 from freezeout_ext.layers import find_layers
-from freezeout_ext.prefix import MODES, Prefix
+from freezeout_ext.prefix import MODES, SAME_MODULES, Prefix
 from freezeout_ext.prefix.cpu import unsupported_dtype
 from freezeout_ext.prefix.runtime import TOLERANCE, Originals, Trial
 
@@ -258,7 +258,7 @@ def test_a_whole_run_with_exact_gives_the_weights_of_plain_freezing():
         torch.manual_seed(3)
         model = NETS["wrn"]()
         layers = find_layers(model)
-        prefix = Prefix(model, layers, mode=mode)
+        prefix = Prefix(model, layers, mode=mode, measure=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
         for step in range(16):
             if step and step % 3 == 0:
@@ -510,11 +510,17 @@ def test_the_report_reads_well():
         assert "affine+relu" in lines and "error against eager" in lines
 
 
-def test_the_engine_of_exact_is_the_modules_themselves():
-    _, model, prefix = pair(trained("wrn"), 3, "exact", measure=True)
+def test_exact_on_a_cpu_is_the_modules_themselves_and_installs_nothing_where_it_would_be_timed():
+    _, model, prefix = pair(trained("wrn"), 3, "exact", measure=False)
     one_step(model, 0)
     assert type(prefix._parts[0].runner.engine) is Originals
     assert not prefix._parts[0].runner.trial.open  # nothing to time
+    _, model, prefix = pair(trained("wrn"), 3, "exact", measure=True)
+    assert prefix.is_settled
+    one_step(model, 0)
+    assert (prefix.report().route, prefix.report().units) == ("eager", 0)
+    assert prefix.report().fallbacks == (SAME_MODULES,)
+    assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_torch_save_of_the_whole_model_in_memory_while_a_batch_is_watched():

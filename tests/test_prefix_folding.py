@@ -247,7 +247,7 @@ def test_without_a_private_op_the_plain_one_runs_and_the_report_says_so(name, mi
     model(torch.randn(2, 3, 16, 16))
     report = prefix.report()
     assert report.route == "chain" and report.error <= 1e-5
-    expected = "convolutions run unfused" if missing == "fused convolutions" else "affines run as batch_norm"
+    expected = "convolutions run unfused" if missing == "fused convolutions" else "affines run in torch"
     assert (expected in str(report)) == (missing != "kernel" or any(k.startswith("affine") for k in report.fused))
 
 
@@ -258,6 +258,23 @@ def test_what_does_not_trace_runs_as_it_is_inside_the_program():
 
     run = assert_folded(nn.Sequential(nn.Conv2d(3, 4, 1), Stubborn(), nn.ReLU()), torch.randn(2, 3, 4, 4))
     assert any("Stubborn" in note for note in run.fallbacks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_module_that_is_not_written_as_steps_computes_in_half_precision_too(dtype):
+    """Its weights stay float32: it runs under autocast."""
+    torch.manual_seed(0)
+    unit = nn.Sequential(nn.ConvTranspose2d(3, 6, 2, 2), nn.ReLU(), nn.GroupNorm(2, 6)).eval()
+    for p in unit.parameters():
+        p.requires_grad_(False)
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        engine = CpuEngine(
+            lower_chain([unit]), dtype=dtype, output_dtypes=[torch.float32], channels_last=[False], weights={}
+        )
+        (found,), expected = engine(x), unit(x)
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert 0 < error < 2e-2
 
 
 def test_double_precision_stays_double():

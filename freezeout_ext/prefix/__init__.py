@@ -42,6 +42,7 @@ __all__ = ["MODES", "Prefix", "PrefixReport"]
 logger = logging.getLogger("freezeout_ext")
 
 REPLICA = "replicas of nn.DataParallel run the frozen layers as they are"
+SAME_MODULES = "exact would run the same modules on a CPU: they run as they are"
 
 
 class LayerLike(Protocol):
@@ -107,7 +108,8 @@ class Prefix:
         layers: FreezeOut's layers: objects with `name` and `modules`, in forward order.
         mode: "exact" (the original modules, bit-equal), "folded" (BatchNorm folded, error about 1e-6), "bf16", "fp16"
             (the prefix computed in that dtype), "off". Under autocast the prefix follows its dtype.
-        measure: False uses a checked engine without timing it, so that equal runs take equal paths.
+        measure: False uses a checked engine without timing it, so that equal runs take equal paths. True installs
+            nothing for "exact" on a CPU.
 
     Raises:
         ValueError: mode is none of these.
@@ -146,12 +148,19 @@ class Prefix:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if num_frozen and self.mode != "off":
+        if num_frozen and self._gains_nothing():
+            self._fallbacks.append(SAME_MODULES)
+        elif num_frozen and self.mode != "off":
             self._pending = "chain"
             self._handles = [
                 self.model.register_forward_pre_hook(TransientHook(self._before), with_kwargs=True),
                 self.model.register_forward_hook(TransientHook(self._after), with_kwargs=True),
             ]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to capture or to time; both read from the device, as no CUDA graph may."""
+        return not self._pending and not any(part.runner.trial.open for part in self._parts)
 
     def close(self) -> None:
         """Frees everything and gives the modules their own forwards back."""
@@ -383,6 +392,10 @@ class Prefix:
         self._fallbacks.append(
             f"{what} not used: {reason if isinstance(reason, str | Refused) else first_line(reason)}"
         )
+
+    def _gains_nothing(self) -> bool:
+        """Whether eager wins without a trial: mode "exact" saves launches, of which a CPU has none."""
+        return self.mode == "exact" and self.measure and all(p.device.type == "cpu" for p in self.model.parameters())
 
     def _extendable(self) -> Chain | None:
         """The one chain of all that was frozen so far: it may go on running while what comes behind it is watched."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .. import native
-from .folding import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Step, refs
+from .folding import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Step, affine, refs
 
 CHANNELS_LAST = torch.channels_last
 # A dense block's buffer is read and written whole by every layer: of this many images it stays in the cache
@@ -100,7 +100,7 @@ class CpuEngine:
         self._affine_op = getattr(native.C, "affine_relu", None)
         if self._affine_op is None and any(isinstance(step, Affine) for step in program.steps):
             self.fallbacks.append(
-                f"affines run as batch_norm: {native.import_error or 'the compiled half has no affine_relu'}"
+                f"affines run in torch: {native.import_error or 'the compiled half has no affine_relu'}"
             )
         missing = fused_convolutions() or unsupported_dtype(dtype or torch.float32)
         self._fused = missing is None
@@ -165,7 +165,7 @@ class CpuEngine:
         scale, shift = self._constants(step)
         kernel = self._affine_op is not None and x.dtype in (torch.float32, torch.bfloat16)
         if not kernel or x.dim() != 4 or not _sliced_channels_last(x):
-            y = F.batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0)
+            y = affine(x, scale, shift)
             return y.relu_() if step.relu else y
         n, c, h, w = x.shape
         y = self._image_buffer(step.out, (n, c, h, w), x.dtype)
@@ -257,7 +257,7 @@ class CpuEngine:
             return value
 
         args, kwargs = tree_map(given, (step.args, step.kwargs))
-        result = step.function(*args, **kwargs)
+        result = step.run(args, kwargs, torch.device("cpu"), self.dtype)
         # The result may be a view of what it was given.
         self._fresh.difference_update(step.inputs())
         kept = {self._buffer_of[v][0].data_ptr() for v in step.inputs() if v in self._buffer_of}

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from .. import kernels
 from .cuda_conv import PLAIN, Constants, ConvCall
 from .cuda_plan import FusedConv, PooledAffine, outs, plan
-from .folding import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Step, first_line
+from .folding import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Step, affine, first_line
 from .guard import autocast_state
 
 logger = logging.getLogger("freezeout_ext")
@@ -276,9 +276,7 @@ class CudaEngine:
         x = self._image(values[step.x])
         scale, shift = self._affine_constants(step)
         if x.dim() != 4:
-            # Not F.batch_norm: some torch releases refuse an eps of 0.
-            scale, shift = (v.view(-1, *[1] * (x.dim() - 2)) for v in (scale, shift))
-            y = torch.addcmul(shift, x.float(), scale).to(x.dtype)
+            y = affine(x, scale, shift)
             return (y.relu_() if step.relu else y,)
         return (self.ops.affine_relu(x, scale, shift, relu=step.relu, out=self._target(step.out, x.shape, blocks)),)
 
@@ -316,7 +314,7 @@ class CudaEngine:
             return value if step.any_layout else value.contiguous()
 
         args, kwargs = tree_map(given, (step.args, step.kwargs))
-        return (step.function(*args, **kwargs),)
+        return (step.run(args, kwargs, self._device, self.dtype),)
 
     # Values
 

@@ -127,6 +127,13 @@ class Call(Step):
     def inputs(self) -> list[int]:
         return refs((self.args, self.kwargs))
 
+    def run(self, args: tuple, kwargs: dict, device: torch.device, dtype: torch.dtype | None) -> Any:
+        """-> function(*args, **kwargs) in an engine that computes in `dtype`."""
+        # A stranger's weights are float32 all the same.
+        half = dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(device.type, dtype=dtype if half else None, enabled=half):
+            return self.function(*args, **kwargs)
+
 
 @dataclass
 class Program:
@@ -382,6 +389,13 @@ def batch_norm_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Te
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()
     return scale, shift
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """y = scale[c] * x[:, c] + shift[c] in the dtype of scale and shift, [C]; x [N, C, ...], y in its dtype."""
+    # Not F.batch_norm: some torch releases refuse an eps of 0.
+    scale, shift = (v.view(-1, *[1] * (x.dim() - 2)) for v in (scale, shift))
+    return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)
 
 
 # Simplification
