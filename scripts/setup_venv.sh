@@ -41,5 +41,7 @@ else
   pip() { .venv/bin/python -m pip install --quiet --no-compile --constraint constraints.txt "$@"; }
   pip cmake ninja pybind11 setuptools
   pip --no-build-isolation --editable ".[$extras]"
+  # For the tests of its models: alone, since PyPI's torchvision needs a CUDA build of torch.
+  case $extras in *dev*) pip --no-deps timm ;; esac
 fi
 .venv/bin/python -c 'from freezeout_ext.native import build_info; print("set-up:", build_info())'
