@@ -1,10 +1,9 @@
 """DenseNet-BC for small images (Huang et al. 2017, arXiv 1608.06993)."""
 
-from collections import OrderedDict
-
 import torch
 from torch import Tensor, nn
 
+from .head import pre_activation_head
 from .init import check_count, init_weights
 
 
@@ -84,15 +83,7 @@ class DenseNet(nn.Module):
                 blocks.append(Bottleneck(channels, growth, dropout))
                 channels += growth
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Sequential(
-            OrderedDict(
-                bn=nn.BatchNorm2d(channels),
-                relu=nn.ReLU(),
-                pool=nn.AdaptiveAvgPool2d(1),
-                flatten=nn.Flatten(),
-                fc=nn.Linear(channels, num_classes),
-            )
-        )
+        self.head = pre_activation_head(channels, num_classes)
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:

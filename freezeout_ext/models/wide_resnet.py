@@ -1,9 +1,8 @@
 """Wide residual networks for small images (Zagoruyko and Komodakis 2016, arXiv 1605.07146)."""
 
-from collections import OrderedDict
-
 from torch import Tensor, nn
 
+from .head import pre_activation_head
 from .init import check_count, init_weights
 
 
@@ -68,15 +67,7 @@ class WideResNet(nn.Module):
                 blocks.append(WideBlock(channels, out_channels, stride, dropout))
                 channels = out_channels
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Sequential(
-            OrderedDict(
-                bn=nn.BatchNorm2d(channels),
-                relu=nn.ReLU(),
-                pool=nn.AdaptiveAvgPool2d(1),
-                flatten=nn.Flatten(),
-                fc=nn.Linear(channels, num_classes),
-            )
-        )
+        self.head = pre_activation_head(channels, num_classes)
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
