@@ -320,6 +320,16 @@ const char* Plan::gather(py::list groups, py::dict state) {
   return nullptr;
 }
 
+py::object Plan::step_cpu(py::list groups, py::dict state, int num_threads) {
+  py::object result = py::none();
+  if (!gather(std::move(groups), std::move(state)) && leftover_.empty()) {
+    for (const auto& update : updates_) update->run_cpu(num_threads, -1.0, 1.0f);
+    result = updated();
+  }
+  release();
+  return result;
+}
+
 py::list Plan::updated() const {
   py::list list(updated_.size());
   for (std::size_t i = 0; i < updated_.size(); ++i) {
@@ -340,6 +350,7 @@ void bind_plan(py::module_& module) {
            py::arg("reader"), py::arg("groups"), py::arg("state"), py::kw_only(), py::arg("native"), py::arg("fresh"),
            py::arg("schedule"))
       .def("gather", &Plan::gather, py::arg("groups"), py::arg("state"))
+      .def("step_cpu", &Plan::step_cpu, py::arg("groups"), py::arg("state"), py::arg("num_threads"))
       .def_property_readonly("updates", &Plan::updates)
       .def("updated", &Plan::updated)
       .def_property_readonly("leftover", &Plan::leftover)

@@ -24,6 +24,10 @@ class Plan {
   // Reads rates and gradients into the updates. Null when ready, else what has changed so that a new plan is needed.
   const char* gather(pybind11::list groups, pybind11::dict state);
 
+  // gather and all updates in one call, where they are the CPU's alone. Returns updated(); None where something has
+  // changed or is left over: then nothing was written.
+  pybind11::object step_cpu(pybind11::list groups, pybind11::dict state, int num_threads);
+
   const std::vector<std::shared_ptr<Update>>& updates() const { return updates_; }
   // Parameters that the gathered step updates.
   pybind11::list updated() const;
