@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .NOTPARALLEL:
 
 demo: .venv/demo-ready
-	.venv/bin/freezeout compare --data digits --model wrn-16-1 --epochs 10 --seeds 3 --t0 0.5 --arms full freezeout short --threads 1 --out demo-run --resume
+	.venv/bin/freezeout compare --data digits --model wrn-16-1 --epochs 10 --seeds 3 --t0 0.5 --threads 1 --out demo-run --resume
 
 test: .venv/test-ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
