@@ -1,21 +1,16 @@
 """bench/bench_engagement.py with a tiny net: what is timed, what is written, and what is in the noise."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-PATH = Path(__file__).parents[1] / "bench" / "bench_engagement.py"
+from load_script import BENCH, load_script
 
 
 @pytest.fixture
 def bench(monkeypatch):
-    spec = importlib.util.spec_from_file_location("bench_engagement", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(BENCH / "bench_engagement.py")
     monkeypatch.setattr(module, "keep_freed_memory", lambda: None)  # for the whole process
     return module
 

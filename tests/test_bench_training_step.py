@@ -1,23 +1,15 @@
 """bench/bench_training_step.py on the CPU: tiny nets, one turn, a short epoch."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-PATH = Path(__file__).parents[1] / "bench" / "bench_training_step.py"
+from load_script import BENCH, load_script
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_training_step", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCH / "bench_training_step.py")
 
 
 def case(bench, net, frozen):

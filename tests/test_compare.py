@@ -1,11 +1,10 @@
 """Comparisons: which runs are made, in which order, from what config, and the arithmetic of their summary."""
 
-import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from load_script import BENCH, load_script
 
 from freezeout_ext.training.checkpoint import RunFolder
 from freezeout_ext.training.compare import (
@@ -202,10 +201,7 @@ def test_curves_are_the_logs(done):
 
 
 def test_the_cifar100_benchmark_collects_what_is_there(done, tmp_path, capsys):
-    path = Path(__file__).parents[1] / "bench" / "bench_cifar100_small.py"
-    spec = importlib.util.spec_from_file_location("bench_cifar100_small", path)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = load_script(BENCH / "bench_cifar100_small.py")
     assert [arm.name for arm in bench.ARMS] == [
         "full", "freezeout cubic 0.8", "freezeout linear 0.5", "short cubic 0.8", "short linear 0.5",
         "no-anneal cubic 0.8", "no-anneal linear 0.5",

@@ -1,25 +1,16 @@
 """bench/floors.py: what it counts, where the count is known."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from load_script import BENCH, load_script
 from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-PATH = Path(__file__).parents[1] / "bench" / "floors.py"
-
 
 @pytest.fixture(scope="module")
 def floors():
-    spec = importlib.util.spec_from_file_location("floors", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCH / "floors.py")
 
 
 def test_one_convolution_and_one_relu(floors):

@@ -1,6 +1,5 @@
 """bench/gpu_report.py on benchmarks that ran here with few steps, and bench/gpu.sh's own words."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,9 +8,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from load_script import BENCH, load_script
 
 ROOT = Path(__file__).parents[1]
-BENCH = ROOT / "bench"
 # Real measurements of tiny nets, under the parameters of the figures that they stand for.
 TINY = """
 import pytest
@@ -41,11 +40,7 @@ def test_training_step(benchmark, net, frozen):
 
 @pytest.fixture(scope="module")
 def report():
-    spec = importlib.util.spec_from_file_location("gpu_report", BENCH / "gpu_report.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCH / "gpu_report.py")
 
 
 @pytest.fixture(scope="module")

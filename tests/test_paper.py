@@ -1,31 +1,21 @@
 """bench/paper: a figure, and the claim, in stages, on digits with tiny nets."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from load_script import BENCH, load_script
 
-FOLDER = Path(__file__).parents[1] / "bench" / "paper"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+FOLDER = BENCH / "paper"
 
 
 @pytest.fixture(scope="module")
 def figures():
-    return load("figures")
+    return load_script(FOLDER / "figures.py")
 
 
 @pytest.fixture(scope="module")
 def claim(figures):
-    return load("claim")  # which imports figures
+    return load_script(FOLDER / "claim.py")  # which imports figures
 
 
 def test_every_figure_trains_its_net_with_four_strategies(figures):

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from figures import MORE_TO_DO, OutOfTime, StageReporter
+from figures import MORE_TO_DO, OutOfTime, StageReporter, add_stage_options
 
 from freezeout_ext.training import plot
 from freezeout_ext.training.compare import KINDS, Comparison, curves, make_arms
@@ -84,18 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="wrn-40-4")
     add("--data", default="cifar100")
     add("--arms", nargs="+", choices=KINDS, default=["full", "freezeout", "short"])
-    add("--seeds", type=int, default=3)
-    add("--epochs", type=int, default=100)
     add("--batch-size", type=int, default=128)
     add("--lr", type=float, default=0.1)
     add("--graph", action="store_true", help="the step as a CUDA graph, in every arm")
     add("--prefix", choices=("exact", "folded", "bf16", "fp16", "off"), help="of the frozen layers (exact)")
-    add("--minutes", type=float, default=9.0, help="length of this stage (9)")
-    add("--data-dir", type=Path)
-    add("--download", action="store_true")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=Path, default=Path("runs/claim"))
-    add("--rehearse", action="store_true", help="the same on digits with a tiny net and two epochs")
+    add_stage_options(parser, out=Path("runs/claim"))
     return parser
 
 

@@ -207,15 +207,21 @@ def _parser() -> argparse.ArgumentParser:
     add("figure", choices=FIGURES)
     add("--setting", choices=SETTINGS, default="paper", help="paper: batch 50; modern: batch 512, warm-up (paper)")
     add("--t0s", nargs="+", type=float, default=T_0S)
+    add_stage_options(parser, out=Path("runs/paper"))
+    return parser
+
+
+def add_stage_options(parser: argparse.ArgumentParser, *, out: Path) -> None:
+    """What every script takes that trains in stages."""
+    add = parser.add_argument
     add("--seeds", type=int, default=3)
     add("--epochs", type=int, default=100)
     add("--minutes", type=float, default=9.0, help="length of this stage (9)")
     add("--data-dir", type=Path)
     add("--download", action="store_true")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=Path, default=Path("runs/paper"))
+    add("--out", type=Path, default=out)
     add("--rehearse", action="store_true", help="the same on digits with tiny nets and two epochs")
-    return parser
 
 
 if __name__ == "__main__":
