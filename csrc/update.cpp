@@ -76,9 +76,11 @@ bool Update::run_cuda([[maybe_unused]] std::uintptr_t table, [[maybe_unused]] st
 #endif
 }
 
-int Update::run_emulated(std::uintptr_t step, std::uintptr_t grad_scale, std::uintptr_t found_inf) const {
-  const std::vector<TensorEntry> table = make_tensor_table(work);
-  return fused_sgd_emulated(dtype, work, groups, inputs_of(table.data(), step, grad_scale, found_inf));
+int Update::run_emulated(std::uintptr_t table, std::uintptr_t step, std::uintptr_t grad_scale,
+                         std::uintptr_t found_inf) const {
+  const std::vector<TensorEntry> made = make_tensor_table(work);
+  const TensorEntry* entries = table ? pointer<const TensorEntry>(table) : made.data();
+  return fused_sgd_emulated(dtype, work, groups, inputs_of(entries, step, grad_scale, found_inf));
 }
 
 void bind_update(py::module_& module) {
@@ -92,7 +94,9 @@ void bind_update(py::module_& module) {
       .def("run_cpu", &Update::run_cpu, py::arg("num_threads"), py::arg("step"), py::arg("inverse_scale"))
       .def("run_cuda", &Update::run_cuda, py::arg("table"), py::arg("step"), py::arg("grad_scale"),
            py::arg("found_inf"), py::arg("stream"))
-      .def("run_emulated", &Update::run_emulated, py::arg("step"), py::arg("grad_scale"), py::arg("found_inf"));
+      .def("run_emulated", &Update::run_emulated, py::arg("table"), py::arg("step"), py::arg("grad_scale"),
+           py::arg("found_inf"))
+      .def("__copy__", [](const Update& update) { return std::make_shared<Update>(update); });
   module.def("cpu_isas", &cpu_isas);
   module.def("cpu_isa", &cpu_isa);
   module.def("use_cpu_isa", &use_cpu_isa, py::arg("name"));

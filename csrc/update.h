@@ -22,8 +22,9 @@ struct Update {
   // Addresses as in DeviceInputs, 0 for null. Returns whether the stream is being captured.
   bool run_cuda(std::uintptr_t table, std::uintptr_t step, std::uintptr_t grad_scale, std::uintptr_t found_inf,
                 std::uintptr_t stream) const;
-  // Returns the number of launches.
-  int run_emulated(std::uintptr_t step, std::uintptr_t grad_scale, std::uintptr_t found_inf) const;
+  // The same on the host, over a table there, 0 for a new one. Returns the number of launches.
+  int run_emulated(std::uintptr_t table, std::uintptr_t step, std::uintptr_t grad_scale,
+                   std::uintptr_t found_inf) const;
 };
 
 void bind_update(pybind11::module_& module);

@@ -14,6 +14,12 @@ import torch
 
 from freezeout_ext.native import cuda_unavailable_reason
 
+SIMULATED = os.environ.get("FREEZEOUT_TESTS_CUDA") == "simulated"
+if SIMULATED:
+    import simulated_cuda
+
+    simulated_cuda.install()
+
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # also fills new memory with NaN
 # For compute-sanitizer's initcheck, which is to see what nobody wrote.
@@ -26,12 +32,14 @@ hypothesis.settings.load_profile("repeatable")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
     config.addinivalue_line("markers", "native_cuda: needs the compiled CUDA half and a device that it runs on")
+    config.addinivalue_line("markers", "hardware: of those, needs machine code, or its speed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reasons = {
         "cuda": None if torch.cuda.is_available() else "torch sees no CUDA device",
         "native_cuda": cuda_unavailable_reason(),
+        "hardware": "the CUDA device is simulated" if SIMULATED else None,
     }
     for item in items:
         for marker, reason in reasons.items():

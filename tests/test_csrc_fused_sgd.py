@@ -100,7 +100,7 @@ def address(tensor):
 
 RUNS = {
     "cpu": lambda case, scale=None: case.update.run_cpu(2, -1.0, 1.0 if scale is None else 1 / scale.item()),
-    "emulated": lambda case, scale=None: case.update.run_emulated(0, address(scale), 0),
+    "emulated": lambda case, scale=None: case.update.run_emulated(0, 0, address(scale), 0),
 }
 OPTIONS = [
     {},
@@ -133,7 +133,7 @@ def test_every_alignment_equals_the_reference(offsets, run):
 @pytest.mark.parametrize("count", [400, 600, 2500])
 def test_thousands_of_groups_take_several_launches(count):
     case = Case([3] * count, torch.float32, momentum=0.9, without_grad={0, 1, count - 1})
-    launches = case.update.run_emulated(0, 0, 0)
+    launches = case.update.run_emulated(0, 0, 0, 0)
     case.reference()
     case.assert_as_expected()
     # 8 words a tensor with its own group, 4064 words a launch.
@@ -142,13 +142,13 @@ def test_thousands_of_groups_take_several_launches(count):
 
 def test_one_launch_for_a_densenet_in_76_groups():
     case = Case([16] * 228, torch.float32, groups=[i // 3 for i in range(228)], momentum=0.9)
-    assert case.update.run_emulated(0, 0, 0) == 1
+    assert case.update.run_emulated(0, 0, 0, 0) == 1
 
 
 @pytest.mark.parametrize("which", [range(4), range(2), ()], ids=str)
 def test_no_launch_without_gradients(which):
     case = Case([16, 0, 3, 0], torch.float32, without_grad=set(which))
-    assert case.update.run_emulated(0, 0, 0) == (0 if len(which) == 4 else 1)
+    assert case.update.run_emulated(0, 0, 0, 0) == (0 if len(which) == 4 else 1)
 
 
 def test_the_table():
@@ -162,7 +162,7 @@ def test_the_table():
 def test_found_inf_stops_every_block():
     case = Case([5, CHUNK], torch.float32, momentum=0.9)
     found = torch.tensor(2.0)
-    case.update.run_emulated(0, 0, found.data_ptr())
+    case.update.run_emulated(0, 0, 0, found.data_ptr())
     case.assert_as_expected()
 
 
@@ -178,7 +178,7 @@ def test_the_device_schedule(step):
         groups=[(peak, milestone, warmup, 0.0, 1.0, 0.0, 0)],
     )
     counter = torch.tensor(step)
-    update.run_emulated(counter.data_ptr(), 0, 0)
+    update.run_emulated(0, counter.data_ptr(), 0, 0)
     emulated = p.clone()
     p.zero_()
     update.run_cpu(1, float(step), 1.0)
@@ -272,7 +272,7 @@ def test_cuda_equals_the_host_blocks(dtype, options):
     grads = [[torch.randn(n).to(dtype) for n in sizes] for _ in range(3)]
     results = []
     for device in ("cpu", "cuda"):
-        ours = [nn.Parameter(p.to(device)) for p in params]
+        ours = [nn.Parameter(p.to(device, copy=True)) for p in params]
         optimizer = FusedSGD([{"params": [p], "lr": 0.01 * i} for i, p in enumerate(ours)], **options)
         for step_grads in grads:
             for p, g in zip(ours, step_grads, strict=True):

@@ -339,6 +339,7 @@ def test_a_step_never_waits_for_the_device(scaled, request):
 
 
 @pytest.mark.native_cuda
+@pytest.mark.hardware
 def test_one_kernel_a_step():
     """228 tensors in 76 groups, as DenseNet-76-12: one launch, and nothing else on the device."""
     params = parameters([torch.randn(500) for _ in range(228)], "cuda")
@@ -361,6 +362,7 @@ def test_one_kernel_a_step():
 
 
 @pytest.mark.native_cuda
+@pytest.mark.hardware
 def test_launch_errors_become_exceptions():
     p = nn.Parameter(torch.randn(5, device="cuda"))
     optimizer = FusedSGD([p], lr=0.1)

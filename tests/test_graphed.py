@@ -464,7 +464,8 @@ def test_cuda_graphs_equal_eager_steps(name, amp_dtype):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
         else:
             optimizer = FusedSGD(model.parameters(), lr=0.05, momentum=0.9)
-        freezeout = FreezeOut(model, optimizer, total_steps=STEPS, t_0=0.3, how_scale="linear")
+        # Long enough for captures between the transitions, each with its steps in which the prefix is timed.
+        freezeout = FreezeOut(model, optimizer, total_steps=4 * STEPS, t_0=0.3, how_scale="linear")
         scaler = torch.amp.GradScaler("cuda", init_scale=256.0, enabled=amp_dtype == torch.float16)
         step = GraphedStep(
             model, functional.cross_entropy, optimizer, freezeout, scaler=scaler, amp_dtype=amp_dtype
@@ -474,7 +475,7 @@ def test_cuda_graphs_equal_eager_steps(name, amp_dtype):
             if name == "fused-sgd":
                 optimizer.set_device_schedule(None)
             step._rates = None
-        losses = [step(inputs.cuda(), targets.cuda())[0].item() for inputs, targets in batches(odd=4)]
+        losses = [step(inputs.cuda(), targets.cuda())[0].item() for inputs, targets in batches(4 * STEPS, odd=4)]
         runs.append(losses)
         if graphs:
             assert step.captures > 1 and step.replays > 0

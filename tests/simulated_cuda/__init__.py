@@ -1,0 +1,180 @@
+"""A CUDA device of host memory for torch's CPU build: the GPU's tests run on it, all but the kernels' machine code.
+
+`install()` before anything else asks for CUDA. Operators run as the CPU's on "cuda:0" (device.cpp), kernels as their
+twins on the host (launches.py), CUDA graphs as records of both (graphs.py). It refuses what a device refuses, and times
+nothing: streams run at once.
+"""
+
+import itertools
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils.cpp_extension import load
+
+from . import graphs
+
+NAME = "simulated CUDA device"
+
+
+def install() -> None:
+    """Puts the device in torch's place of CUDA, for the rest of the process.
+
+    Raises:
+        RuntimeError: torch is a CUDA build.
+    """
+    if torch.version.cuda is not None:
+        raise RuntimeError(f"the simulated CUDA device needs a CPU build of torch, got {torch.__version__}")
+    device = _compiled()
+    graphs.CUDAGraph.device = device
+    # Before torch.cuda: it imports much that looks for CUDA's real functions where there is CUDA.
+    from . import launches
+
+    launches.replace()
+    _replace_torch_cuda(device)
+
+
+def _compiled() -> Any:
+    source = Path(__file__).with_name("device.cpp")
+    folder = Path(__file__).parents[2] / "build" / f"simulated-cuda-{torch.__version__}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return load(
+        "simulated_cuda_device", [str(source)], build_directory=str(folder), extra_cflags=["-O1", "-fvisibility=hidden"]
+    )
+
+
+class Stream(torch.Stream):
+    """torch.cuda.Stream: a name; its work is done at once."""
+
+    _ids = itertools.count()
+
+    def __new__(cls, device: Any = None, priority: int = 0, **_: Any) -> "Stream":
+        # 1: CUDA
+        return super().__new__(cls, stream_id=next(cls._ids), device_index=0, device_type=1)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    @property
+    def cuda_stream(self) -> int:
+        return self.stream_id
+
+    def wait_stream(self, other: "Stream") -> None: ...
+
+    def wait_event(self, event: "Event") -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+
+class _Current:
+    """torch.cuda.stream(stream)."""
+
+    default = stream = None  # set by install
+
+    def __init__(self, stream: Stream | None) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        self._before = _Current.stream
+        _Current.stream = self._stream or self._before
+
+    def __exit__(self, *_: object) -> None:
+        _Current.stream = self._before
+
+
+class Event:
+    """torch.cuda.Event; its time is the host's."""
+
+    def __init__(self, enable_timing: bool = False, **_: Any) -> None:
+        self._at: float | None = None
+
+    def record(self, stream: Stream | None = None) -> None:
+        self._at = time.perf_counter()
+
+    def wait(self, stream: Stream | None = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end._at - self._at)
+
+
+def _replace_torch_cuda(device: Any) -> None:
+    def set_sync_debug_mode(mode: int | str) -> None:
+        device.set_sync_debug_mode({"default": 0, "warn": 1, "error": 2}.get(mode, mode))
+
+    properties = SimpleNamespace(
+        name=NAME, major=9, minor=0, total_memory=1 << 34, multi_processor_count=132, L2_cache_size=50 << 20, uuid="0"
+    )
+    _Current.default = _Current.stream = Stream()
+    replaced = {
+        "is_available": lambda: True,
+        "_lazy_init": lambda: None,
+        "_lazy_call": lambda call, **_: call(),
+        "init": lambda: None,
+        "is_initialized": lambda: True,
+        "_is_in_bad_fork": lambda: False,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda _: None,
+        "_exchange_device": lambda _: 0,
+        "_maybe_exchange_device": lambda _: 0,
+        "get_device_name": lambda _=None: NAME,
+        "get_device_capability": lambda _=None: (9, 0),
+        "get_device_properties": lambda _=None: properties,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "synchronize": lambda _=None: device.synchronizes("synchronize"),
+        "Stream": Stream,
+        "Event": Event,
+        "stream": _Current,
+        "set_stream": lambda stream: setattr(_Current, "stream", stream),
+        "current_stream": lambda _=None: _Current.stream,
+        "default_stream": lambda _=None: _Current.default,
+        "CUDAGraph": graphs.CUDAGraph,
+        "graph_pool_handle": graphs.pool_handle,
+        "is_current_stream_capturing": device.is_capturing,
+        "memory_allocated": lambda _=None: device.memory_allocated(),
+        "memory_reserved": lambda _=None: device.memory_allocated(),
+        "max_memory_allocated": lambda _=None: device.max_memory_allocated(),
+        "reset_peak_memory_stats": lambda _=None: device.reset_peak_memory_stats(),
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda _=None: (properties.total_memory - device.memory_allocated(), properties.total_memory),
+        "get_rng_state": lambda _=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, _=None: torch.set_rng_state(state),
+        "manual_seed": lambda seed: None,  # torch.manual_seed has seeded the host's, which are the device's
+        "manual_seed_all": lambda seed: None,
+        "set_sync_debug_mode": set_sync_debug_mode,
+        "get_sync_debug_mode": device.get_sync_debug_mode,
+        "_sleep": lambda cycles: None,
+    }
+    for name, value in replaced.items():
+        setattr(torch.cuda, name, value)
+        for module in (torch.cuda.graphs, torch.cuda.memory, torch.cuda.random, torch.cuda.streams):
+            if hasattr(module, name):
+                setattr(module, name, value)
+    clone = torch.UntypedStorage.clone
+
+    def clone_storage(self: torch.UntypedStorage) -> torch.UntypedStorage:
+        if self.device.type != "cuda":
+            return clone(self)
+        return torch.empty(self.nbytes(), dtype=torch.uint8, device="cuda").untyped_storage().copy_(self)
+
+    torch.UntypedStorage.clone = clone_storage
+    torch._C._host_emptyCache = lambda: None
+    torch.version.cuda = "13.0"
+    torch.backends.cudnn.version = lambda: 91900
+    torch.backends.cudnn.is_available = lambda: True

@@ -1,0 +1,395 @@
+// A CUDA device of host memory for torch's CPU build: operators on its tensors run as the CPU's, on the same memory.
+//
+// What a real device refuses is refused: tensors of different devices in one operator, reading a value back or copying
+// between host and device while a graph is captured, operators without a deterministic kernel where one is asked for.
+// Idea: a boxed fallback over aliases, as for torch's test backend,
+// https://github.com/pytorch/pytorch/tree/main/test/cpp_extensions/open_registration_extension/torch_openreg
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/Resize.h>
+#include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_native.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace {
+
+const c10::Device kDevice(c10::DeviceType::CUDA, 0);
+
+std::atomic<std::int64_t> allocated{0};
+std::atomic<std::int64_t> most_allocated{0};
+std::atomic<bool> capturing{false};
+std::atomic<bool> capture_failed{false};
+std::atomic<int> sync_debug_mode{0};  // 1 warns, 2 raises
+
+// Memory
+
+struct Memory {
+  at::DataPtr host;
+  std::int64_t bytes;
+};
+
+void free_memory(void* context) {
+  auto* memory = static_cast<Memory*>(context);
+  allocated -= memory->bytes;
+  delete memory;
+}
+
+at::DataPtr on_device(at::DataPtr host, std::size_t bytes) {
+  void* data = host.get();
+  auto* memory = new Memory{std::move(host), static_cast<std::int64_t>(bytes)};
+  const std::int64_t now = allocated += memory->bytes;
+  for (std::int64_t most = most_allocated; now > most && !most_allocated.compare_exchange_weak(most, now);) {
+  }
+  return {data, memory, &free_memory, kDevice};
+}
+
+// A host tensor's memory, from now on the device's.
+at::DataPtr on_device(const c10::Storage& storage) {
+  auto* kept = new c10::Storage(storage);
+  return on_device({const_cast<void*>(storage.data()), kept,
+                    [](void* context) { delete static_cast<c10::Storage*>(context); }, c10::kCPU},
+                   storage.nbytes());
+}
+
+struct DeviceAllocator final : c10::Allocator {
+  c10::DataPtr allocate(std::size_t bytes) override {
+    return on_device(c10::GetCPUAllocator()->allocate(bytes), bytes);
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+DeviceAllocator device_allocator;
+
+const c10::DispatchKeySet kDeviceKeys(c10::DispatchKey::CUDA);
+
+at::Tensor filled(at::Tensor tensor) {
+  if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory()) {
+    if (tensor.is_floating_point()) tensor.fill_(std::numeric_limits<double>::quiet_NaN());
+  }
+  return tensor;
+}
+
+at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  return filled(at::detail::empty_generic(size, &device_allocator, kDeviceKeys, c10::dtype_or_default(dtype), format));
+}
+
+at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
+                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+  return filled(
+      at::detail::empty_strided_generic(size, stride, &device_allocator, kDeviceKeys, c10::dtype_or_default(dtype)));
+}
+
+// The same memory as a tensor of the host; `owner` is what keeps the memory alive.
+at::Tensor alias_of(const at::Tensor& tensor, c10::DispatchKey key, c10::Device device, bool owned = true) {
+  const c10::Storage& storage = tensor.storage();
+  const bool host = device.is_cpu();
+  auto* owner = owned ? new c10::Storage(storage) : nullptr;
+  at::DataPtr data(
+      const_cast<void*>(storage.data()), owner,
+      owned ? [](void* context) { delete static_cast<c10::Storage*>(context); } : &c10::detail::deleteNothing, device);
+  auto* allocator = host ? c10::GetCPUAllocator() : &device_allocator;
+  auto impl = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), storage.nbytes(),
+                                                    std::move(data), allocator, /*resizable=*/true);
+  at::Tensor alias =
+      at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(impl)), c10::DispatchKeySet(key), tensor.dtype());
+  alias.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+  return alias;
+}
+
+// What became of an alias is the original's.
+void take_back(const at::Tensor& original, const at::Tensor& alias) {
+  const c10::Storage& storage = alias.storage();
+  if (storage.data() != original.storage().data() || storage.nbytes() != original.storage().nbytes()) {
+    original.storage().set_data_ptr(on_device(storage));
+    original.storage().set_nbytes(storage.nbytes());
+  }
+  if (alias.sizes() != original.sizes() || alias.strides() != original.strides())
+    original.unsafeGetTensorImpl()->set_sizes_and_strides(alias.sizes(), alias.strides(), alias.storage_offset());
+}
+
+// Capture
+
+void refuse_in_capture(const std::string& what) {
+  if (!capturing) return;
+  capture_failed = true;
+  TORCH_CHECK(false, "CUDA error: operation not permitted when stream is capturing (", what, ")");
+}
+
+void synchronizes(const std::string& what) {
+  refuse_in_capture(what);
+  TORCH_CHECK(sync_debug_mode != 2, "called a synchronizing CUDA operation (", what, ")");
+  if (sync_debug_mode == 1) TORCH_WARN("called a synchronizing CUDA operation (", what, ")");
+}
+
+// Operators
+
+const std::unordered_set<std::string> kSynchronizing = {
+    "aten::_local_scalar_dense", "aten::equal",    "aten::nonzero",
+    "aten::masked_select",       "aten::_unique2", "aten::unique_dim",
+    "aten::unique_consecutive",
+};
+// https://docs.pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html
+const std::unordered_set<std::string> kNondeterministic = {"aten::_adaptive_avg_pool2d_backward",
+                                                           "aten::adaptive_max_pool2d_backward.grad_input",
+                                                           "aten::max_pool3d_with_indices_backward",
+                                                           "aten::reflection_pad1d_backward.grad_input",
+                                                           "aten::upsample_bilinear2d_backward.grad_input",
+                                                           "aten::_ctc_loss_backward",
+                                                           "aten::kthvalue.values",
+                                                           "aten::histc",
+                                                           "aten::put_",
+                                                           "aten::median.dim_values",
+                                                           "aten::_cdist_backward"};
+// An index may lie on the host.
+const std::unordered_set<std::string> kMixing = {"aten::index.Tensor", "aten::index.Tensor_out", "aten::index_put_",
+                                                 "aten::_index_put_impl_"};
+
+class HostCall {
+ public:
+  HostCall(const c10::OperatorHandle& op, torch::jit::Stack* stack) : op_(op), stack_(stack) {}
+
+  void run() {
+    const auto& schema = op_.schema();
+    const std::string name = c10::toString(op_.operator_name());
+    if (kSynchronizing.count(name)) synchronizes(name);
+    if (kNondeterministic.count(name)) at::globalContext().alertNotDeterministic(name + " (CUDA)");
+    TORCH_CHECK_NOT_IMPLEMENTED(c10::Dispatcher::singleton()
+                                    .findSchema(op_.operator_name())
+                                    ->hasComputedKernelForDispatchKey(c10::DispatchKey::CPU),
+                                "the simulated CUDA device cannot run ", name, ": the CPU has no kernel for it");
+    mixes_ = kMixing.count(name) > 0;
+    const std::size_t begin = stack_->size() - schema.arguments().size();
+    for (std::size_t i = begin; i < stack_->size(); ++i) (*stack_)[i] = to_host((*stack_)[i]);
+    TORCH_CHECK(mixes_ || !stranger_.defined(), "Expected all tensors to be on the same device, but got a tensor on ",
+                stranger_.defined() ? stranger_.device().str() : "", " beside others on cuda:0 (", name, ")");
+    op_.callBoxed(stack_);
+    take_back_resized();
+    for (std::size_t i = stack_->size() - schema.returns().size(); i < stack_->size(); ++i)
+      (*stack_)[i] = to_device((*stack_)[i]);
+  }
+
+ private:
+  c10::IValue to_host(const c10::IValue& value) {
+    if (value.isTensor()) return host(value.toTensor());
+    if (value.isDevice()) return value.toDevice().is_cuda() ? c10::IValue(c10::Device(c10::kCPU)) : value;
+    if (value.isTensorList()) {
+      c10::List<at::Tensor> list;
+      for (const at::Tensor& tensor : value.toTensorVector()) list.push_back(host(tensor));
+      return list;
+    }
+    if (value.isOptionalTensorList()) {
+      c10::List<std::optional<at::Tensor>> list;
+      for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorList())
+        list.push_back(tensor ? std::optional<at::Tensor>(host(*tensor)) : std::nullopt);
+      return list;
+    }
+    return value;
+  }
+
+  at::Tensor host(const at::Tensor& tensor) {
+    if (!tensor.defined()) return tensor;
+    if (!tensor.is_cuda()) {
+      if (tensor.dim() > 0) stranger_ = tensor;
+      return tensor;
+    }
+    for (const auto& [original, alias] : aliases_)
+      if (original.is_same(tensor)) return alias;
+    aliases_.emplace_back(tensor, alias_of(tensor, c10::DispatchKey::CPU, c10::kCPU));
+    return aliases_.back().second;
+  }
+
+  // An operator may have resized its output, or given it other memory.
+  void take_back_resized() {
+    for (auto& [original, alias] : aliases_) take_back(original, alias);
+  }
+
+  c10::IValue to_device(const c10::IValue& value) {
+    if (value.isTensor()) return device(value.toTensor());
+    if (value.isTensorList()) {
+      c10::List<at::Tensor> list;
+      for (const at::Tensor& tensor : value.toTensorVector()) list.push_back(device(tensor));
+      return list;
+    }
+    return value;
+  }
+
+  at::Tensor device(const at::Tensor& tensor) {
+    if (!tensor.defined() || tensor.is_cuda()) return tensor;
+    for (const auto& [original, alias] : aliases_) {
+      if (alias.is_same(tensor)) return original;
+      if (alias.storage().is_alias_of(tensor.storage())) {
+        at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(
+            c10::TensorImpl::VIEW, c10::Storage(original.storage()), kDeviceKeys, tensor.dtype());
+        view.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+        return view;
+      }
+    }
+    const c10::Storage& storage = tensor.storage();
+    auto impl = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), storage.nbytes(),
+                                                      on_device(storage), &device_allocator,
+                                                      /*resizable=*/true);
+    at::Tensor made =
+        at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(impl)), kDeviceKeys, tensor.dtype());
+    made.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+    return made;
+  }
+
+  const c10::OperatorHandle& op_;
+  torch::jit::Stack* stack_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> aliases_;
+  at::Tensor stranger_;
+  bool mixes_ = false;
+};
+
+void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) { HostCall(op, stack).run(); }
+
+at::Tensor host_of(const at::Tensor& tensor) {
+  return tensor.is_cuda() ? alias_of(tensor, c10::DispatchKey::CPU, c10::kCPU) : tensor;
+}
+
+at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
+  if (self.device() != source.device()) {
+    if (non_blocking) {
+      refuse_in_capture("copy_ between host and device");
+    } else {
+      synchronizes("copy_ between host and device");
+    }
+  }
+  at::Tensor target = host_of(self);
+  target.copy_(host_of(source));
+  return self;
+}
+
+const at::Tensor& resize_(const at::Tensor& self, c10::IntArrayRef size, std::optional<at::MemoryFormat> format) {
+  at::Tensor alias = alias_of(self, c10::DispatchKey::CPU, c10::kCPU);
+  alias.resize_(size, format);
+  take_back(self, alias);
+  return self;
+}
+
+at::Tensor& set_storage(at::Tensor& self, at::Storage source, std::int64_t offset, c10::IntArrayRef size,
+                        c10::IntArrayRef stride) {
+  self.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(source));
+  self.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride, offset);
+  return self;
+}
+
+// cuDNN's fused convolutions: relu(conv(x) + bias), relu(conv(x) + alpha * z + bias). Never between two layouts.
+at::Tensor conv_add_relu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& z,
+                         const std::optional<at::Scalar>& alpha, const std::optional<at::Tensor>& bias,
+                         c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
+                         std::int64_t groups) {
+  at::Tensor y = at::convolution(x, weight, bias, stride, padding, dilation, false, {0, 0}, groups);
+  if (z.defined()) y = y + z * alpha.value_or(1.0);
+  return y.relu_();
+}
+
+at::Tensor conv_relu(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                     c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
+                     std::int64_t groups) {
+  return conv_add_relu(x, weight, at::Tensor(), std::nullopt, bias, stride, padding, dilation, groups);
+}
+
+TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_host>()); }
+
+TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  m.impl("empty.memory_format", empty);
+  m.impl("empty_strided", empty_strided);
+  m.impl("as_strided", at::native::as_strided_tensorimpl);
+  m.impl("view", at::native::view);
+  m.impl("_reshape_alias", at::native::_reshape_alias);
+  m.impl("unfold", at::native::unfold);
+  m.impl("record_stream", [](at::Tensor&, c10::Stream) {});
+  m.impl("copy_", copy_);
+  m.impl("resize_", resize_);
+  m.impl("set_.source_Storage_storage_offset", set_storage);
+  m.impl("set_.source_Storage", [](at::Tensor& self, at::Storage source) -> at::Tensor& {
+    const auto elements = static_cast<std::int64_t>(source.nbytes() / self.itemsize());
+    return set_storage(self, std::move(source), 0, {elements}, {1});
+  });
+  m.impl("cudnn_convolution_relu", conv_relu);
+  m.impl("cudnn_convolution_add_relu", conv_add_relu);
+  // Chosen by the device elsewhere, among kernels that are not there.
+  for (const char* name : {"convolution", "convolution_backward"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_host>());
+}
+
+// Devices and streams: one device; everything runs at once, on the host.
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return c10::DeviceType::CUDA; }
+  c10::Device exchangeDevice(c10::Device) const override { return kDevice; }
+  c10::Device getDevice() const override { return kDevice; }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device) const override { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
+  c10::Stream getDefaultStream(c10::Device) const override { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
+  c10::Stream getNewStream(c10::Device, int) const override { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
+  c10::Stream exchangeStream(c10::Stream) const override { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void destroyEvent(void*, c10::DeviceIndex) const noexcept override {}
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeStream(const c10::Stream&) const override { synchronizes("synchronize"); }
+};
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+
+// Its random numbers are the host's.
+struct Hooks final : at::CUDAHooksInterface {
+  void init() const override {}
+  bool isBuilt() const override { return true; }
+  bool hasCUDA() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex current_device() const override { return 0; }
+  c10::DeviceIndex deviceCount() const override { return 1; }
+  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  int getNumGPUs() const override { return 1; }
+  bool isAvailable() const override { return true; }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
+    return at::detail::getDefaultCPUGenerator();
+  }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+  c10::Device getDeviceFromPtr(void*) const override { return kDevice; }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  void deviceSynchronize(c10::DeviceIndex) const override { synchronizes("synchronize"); }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  // torch has made its own, which refuse everything, while it was imported: these take their place.
+  static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
+  new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks;
+  module.def("memory_allocated", [] { return allocated.load(); });
+  module.def("max_memory_allocated", [] { return most_allocated.load(); });
+  module.def("reset_peak_memory_stats", [] { most_allocated = allocated.load(); });
+  module.def("set_sync_debug_mode", [](int mode) { sync_debug_mode = mode; });
+  module.def("get_sync_debug_mode", [] { return sync_debug_mode.load(); });
+  module.def("synchronizes", &synchronizes);
+  module.def("set_capturing", [](bool on) { capturing = on; });
+  module.def("is_capturing", [] { return capturing.load(); });
+  module.def("fail_capture", [] { capture_failed = true; });
+  module.def("take_capture_failure", [] { return capture_failed.exchange(false); });
+  // The tensor's memory, which it does not keep alive.
+  module.def("unowned", [](const at::Tensor& tensor) {
+    return alias_of(tensor, c10::DispatchKey::CUDA, kDevice, /*owned=*/false);
+  });
+}

@@ -1,0 +1,100 @@
+"""What the simulated device runs in place of kernels: their host twin (FusedSGD's), their references (Triton's)."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from freezeout_ext import native
+from freezeout_ext.kernels import affine, choice, conv
+
+from .graphs import record_launch
+
+
+def replace() -> None:
+    """Puts the twins in the kernels' places, for the rest of the process."""
+    conv._conv_kernel = _Kernel(conv._conv_kernel, _conv)
+    affine._affine_relu_kernel = _Kernel(affine._affine_relu_kernel, _affine_relu)
+    affine._affine_relu_avg_pool2x2_kernel = _Kernel(affine._affine_relu_avg_pool2x2_kernel, _affine_relu_avg_pool2x2)
+    choice.LAUNCHES = choice.ROUNDS = 1  # nothing is timed here
+    if native.C is not None:
+        emulated = native.C.Update.run_emulated
+        native.C.Update.run_cuda = lambda *args, **given: _run_cuda(emulated, *args, **given)
+        native.C.cuda_versions = lambda: (13000, 13000)
+
+
+class _Kernel:
+    """kernel[grid](*args): its arguments by name to a function that reads and writes the same memory."""
+
+    def __init__(self, kernel: Any, twin: Callable[[dict[str, Any]], None]) -> None:
+        self._signature, self._twin = inspect.signature(kernel.fn), twin
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(n > 0 for n in grid), f"CUDA error: invalid configuration argument, grid {grid}"
+
+        def launch(*args: Any, **kwargs: Any) -> None:
+            with _disable_current_modes(), torch.no_grad():
+                names = self._signature.parameters
+                self._twin(self._signature.bind(*args, **{n: v for n, v in kwargs.items() if n in names}).arguments)
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            if not record_launch(launch, args, kwargs):
+                launch(*args, **kwargs)
+
+        return run
+
+
+def _image(given: dict[str, Any], name: str, n: int, c: int, h: int, w: int) -> Tensor | None:
+    """The kernel's argument p_NAME with skip_NAME and stride_NAME as [N, C, H, W]."""
+    stride = given[f"stride_{name}"]
+    base = given[f"p_{name}"]
+    return (
+        None
+        if base is None
+        else base.as_strided((n, c, h, w), (h * w * stride, 1, w * stride, stride), given[f"skip_{name}"])
+    )
+
+
+def _conv(given: dict[str, Any]) -> None:
+    h, w = given["height_out"], given["width_out"]
+    n = given["n_pixels"] // (h * w)
+    x = _image(given, "x", n, given["n_in"], given["height"], given["width"])
+    y, residual, second = (_image(given, name, n, given["n_out"], h, w) for name in ("y", "residual", "second"))
+    prologue = None if given["p_in_scale"] is None else (given["p_in_scale"], given["p_in_shift"])
+    conv._conv_reference(
+        x, given["p_weight"], y, given["STRIDE"], prologue, given["p_bias"], residual, given["RELU"],
+        None if second is None else (given["p_scale"], given["p_shift"], second),
+    )  # fmt: skip
+
+
+def _affine_relu(given: dict[str, Any]) -> None:
+    x, y, residual, total = (
+        _image(given, name, given["n_pixels"], given["n_channels"], 1, 1) for name in ("x", "y", "residual", "sum")
+    )
+    affine.affine_relu_reference(
+        x, given["p_scale"], given["p_shift"], out=y, residual=residual, out_sum=total, relu=given["RELU"]
+    )
+
+
+def _affine_relu_avg_pool2x2(given: dict[str, Any]) -> None:
+    h, w, c = given["height"], given["width"], given["n_channels"]
+    n = given["n_pixels"] // (h // 2 * (w // 2))
+    affine.affine_relu_avg_pool2x2_reference(
+        _image(given, "x", n, c, h, w), given["p_scale"], given["p_shift"],
+        out=_image(given, "y", n, c, h // 2, w // 2),
+    )  # fmt: skip
+
+
+def _run_cuda(
+    emulated: Callable[..., int], update: Any, table: int, step: int, grad_scale: int, found_inf: int, stream: int
+) -> bool:
+    # The arguments of a launch are copied when it is made.
+    launch = (copy.copy(update), table, step, grad_scale, found_inf)
+    if record_launch(emulated, launch, {}):
+        return True
+    emulated(*launch)
+    return False
