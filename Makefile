@@ -1,12 +1,13 @@
 # make demo   trains with FreezeOut on real images and shows what it saved
 # make test   passes the tests
+# make simulate   passes the tests that need a GPU on a simulated one
 PYTHON ?= python3
 INPUTS := scripts/setup_venv.sh pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 
 # .venv is installed without bytecode: the first import of a module writes it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test simulate lint sanitize clean
 .NOTPARALLEL:
 
 demo: .venv/demo-ready
@@ -15,10 +16,13 @@ demo: .venv/demo-ready
 test: .venv/test-ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
+simulate: .venv/test-ready
+	FREEZEOUT_TESTS_CUDA=simulated OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "cuda or native_cuda"
+
 lint: .venv/test-ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/clang-format --dry-run -Werror csrc/*
+	.venv/bin/clang-format --dry-run -Werror csrc/* tests/simulated_cuda/*.cpp
 
 # The native tests under AddressSanitizer and UBSan; without what needs nvcc, a clean process or torch.compile.
 sanitize: .venv/test-ready

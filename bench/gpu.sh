@@ -2,8 +2,9 @@
 # Usage: [NAME=value ...] sh bench/gpu.sh [PART ...]       default: build test sanitize optimizer kernels step report
 #
 # What a machine with a GPU is asked, in parts that each end within ten minutes. No network is needed: the machine's own
-# python3 has torch with Triton, nvcc, cmake, ninja, pybind11, setuptools, pytest, pytest-benchmark and hypothesis, and
-# numpy, scikit-learn, matplotlib, rich and pillow for `train`. Of what is missing there bring wheels, and put them on
+# python3 has torch with Triton, nvcc, cmake, ninja, pybind11, setuptools, numpy, pytest, pytest-benchmark, pytest-xdist
+# (without it the tests take longer than their limits) and hypothesis, and scikit-learn, matplotlib, rich and pillow for
+# `train`. Of what is missing there bring wheels, and put them on
 # PYTHONPATH (python3 -m pip install --no-index --no-deps --target FOLDER WHEELS): expecttest is the likeliest; only the
 # tests that torch's own helpers feed need it, and they skip without it.
 #
@@ -23,8 +24,10 @@
 # OUT (gpu-results)   few small files: DEVICE.json, logs.tar.gz, runs.tar.gz, chart.png, figure.png
 # WORK (build/gpu)    everything else; keep it between calls on one machine
 # RUNS                a runs.tar.gz of an earlier call, on another machine perhaps: its finished runs count
+# NETS                for compile: ("wrn-40-4 densenet-76-12")
 # COMMIT              for a tree without .git
 # CIFAR               for train and figure: the folder with cifar-100-python in it
+# Relative paths start at the top of the tree.
 # MINUTES (9)         for train and figure; SEEDS (3), EPOCHS (100), BATCH (128), ARMS ("full freezeout short") too
 set -u
 cd "$(dirname "$0")/.."
@@ -46,7 +49,8 @@ logged() {
   log=$work/logs/$1.log
   limit=$2
   shift 2
-  timeout -k 10 "$limit" "$@" >"$log" 2>&1
+  # On SIGINT pytest still writes what it has.
+  timeout -s INT -k 20 "$limit" "$@" >"$log" 2>&1
   code=$?
   tail -n "${LINES_SHOWN:-12}" "$log" | cut -c1-300
   [ $code != 124 ] || echo "stopped after $limit seconds"
@@ -62,8 +66,9 @@ found = version("setuptools")
 if int(found.split(".")[0]) < 77:
     sys.exit(f"setuptools must be >= 77 for pyproject.toml's license, found {found}: bring its wheel")
 PYTHON
-  rm -f freezeout_ext/_C*.so
-  logged build 150 env FREEZEOUT_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps --force-reinstall . ||
+  # What an earlier build left would be installed again.
+  rm -rf freezeout_ext/_C*.so build/lib.* build/bdist.*
+  logged build 120 env PYTHONPATH="$given_path" FREEZEOUT_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps --force-reinstall . ||
     return 1
   installed=$(cd / && PYTHONPATH=$given_path "$python" -c 'import freezeout_ext; print(freezeout_ext.build_info()["module"])') || return 1
   cp "$installed" freezeout_ext/ || return 1
@@ -93,6 +98,8 @@ from freezeout_ext import build_info
 module = build_info()["module"]
 assert module and os.path.dirname(module) == os.path.realpath("freezeout_ext"), module
 PYTHON
+  # That pytest and pytest-benchmark fit together, before their time is spent.
+  [ $? = 0 ] && run_tests tests-report 60 tests/test_gpu_report.py
 }
 
 # pytest over the tree, which holds the compiled module.
@@ -106,13 +113,13 @@ run_tests() { # NAME SECONDS ARGUMENTS...
 tests() {
   status=0
   # Compiling the kernels' many variants is most of the time, and the processor's.
-  parallel=$("$python" -c 'import importlib.util as u; print("-n 6" if u.find_spec("xdist") else "")')
+  parallel=$("$python" -c 'import importlib.util as u; print("-n 12" if u.find_spec("xdist") else "")')
   # shellcheck disable=SC2086
-  LINES_SHOWN=40 run_tests tests-gpu 250 $parallel -m "cuda or native_cuda" tests || status=1
+  LINES_SHOWN=40 run_tests tests-gpu 220 $parallel -m "cuda or native_cuda" tests || status=1
   # shellcheck disable=SC2086
-  LINES_SHOWN=25 run_tests tests-kernels 80 $parallel tests/kernel_cases.py || status=1
+  LINES_SHOWN=25 run_tests tests-kernels 70 $parallel tests/kernel_cases.py || status=1
   # shellcheck disable=SC2086
-  LINES_SHOWN=40 run_tests tests-all 150 $parallel -m "not cuda and not native_cuda" --deselect tests/test_build.py \
+  LINES_SHOWN=40 run_tests tests-all 120 $parallel -m "not cuda and not native_cuda" --deselect tests/test_build.py \
     --deselect tests/test_kernels.py tests || status=1
   return $status
 }
@@ -146,12 +153,13 @@ bench() { # NAME SECONDS FILE ARGUMENTS...
     --benchmark-json="$work/benchmarks/$name.json" --benchmark-columns=median "$@"
 }
 
-optimizer() { bench fused_sgd 560 bench_fused_sgd.py; }
-kernels() { bench kernels 560 bench_kernels.py -k "not compiled"; }
+optimizer() { bench fused_sgd 240 bench_fused_sgd.py; }
+kernels() { bench kernels 320 bench_kernels.py -k "not compiled"; }
 compiled() {
   status=0
-  for net in wrn-40-4 densenet-76-12; do
-    bench "compile-$net" 280 bench_kernels.py -k "compiled and $net" || status=1
+  nets=${NETS:-wrn-40-4 densenet-76-12}
+  for net in $nets; do
+    bench "compile-$net" $((560 / $(echo "$nets" | wc -w))) bench_kernels.py -k "compiled and $net" || status=1
   done
   return $status
 }

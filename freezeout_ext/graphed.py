@@ -16,7 +16,7 @@ from .transient_hook import TransientHook
 
 # Eager steps before a capture: cuDNN tries its algorithms, optimizers make their state and prepare their tables.
 WARM_UP_STEPS = 3
-# So long the frozen prefix may take to settle. What it then still waits for, no batch of this shape brings.
+# So long the frozen prefix and the optimizer's state may take. What they then still wait for, no such batch brings.
 MOST_UNSETTLED_STEPS = 16
 # Graphs of one frontier; batches of further shapes run eagerly.
 MAX_SHAPES = 4
@@ -31,8 +31,11 @@ class Backend(Protocol):
     def run(self, body: Body) -> Result:
         """body(), now, where a later capture will run it."""
 
-    def capture(self, body: Body) -> Body:
-        """Records body without running it. Returns what runs it, each time into the same result tensors."""
+    def capture(self, body: Body, *, first: bool) -> Body:
+        """Records body without running it. Returns what runs it, each time into the same result tensors.
+
+        first: nothing that was captured before is in use any more.
+        """
 
 
 class GraphedStep:
@@ -40,7 +43,7 @@ class GraphedStep:
 
     On CUDA all but the last is one CUDA graph for each (batch shape, number of frozen layers): the first steps of each
     run eagerly, among them those in which the frozen prefix is checked and timed, then it is captured; after a
-    transition all are captured anew, in the same memory. Batches of more than a few shapes run eagerly, and so does
+    transition all are captured anew. Batches of more than a few shapes run eagerly, and so does
     everything on CPU. Every call is exactly one optimizer step in either way.
 
     After a state of the model or the optimizer was loaded all are captured anew too. Else a captured step holds what it
@@ -60,7 +63,7 @@ class GraphedStep:
         backend: instead of CUDA graphs, for tests.
 
     Raises:
-        ValueError: the optimizer cannot be captured; cosine beside a FreezeOut that anneals.
+        ValueError: the optimizer cannot be captured, or not with the scaler; cosine beside a FreezeOut that anneals.
         RuntimeError: at a capture that fails, with the reason; a rate that a captured step cannot follow.
 
     Source: PyTorch's notes on CUDA graphs, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
@@ -93,11 +96,12 @@ class GraphedStep:
             backend = _CudaGraphs(self.device)
         self._backend = backend
         self._rates = None if backend is None else _device_rates(optimizer, self.device)
+        if backend is not None and self.scaler.is_enabled():
+            _prepare_for_scaler(optimizer)
         self._base_rates = [group.get("base_lr", float(group["lr"])) for group in optimizer.param_groups]
         self._seen: dict[tuple, int] = {}
         self._unsettled: dict[tuple, int] = {}
         self._graphs: dict[tuple, _Graph] = {}
-        self._stale: list[_Graph] = []
         self._on_load = optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
         # A captured prefix may hold weights of its own, made of those that were loaded over.
         loaded = TransientHook(lambda *_: self._forget())
@@ -140,7 +144,6 @@ class GraphedStep:
         if self._remove_hook is not None:
             self._remove_hook()
         self._graphs.clear()
-        self._stale.clear()
         if isinstance(self.optimizer, FusedSGD):
             self.optimizer.set_device_schedule(None)
 
@@ -150,9 +153,7 @@ class GraphedStep:
             if not self._is_warm(key) or len(self._graphs) == MAX_SHAPES:
                 self.eager_steps += 1
                 return backend.run(lambda: self._step(inputs, targets))
-            self._graphs[key] = _Graph(backend, self._step, inputs, targets)
-            # Kept until now, so that the new graph finds their memory in the pool.
-            self._stale.clear()
+            self._graphs[key] = _Graph(backend, self._step, inputs, targets, first=not self._graphs)
             self.captures += 1
         self.replays += 1
         return self._graphs[key].replay(inputs, targets)
@@ -160,6 +161,8 @@ class GraphedStep:
     def _is_warm(self, key: tuple) -> bool:
         """Whether the next step of this shape may be captured; counts it."""
         settled = self.freezeout is None or self.freezeout.prefix_is_settled
+        # FusedSGD's first step is not captured: it asks the host whether the scaler skips it, and leaves no state then.
+        settled = settled and not (isinstance(self.optimizer, FusedSGD) and _lacks_momentum(self.optimizer))
         if not settled and self._unsettled.get(key, 0) < MOST_UNSETTLED_STEPS:
             self._unsettled[key] = self._unsettled.get(key, 0) + 1
             return False
@@ -191,7 +194,8 @@ class GraphedStep:
                     set_rate(group, base * factor)
 
     def _forget(self) -> None:
-        self._stale += self._graphs.values()
+        # Now, before any step that makes what the next captures use: from torch 2.12 on a graph that is destroyed takes
+        # cuBLAS's workspace of its stream along, https://github.com/pytorch/pytorch/issues/193402.
         self._graphs.clear()
         self._seen.clear()
         self._unsettled.clear()
@@ -202,10 +206,10 @@ class GraphedStep:
 class _Graph:
     """A captured step and the tensors that it reads."""
 
-    def __init__(self, backend: Backend, step: Callable[[Tensor, Tensor], Result], *batch: Tensor) -> None:
+    def __init__(self, backend: Backend, step: Callable[[Tensor, Tensor], Result], *batch: Tensor, first: bool) -> None:
         self._inputs = [torch.empty_like(tensor).copy_(tensor) for tensor in batch]
         try:
-            self._run = backend.capture(lambda: step(*self._inputs))
+            self._run = backend.capture(lambda: step(*self._inputs), first=first)
         except RuntimeError as error:
             # The end of a capture that failed raises another error, which only says so.
             reason = error.__context__ or error
@@ -225,7 +229,7 @@ class _CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: tuple[int, int] | None = None
 
     def run(self, body: Body) -> Result:
         current = torch.cuda.current_stream(self._stream.device)
@@ -235,7 +239,10 @@ class _CudaGraphs:
         current.wait_stream(self._stream)
         return result
 
-    def capture(self, body: Body) -> Body:
+    def capture(self, body: Body, *, first: bool) -> Body:
+        if first:
+            # A pool is gone with its graphs; torch.cuda.graph gives its memory back before it captures.
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as a loader's that pins memory, may go on.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -317,6 +324,29 @@ def _device_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> _Te
                 f" {type(optimizer).__name__} with neither (param group {i})"
             )
     return _TensorRates(device)
+
+
+def _prepare_for_scaler(optimizer: torch.optim.Optimizer) -> None:
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"optimizer must be FusedSGD, or made with fused=True, to be captured with an enabled scaler, got"
+            f" {type(optimizer).__name__} without, whose step asks the host whether it is skipped"
+        )
+    if type(optimizer) is torch.optim.SGD:
+        # A first step that is skipped would leave unwritten memory as momentum. Of zeros it is the same first step.
+        for group in optimizer.param_groups:
+            if group["momentum"] and not group["dampening"]:
+                for p in group["params"]:
+                    if optimizer.state[p].get("momentum_buffer") is None:
+                        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
+def _lacks_momentum(optimizer: FusedSGD) -> bool:
+    return any(
+        group["momentum"] and p.requires_grad and optimizer.state.get(p, {}).get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
 
 
 def _layout(tensor: Tensor) -> tuple:

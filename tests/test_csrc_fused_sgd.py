@@ -206,9 +206,13 @@ def test_bad_arguments_are_errors():
 
 
 def test_a_launch_that_fails_says_so():
-    case = Case([5], torch.float32)
+    # A device that is nowhere: on one that is there the kernel would run, over null.
+    update = native.C.Update(
+        dtype=0, device_type=2, device_index=torch.cuda.device_count(), work=[(64, 0, 64, 1, 0, False)],
+        groups=[(0.1, 0.0, 0.0, 0.0, 1.0, 0.0, 0)],
+    )  # fmt: skip
     with pytest.raises(RuntimeError, match="fused_sgd_cuda: "):
-        case.update.run_cuda(0, 0, 0, 0, 0)
+        update.run_cuda(0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -245,7 +245,7 @@ def test_bad_batches_fail_at_the_call(options, message):
         batches(make_split(), **options)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_cuda_gives_the_same_batches():
     data = [load_data("digits", device=device, val_fraction=0.1) for device in ("cpu", "cuda")]
     options = {"shuffle": True, "augment": True, "seed": 1, "epoch": 2}

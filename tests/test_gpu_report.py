@@ -55,6 +55,7 @@ def work(tmp_path_factory):
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(BENCH), str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
+    environment.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark measures nothing in a worker
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_tiny.py",
          "--benchmark-json=benchmarks/tiny.json", "--junitxml=tests-gpu.xml"],
@@ -150,6 +151,14 @@ def test_the_claim_is_stated(report):
     assert rows[f"{name}: time saved, %"] == pytest.approx(20) and report.claim_rows(None) == []
 
 
+@pytest.fixture
+def bare(monkeypatch):
+    """None of the script's own settings."""
+    for name in ("CIFAR", "RUNS", "MINUTES", "SEEDS", "EPOCHS", "BATCH", "ARMS", "FIGURE", "SETTING", "NETS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("bare")
 def test_the_script_runs_in_a_posix_shell(tmp_path):
     subprocess.run(["sh", "-n", str(BENCH / "gpu.sh")], check=True)
     given = {
@@ -174,6 +183,7 @@ def test_the_script_runs_in_a_posix_shell(tmp_path):
     assert done.returncode == 2 and "part must be one of build, test, sanitize" in done.stderr
 
 
+@pytest.mark.usefixtures("bare")
 def test_every_part_of_the_script_runs_its_files(tmp_path):
     """With a python that only notes what it is asked; the parts that need a GPU or CIFAR at once are left out."""
     asked = tmp_path / "asked"

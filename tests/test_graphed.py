@@ -1,6 +1,7 @@
 """GraphedStep: equal to the plain loop, eagerly and through a stand-in for CUDA graphs that replays on the host."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -27,7 +28,7 @@ class HostGraphs:
         self.ran += 1
         return body()
 
-    def capture(self, body):
+    def capture(self, body, first):
         result = []
 
         def replay():
@@ -48,14 +49,14 @@ def batches(steps=STEPS, odd=None):
         yield torch.randn(size, 3, 8, 8, generator=generator), torch.randint(4, (size,), generator=generator)
 
 
-def make(sgd=torch.optim.SGD, *, freeze=True, anneal=True, **options):
+def make(sgd=torch.optim.SGD, *, freeze=True, anneal=True, steps=STEPS, **options):
     torch.manual_seed(1)
     model = build_model("wrn-10-1", 4, image_size=8).train()
     optimizer = sgd(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3, **options)
     freezeout = None
     if freeze:
         given = {"t_0": 0.3, "how_scale": "linear", "anneal": anneal, "measure_prefix": False}
-        freezeout = FreezeOut(model, optimizer, total_steps=STEPS, **given)
+        freezeout = FreezeOut(model, optimizer, total_steps=steps, **given)
     return model, optimizer, freezeout
 
 
@@ -137,16 +138,29 @@ def test_results_outlive_the_next_replay():
     assert loss == functional.cross_entropy(outputs, targets)
 
 
-def test_the_graph_before_is_kept_until_the_next_one_has_its_memory():
-    model, optimizer, freezeout = make(fused=True)
-    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
-    data = batches()
-    while freezeout.num_frozen == 0:
-        step(*next(data))
-    assert (len(step._graphs), len(step._stale)) == (0, 1)
-    for _ in range(1 + WARM_UP_STEPS + 1):  # the first one is watched by the prefix
-        step(*next(data))
-    assert (len(step._graphs), len(step._stale)) == (1, 0)
+def test_a_transition_drops_all_graphs_at_once(monkeypatch):
+    """The next capture is told that it is the first: it must not look for the memory of those before."""
+    firsts = []
+
+    class Backend(HostGraphs):
+        def capture(self, body, first):
+            firsts.append(first)
+            return super().capture(body, first)
+
+    model, optimizer, freezeout = make(fused=True, steps=3 * STEPS)
+    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=Backend())
+    captures = []
+    for batch in batches(3 * STEPS, odd=3):
+        frozen = freezeout.num_frozen
+        step(*batch)
+        if freezeout.num_frozen > frozen:
+            assert not step._graphs
+            captures.append(step.captures)
+    assert 2 in [later - earlier for earlier, later in itertools.pairwise(captures)], (
+        "both shapes between two transitions"
+    )
+    assert firsts[: captures[0]] == [True, False]
+    assert sum(firsts) <= len(captures) + 1 < len(firsts)
 
 
 class FailsInCapture:
@@ -169,13 +183,13 @@ class FailsInCapture:
 class Capturing(HostGraphs):
     """Runs the step in the capture too, where nothing may look at the clock; its updates count there."""
 
-    def capture(self, body):
+    def capture(self, body, first):
         FailsInCapture.capturing = True
         try:
             result = body()
         finally:
             FailsInCapture.capturing = False
-        replay = super().capture(body)
+        replay = super().capture(body, first)
         pending = [result]
         return lambda: pending.pop() if pending else replay()
 
@@ -399,7 +413,7 @@ def test_what_cannot_be_captured_is_refused_by_name():
         GraphedStep(model, functional.cross_entropy, optimizer, freezeout, cosine=Schedule(1, 10))
 
     class Fails(HostGraphs):
-        def capture(self, body):
+        def capture(self, body, first):
             try:
                 raise RuntimeError("operation not permitted when stream is capturing")
             finally:
@@ -481,3 +495,49 @@ def test_cuda_graphs_equal_eager_steps(name, amp_dtype):
             assert step.captures > 1 and step.replays > 0
     # The device's cosine differs in its last bits from the host's; half precision amplifies it.
     torch.testing.assert_close(torch.tensor(runs[1]), torch.tensor(runs[0]), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.native_cuda)])
+@pytest.mark.parametrize("sgd", [pytest.param(FusedSGD, marks=needs_native), torch.optim.SGD])
+def test_overflows_in_all_warm_up_steps(sgd, device):
+    """The scale starts far too high: the first update that counts comes late, and as if nothing had been before."""
+    large = 2.0**12  # of the loss; its inverse of the rate
+    runs = []
+
+    def criterion(outputs, targets):
+        return large * functional.cross_entropy(outputs, targets)
+
+    for graphs in (False, True):
+        torch.manual_seed(1)
+        model = build_model("wrn-10-1", 4, image_size=8).to(device)
+        # Eagerly torch's fused step would take unwritten memory for momentum here.
+        options = {} if sgd is FusedSGD or (device == "cpu" and not graphs) else {"fused": True}
+        optimizer = sgd(model.parameters(), lr=0.05 / large, momentum=0.9, **options)
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**127)
+        step = GraphedStep(
+            model, criterion, optimizer, scaler=scaler, cosine=Schedule(1, STEPS, t_0=1.0),
+            backend=HostGraphs() if graphs and device == "cpu" else None,
+        )  # fmt: skip
+        if not graphs:
+            step._backend = None
+            step._rates = None
+        first = [p.detach().clone() for p in model.parameters()]
+        skipped = 0
+        losses = []
+        for inputs, targets in batches():
+            losses.append(step(inputs.to(device), targets.to(device))[0] / large)
+            skipped += all(map(torch.equal, first, model.parameters()))
+        assert WARM_UP_STEPS < skipped < STEPS // 2
+        assert step.replays > STEPS // 3 or not graphs
+        runs.append(torch.stack(losses))
+    # Captured rates are computed anew on the device.
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-3, atol=1e-3)
+
+
+def test_an_optimizer_that_asks_the_host_is_refused_with_a_scaler():
+    model, _, _ = make(freeze=False)
+    optimizer = torch.optim.AdamW(model.parameters(), capturable=True)
+    with pytest.raises(ValueError, match=r"optimizer must be FusedSGD, or made with fused=True, .* got AdamW without"):
+        GraphedStep(
+            model, functional.cross_entropy, optimizer, scaler=torch.amp.GradScaler("cpu"), backend=HostGraphs()
+        )  # fmt: skip

@@ -116,6 +116,7 @@ def test_accelerate_prepares_and_checkpoints_what_freezeout_holds(tmp_path):
         net = model()
         optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
         freezeout = FreezeOut(net, optimizer, total_steps=STEPS, t_0=0.6, warmup_steps=WARMUP)
+        accelerate.state.AcceleratorState._reset_state(True)  # another test's may be on a GPU
         accelerator = accelerate.Accelerator(cpu=True)
         net, optimizer = accelerator.prepare(net, optimizer)
         accelerator.register_for_checkpointing(freezeout)

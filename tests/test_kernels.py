@@ -22,7 +22,10 @@ def why_not(backend: str) -> str | None:
     from importlib.metadata import version
 
     # Its loop bounds are arrays of one element, which NumPy 2.4 no longer turns into integers.
-    if version("triton") < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+    if (
+        tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
+        and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0"
+    ):
         return f"the interpreter of Triton {version('triton')} needs numpy < 2.4"
     return None
 

@@ -52,6 +52,7 @@ class Graphs:
         self._held: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor], tuple]] = {}
         self._last: Hashable = None
         self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, inputs: tuple, prepare: Callable[[], object] | None = None) -> tuple | None:
         """The outputs in the graph's own memory, overwritten by the next call; None: run the function yourself.
@@ -83,28 +84,30 @@ class Graphs:
             if prepare is not None:
                 prepare()
             given = [torch.empty_like(x, memory_format=torch.preserve_format).copy_(x) for x in inputs]
-            self._rehearse(given)
+            if self._stream is None:
+                self._stream = kernels.own_stream(self, torch.cuda.current_device())
+            self._rehearse(given, self._stream)
             before = torch.cuda.memory_reserved()
             # Graphs of one engine never run at the same time and their outputs are copied: they share their memory.
-            graph, outputs = kernels.capture(lambda: self.function(*given), pool=self._pool)
+            graph, outputs = kernels.capture(lambda: self.function(*given), stream=self._stream, pool=self._pool)
             self._pool = graph.pool()
             self.bytes += torch.cuda.memory_reserved() - before + sum(x.nbytes for x in given)
             return graph, given, outputs
 
-    def _rehearse(self, given: list[Tensor]) -> None:
+    def _rehearse(self, given: list[Tensor], stream: torch.cuda.Stream) -> None:
         """One run on the stream of the capture. What waits for the device would end a capture for good: refuse it."""
-        current, side = torch.cuda.current_stream(), kernels.side_stream(torch.cuda.current_device())
-        side.wait_stream(current)
+        current = torch.cuda.current_stream()
+        stream.wait_stream(current)
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                with torch.cuda.stream(side):
+                with torch.cuda.stream(stream):
                     self.function(*given)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        current.wait_stream(side)
+        current.wait_stream(stream)
         # Not the warning that the mode is a prototype, which says "synchronizing" too.
         if any("called a synchronizing" in str(warning.message) for warning in caught):
             raise RuntimeError("the prefix waits for the device (.item(), a copy to the CPU)")

@@ -32,7 +32,7 @@ def run_costs(config: TrainConfig, data: DataSplits, *, runs: int = 1) -> StepCo
 
     The net that steps is another one than the run's; torch's generators are left as they are.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([] if config.device == "cpu" else None):
         trainer = Trainer(replace(config, method="full", compile=False), data)
         # A round steps eight times whole, and twice from each layer on, which takes about half.
         round_steps = 8 + len(trainer.layer_names)

@@ -6,6 +6,8 @@ nothing: streams run at once.
 """
 
 import itertools
+import os
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +42,8 @@ def _compiled() -> Any:
     source = Path(__file__).with_name("device.cpp")
     folder = Path(__file__).parents[2] / "build" / f"simulated-cuda-{torch.__version__}"
     folder.mkdir(parents=True, exist_ok=True)
+    # ninja may lie beside this Python alone.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return load(
         "simulated_cuda_device", [str(source)], build_directory=str(folder), extra_cflags=["-O1", "-fvisibility=hidden"]
     )

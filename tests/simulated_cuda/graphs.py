@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ _pools = itertools.count(1)
 _recorders: list[Recorder] = []  # of the capture under way
 # Mutate arguments that their schemas do not name.
 _WRITES_UNSAID = {"aten::native_batch_norm", "aten::_batch_norm_impl_index", "aten::cudnn_batch_norm"}
+_BY_CUBLAS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "aten::mv", "aten::dot")
+_live: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
 # Metadata only: done when captured, nothing to replay.
 _AT_ONCE = {"aten::resize_", "aten::set_", "aten::detach_", "aten::record_stream"}
 
@@ -39,6 +42,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.calls: list[Callable[[], None]] = []
+        self.uses_cublas = False
         self._own: set[int] = set()  # memory that the graph's own operators made
         self._watched: dict[int, StorageWeakRef] = {}
 
@@ -50,6 +54,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if name == "aten::copy_" and len({x.device for x in given[:2]}) > 1:
             self.device.synchronizes("copy_ between host and device")
+        self.uses_cublas |= name.startswith(_BY_CUBLAS)
         names = [argument.name for argument in schema.arguments]
         writes = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments]
         if any(writes) and all(r.alias_info is not None for r in schema.returns):
@@ -108,6 +113,14 @@ class CUDAGraph:
     def __init__(self, keep_graph: bool = False) -> None:
         self._recorder: Recorder | None = None
         self._pool: tuple[int, int] | None = None
+        self._stream: Any = None
+        self._lost_workspace = False
+
+    def __del__(self) -> None:
+        # torch 2.12 and later free cuBLAS's workspace of the stream, other graphs' too:
+        # https://github.com/pytorch/pytorch/issues/193402
+        for other in _live:
+            other._lost_workspace |= other is not self and other._stream == self._stream
 
     def capture_begin(
         self,
@@ -121,6 +134,8 @@ class CUDAGraph:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream")
         self._pool = pool or pool_handle()
         self._recorder = Recorder(self.device)
+        self._stream = torch.cuda.current_stream()
+        _live.add(self)
         self._random_state = torch.get_rng_state()
         self.device.take_capture_failure()
         self.device.set_capturing(True)
@@ -141,6 +156,8 @@ class CUDAGraph:
             self.device.synchronizes("replay")
         if self._recorder is None:
             raise RuntimeError("CUDAGraph.replay called without a preceding successful capture")
+        if self._lost_workspace and self._recorder.uses_cublas:
+            raise RuntimeError("CUDA error: an illegal memory access, to a cuBLAS workspace that was freed")
         self._recorder.check()
         with _below_autograd():
             for call in self._recorder.calls:
