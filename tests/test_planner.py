@@ -189,9 +189,10 @@ def test_no_round_begins_after_max_seconds(monkeypatch, max_seconds, rounds):
     assert (costs.saving_error is None) == (rounds == 1)
 
 
-def test_measuring_leaves_model_and_generator_as_they_are():
-    model = build_model("wrn-10-1", 4, image_size=8)
-    inputs, targets = torch.randn(4, 3, 8, 8), torch.randint(4, (4,))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_measuring_leaves_model_and_generator_as_they_are(device):
+    model = build_model("wrn-10-1", 4, image_size=8).to(device)
+    inputs, targets = torch.randn(4, 3, 8, 8, device=device), torch.randint(4, (4,), device=device)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     made = []
 
@@ -208,7 +209,7 @@ def test_measuring_leaves_model_and_generator_as_they_are():
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert made[0].param_groups[0]["lr"] == 0
     assert costs.layers == tuple(layer.name for layer in find_layers(model))
-    assert costs.other == 0.25
+    assert costs.other == 0.25 and costs.source.endswith("of CPU time") == (device == "cpu")
     assert all(value > 0 for values in (costs.forward, costs.backward, costs.optimizer) for value in values)
 
 

@@ -78,7 +78,7 @@ def measure_costs(
             bench.round()
         memory = bench.memory()
     what = f"medians of {bench.rounds} round{'s' * (bench.rounds != 1)}"
-    clock = " of CPU time" if bench.clock == time.thread_time else ""
+    clock = " of CPU time" if device.type == "cpu" and bench.clock == time.thread_time else ""
     source = f"measured on {_device_name(device)}, batch {len(example_inputs)}, {what}{clock}"
     return bench.costs(loader=loader, loader_ahead=loader_ahead, other=other, memory=memory, source=source)
 
