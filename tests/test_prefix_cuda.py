@@ -572,9 +572,8 @@ def test_every_frontier_of_every_net_is_bit_equal(device: str, name: str) -> Non
         plain, ours, prefix = cases.pair(copy.deepcopy(model).to(device), num_frozen, "exact")
         cases.assert_same_steps(plain, ours, batches=(6, 6, 6, 5, 6, 6), run=on(device))
         report = prefix.report()
-        assert report.route in ("chain", "split", "layers", "eager"), report
-        if device == "cuda" and report.route == "chain":
-            assert report.fused == {"CUDA graph": 1}, str(report)
+        assert report.route in ("chain", "split"), str(report)
+        assert device == "cpu" or report.fused == {"CUDA graph": 1}, str(report)
 
 
 @pytest.mark.parametrize(
@@ -601,6 +600,7 @@ def test_every_frontier_of_every_net_in_the_fused_modes(device: str, name: str, 
             found, wanted = ours(x), plain(x)
             # The active layers may amplify what the frontier is off by.
             assert error(found, wanted) <= 10 * limit, (num_frozen, seed, str(prefix.report()))
+        assert prefix.report().fused, str(prefix.report())
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from .. import native
 from .folding import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Step, affine, refs
+from .trees import map_tensors
 
 CHANNELS_LAST = torch.channels_last
 # A dense block's buffer is read and written whole by every layer: of this many images it stays in the cache
@@ -262,7 +263,7 @@ class CpuEngine:
         self._fresh.difference_update(step.inputs())
         kept = {self._buffer_of[v][0].data_ptr() for v in step.inputs() if v in self._buffer_of}
         if kept:
-            result = tree_map(lambda t: t.clone() if isinstance(t, Tensor) and _storage(t) in kept else t, result)
+            result = map_tensors(lambda t: t.clone() if _storage(t) in kept else t, result)
         return result
 
     # Values
@@ -328,7 +329,7 @@ class CpuEngine:
             copy = leaf.value not in self._fresh or leaf.value in given
             given.add(leaf.value)
             if not isinstance(value, Tensor):
-                return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, value)
+                return map_tensors(Tensor.clone, value)
             return value.to(dtype or value.dtype, copy=copy, memory_format=memory_format)
 
         outputs = []

@@ -8,6 +8,7 @@ graph. So an odd last batch costs neither.
 import logging
 import warnings
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .cuda_conv import PLAIN, Constants, ConvCall
 from .cuda_plan import FusedConv, PooledAffine, outs, plan
 from .folding import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Step, affine, first_line
 from .guard import autocast_state
+from .trees import map_tensors
 
 logger = logging.getLogger("freezeout_ext")
 
@@ -146,7 +148,7 @@ class CudaExactEngine:
         outputs = None if capturing(inputs) else self._graphs(inputs)
         if outputs is None:
             return self.originals(*inputs)
-        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs)
+        return map_tensors(Tensor.clone, outputs)
 
 
 class CudaEngine:
@@ -154,7 +156,7 @@ class CudaEngine:
 
     Args:
         dtype: of images, weights and products (sums and affines are float32).
-        output_dtypes: dtypes of the outputs, None for an output that is not a tensor.
+        output_dtypes: dtypes of the outputs, None for an output that is not a tensor (but a list of some, say).
         channels_last: for each output whether it is wanted channels-last (as eager gives it).
         weights: folded weights by step key, shared by the engines of successive frontiers.
         ops: the kernels; tests give the references.
@@ -370,16 +372,13 @@ class CudaEngine:
 
     def _finish(self, outputs: tuple) -> tuple:
         """Outputs as eager gives them, in memory that the next call leaves alone."""
-        wanted = iter(list(zip(self.output_dtypes, self.channels_last, strict=True)))
 
-        def own(leaf: Any) -> Any:
-            dtype, last = next(wanted)
-            if not isinstance(leaf, Tensor):
-                return leaf
+        def own(leaf: Tensor, dtype: torch.dtype | None, last: bool) -> Tensor:
             memory_format = CHANNELS_LAST if last and leaf.dim() == 4 else torch.contiguous_format
             return leaf.to(dtype or leaf.dtype, copy=True, memory_format=memory_format)
 
-        return tree_map(own, outputs)
+        each = zip(outputs, self.output_dtypes, self.channels_last, strict=True)
+        return tuple(map_tensors(partial(own, dtype=dtype, last=last), tree) for tree, dtype, last in each)
 
     def _name(self, step: Step) -> str:
         if isinstance(step, FusedConv):

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from ..transient_hook import TransientHook
 from .folding import mutates
 from .guard import Guard, OwnForward, autocast_state, has_hooks, plain_tensor
 from .runtime import Refused, Runner, constant, same, same_random_numbers
+from .trees import map_tensors
 
 SCALARS = (bool, int, float, str, type(None))
 RANDOM_MODULES = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.modules.batchnorm._NormBase, nn.FractionalMaxPool2d)
@@ -283,7 +284,7 @@ class Playback:
         self.parts, self.model = parts, model
         arguments = _bind(parts.signature, model, args, kwargs)
         # Whoever writes into the input (relu_) would make it another input.
-        self.inputs = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, list(arguments.values()))
+        self.inputs = map_tensors(lambda x: x.detach().clone(), list(arguments.values()))
         self.device = next(
             (x.device for x in tree_flatten(self.inputs)[0] if isinstance(x, Tensor)), torch.device("cpu")
         )
@@ -303,7 +304,7 @@ class Playback:
 
     def _note(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
         # The containers as they are now: whoever made a list may go on appending to it.
-        args, kwargs, output = tree_map(lambda leaf: leaf, (args, kwargs, output))
+        args, kwargs, output = map_tensors(lambda x: x, (args, kwargs, output))
         self.calls[name].append((args, kwargs, output, _random_state(self.device)))
 
     def remove(self) -> None:
@@ -322,9 +323,9 @@ class Playback:
                 for b, value in self.buffers:
                     b.copy_(value)
                 _set_random_state(self.device, self.random_state)
-                inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.inputs)
+                inputs = map_tensors(Tensor.clone, self.inputs)
                 frontier = self.parts.prefix(*inputs)
-                kept = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, frontier)
+                kept = map_tensors(Tensor.clone, frontier)
                 found = _Player(self).run(*inputs, *frontier)
                 if not _equal(found, output):
                     raise Refused("the traced model gives another output")
@@ -353,7 +354,7 @@ class _Player(fx.Interpreter):
         if not _equal((args, kwargs), (given, given_kwargs)):
             raise Refused(f"the traced model gives {target} another input")
         _set_random_state(self._playback.device, random_state)
-        return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, output)
+        return map_tensors(lambda x: x.detach().clone(), output)
 
     def run(self, *args: Any) -> Any:
         result = super().run(*args)

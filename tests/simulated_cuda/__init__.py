@@ -170,14 +170,16 @@ def _replace_torch_cuda(device: Any) -> None:
         for module in (torch.cuda.graphs, torch.cuda.memory, torch.cuda.random, torch.cuda.streams):
             if hasattr(module, name):
                 setattr(module, name, value)
-    clone = torch.UntypedStorage.clone
+    clone, to = torch.UntypedStorage.clone, torch.storage._to
 
-    def clone_storage(self: torch.UntypedStorage) -> torch.UntypedStorage:
-        if self.device.type != "cuda":
-            return clone(self)
-        return torch.empty(self.nbytes(), dtype=torch.uint8, device="cuda").untyped_storage().copy_(self)
+    def on_device(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        return torch.empty(storage.nbytes(), dtype=torch.uint8, device="cuda").untyped_storage().copy_(storage)
 
-    torch.UntypedStorage.clone = clone_storage
+    # torch's CPU build makes no storage of CUDA by itself.
+    torch.UntypedStorage.clone = lambda self: on_device(self) if self.device.type == "cuda" else clone(self)
+    torch.storage._to = lambda self, device, non_blocking: (
+        on_device(self) if torch.device(device).type == "cuda" else to(self, device, non_blocking)
+    )
     torch._C._host_emptyCache = lambda: None
     torch.version.cuda = "13.0"
     torch.backends.cudnn.version = lambda: 91900
