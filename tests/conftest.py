@@ -1,4 +1,8 @@
-"""One thread, fixed seeds, deterministic kernels; the markers `cuda` and `native_cuda`, whose skips say why."""
+"""One thread, fixed seeds, deterministic kernels; markers whose skips say why.
+
+FREEZEOUT_TESTS_CUDA=simulated gives torch a CUDA device where there is none, FREEZEOUT_TESTS_DEVICE=cuda puts tensors on
+the GPU that say nothing else, FREEZEOUT_TESTS_FILL=0 leaves new memory unwritten.
+"""
 
 import os
 
@@ -19,6 +23,10 @@ if SIMULATED:
     import simulated_cuda
 
     simulated_cuda.install()
+# Where tensors are that say nothing else.
+DEVICE = os.environ.get("FREEZEOUT_TESTS_DEVICE", "cpu")
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # also fills new memory with NaN
@@ -33,12 +41,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
     config.addinivalue_line("markers", "native_cuda: needs the compiled CUDA half and a device that it runs on")
     config.addinivalue_line("markers", "hardware: of those, needs machine code, or its speed")
+    config.addinivalue_line("markers", "only_cpu: asks for what is different with tensors on a GPU")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reasons = {
         "cuda": None if torch.cuda.is_available() else "torch sees no CUDA device",
         "native_cuda": cuda_unavailable_reason(),
+        "only_cpu": None if DEVICE == "cpu" else f"tensors are on {DEVICE}",
         "hardware": "the CUDA device is simulated" if SIMULATED else None,
     }
     for item in items:

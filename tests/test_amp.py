@@ -34,7 +34,7 @@ def two_optimizers(model, kind=torch.optim.SGD):
 def train(model, optimizers, freezeout, steps, dtype=None, scaler=None, unscale=False, spoil=()):
     for step in steps:
         inputs, targets = batch(step)
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(torch.get_default_device().type, dtype=dtype, enabled=dtype is not None):
             loss = F.cross_entropy(model(inputs), targets)
         scaler.scale(loss).backward() if scaler else loss.backward()
         if step in spoil:

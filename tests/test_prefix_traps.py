@@ -568,6 +568,7 @@ def test_a_forward_wrapped_by_someone_else_survives_close():
     assert prefix.report().route == "eager"
 
 
+@pytest.mark.only_cpu  # its processes are gloo's
 def test_distributed_data_parallel_trains_the_same(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this torch was built without torch.distributed")
