@@ -1,7 +1,7 @@
 """One thread, fixed seeds, deterministic kernels; markers whose skips say why.
 
-FREEZEOUT_TESTS_CUDA=simulated gives torch a CUDA device where there is none, FREEZEOUT_TESTS_DEVICE=cuda puts tensors on
-the GPU that say nothing else, FREEZEOUT_TESTS_FILL=0 leaves new memory unwritten.
+FREEZEOUT_TESTS_CUDA=simulated gives torch a CUDA device where there is none, FREEZEOUT_TESTS_DEVICE=cuda puts tensors
+that say nothing else on the GPU, FREEZEOUT_TESTS_FILL=0 leaves new memory unwritten.
 """
 
 import os
