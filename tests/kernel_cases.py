@@ -376,8 +376,8 @@ def test_a_net_by_the_kernels(net: torch.nn.Module) -> None:
     x = torch.randn(1, 3, 8, 8, device=DEVICE)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         wanted = torch.nn.Sequential(*units)(x)
-    for run in (engine.run_plain, engine.run_measured):
-        assert_close(run(x)[0], wanted, 1e-5)
+        for run in (engine.run_plain, engine.run_measured):
+            assert_close(run(x)[0], wanted, 1e-5)
     assert {type(way) for way in engine.ways.values()} == {Config}
 
 

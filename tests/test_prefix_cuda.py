@@ -217,6 +217,24 @@ def test_a_known_choice_is_not_measured_again() -> None:
     assert known > 10 and engine.ways == ways
 
 
+def test_a_capture_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it make operands for that: a generator cannot be seeded in it."""
+
+    def operands(*_):
+        raise AssertionError("operands were made")
+
+    module = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    constants = Constants.of(module.weight, module.bias, torch.float32)
+    call = ConvCall(kernels, module, x, constants, None, None, True, None, None, False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch, "Generator", operands)
+    for measure in (call.way, lambda: kernels.verified_config(x, constants.weight, out=torch.empty_like(x))):
+        with pytest.raises(RuntimeError, match="must be run once before a CUDA graph is captured"):
+            measure()
+
+
 def test_a_longer_block_is_not_measured_anew() -> None:
     """At the next frontier its buffer is wider, and every convolution in it reads and writes with another stride."""
     keys: list[set] = []
