@@ -74,20 +74,21 @@ def _conv_kernel(
     i_image = i_p // (height_out * width_out)
     i_h = i_p // width_out % height_out * STRIDE - KERNEL // 2
     i_w = i_p % width_out * STRIDE - KERNEL // 2
+    i_h = tl.where(i_p < n_pixels, i_h, height)  # outside, at every tap
+    i_first_tap = (i_image * height + i_h) * width + i_w
 
     b_acc = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-    n_blocks_c = tl.cdiv(n_in, BLOCK_C)
-    # One loop over taps and channel blocks, so that loads are pipelined across taps.
-    for i_step in range(KERNEL * KERNEL * n_blocks_c):
-        i_tap = i_step // n_blocks_c
-        i_c = i_step % n_blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    # One loop, so that loads are pipelined across taps and channel blocks: all taps of a channel block in a row, while
+    # the caches hold it. Its divisors are constants: no division is left in a step.
+    for i_step in range(KERNEL * KERNEL * tl.cdiv(n_in, BLOCK_C)):
+        i_tap = i_step % (KERNEL * KERNEL)
+        i_c = i_step // (KERNEL * KERNEL) * BLOCK_C + tl.arange(0, BLOCK_C)
         in_c = i_c < n_in
         i_y = i_h + i_tap // KERNEL
         i_x = i_w + i_tap % KERNEL
-        inside = (i_p < n_pixels) & (i_y >= 0) & (i_y < height) & (i_x >= 0) & (i_x < width)
-        at_x = multiple(skip_x, VEC_IN) + ((i_image * height + i_y) * width + i_x).to(tl.int64) * multiple(
-            stride_x, VEC_IN
-        )
+        inside = (i_y >= 0) & (i_y < height) & (i_x >= 0) & (i_x < width)
+        i_pixel = (i_first_tap + (i_tap // KERNEL * width + i_tap % KERNEL)).to(tl.int64)
+        at_x = multiple(skip_x, VEC_IN) + i_pixel * multiple(stride_x, VEC_IN)
         b_x = tl.load(p_x + at_x[:, None] + i_c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
         if p_in_scale is not None:
             b_scale = tl.load(p_in_scale + i_c, mask=in_c, other=0.0)
