@@ -105,7 +105,7 @@ class ConvCall:
             found.append(CUDNN)
         if is_triton_conv(self.module) and self._adds_evenly():
             k, c = self.constants.weight.shape[:2]
-            found += self.ops.configs(c, k, self.x.dtype, self.tf32)
+            found += self.ops.configs(c, k, self.module.kernel_size[0], self.x.dtype, self.tf32)
         return found
 
     def expected(self, images: slice) -> list[Tensor]:
