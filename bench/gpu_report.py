@@ -94,8 +94,9 @@ def step_ratio(net: str, frozen: float, arm: str, *, of: str = "over_authors") -
 
 
 def bandwidth(tests: Tests) -> float | None:
-    over_floor = value(tests, "test_bandwidth", "over_floor")
-    return 100 / over_floor if over_floor else None
+    """The copy reads and writes as many bytes as the update does."""
+    over_copy = value(tests, "test_bandwidth", "over_copy")
+    return 100 / over_copy if over_copy else None
 
 
 def optimizer_ratio(tests: Tests) -> float | None:

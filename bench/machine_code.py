@@ -31,9 +31,10 @@ def main() -> None:
     print("| kernel, bfloat16 | block, stages | registers | shared, KiB | stack, bytes | product |")
     print("|---|---|---|---|---|---|")
     for name, (size, given, n_in, n_out, vec_in, vec_out) in CONVS.items():
-        for config in conv.configs(n_in, n_out, torch.bfloat16, False):
+        for config in conv.configs(n_in, n_out, size, torch.bfloat16, False):
             found = compiler.compiled_conv(config, given, size=size, arch=90, vec_in=vec_in, vec_out=vec_out)
             blocks = f"{config.block_p}x{config.block_k}x{config.block_c}, {config.num_stages}"
+            blocks += ", through L1" * (config.max_vector < vec_in)
             print(row(name, blocks, found))
     pointers = {"p_x", "p_y", "p_scale", "p_shift", "p_residual", "p_sum"}
     constants = {"RELU": True, "VEC": 16, "BLOCK_P": 64, "BLOCK_C": 64}

@@ -27,8 +27,10 @@ def prepared(net: str) -> tuple[int, list[int]]:
         vec_out = vector_width(weight.shape[0], *(kernels.Rows.of("image", t) for t in images))
         fused = tuple(given.get(name) is not None for name in ("prologue", "bias", "residual"))
         shape = (weight.shape[2], given["stride"], given["relu"], second is not None, *fused)
-        for candidate in kernels.configs(weight.shape[1], weight.shape[0], x.dtype, False):
-            variants.add((*shape, vector_width(x.shape[1], kernels.Rows.of("x", x)), vec_out, candidate))
+        vec_in = vector_width(x.shape[1], kernels.Rows.of("x", x))
+        for candidate in kernels.configs(weight.shape[1], weight.shape[0], weight.shape[2], x.dtype, False):
+            vec = min(candidate.max_vector, vec_in)
+            variants.add((*shape, vec, vec_out, candidate._replace(max_vector=16)))
         if second is not None:
             second[2].zero_()
         return out.zero_()

@@ -190,13 +190,44 @@ def test_several_blocks_each_way(size: int) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, "tf32"])
 def test_every_candidate(dtype: torch.dtype | str) -> None:
     tf32, dtype = dtype == "tf32", torch.float32 if dtype == "tf32" else dtype
-    c, k = (20, 12) if INTERPRETED else (132, 140)
-    x = slice_of(1 if INTERPRETED else 5, c, 8, 8, dtype)
-    found = configs(c, k, dtype, tf32)
-    assert found and all(config.num_warps <= 4 for config in found)
-    for config in found:
-        check_conv(x, weight_of(k, c, 3, dtype), config, "residual+second", tf32=tf32, relu=True)
-        check_conv(x, weight_of(k, c, 1, dtype), config, "plain", tf32=tf32, prologue=vectors(c, c))
+    for c, k in [(40, 12)] if INTERPRETED else [(132, 140), (136, 12), (48, 72)]:
+        x = slice_of(1 if INTERPRETED else 5, c, 8, 8, dtype, 8, 8)
+        for size, adds in ((1, "plain"), (3, "residual+second")):
+            found = configs(c, k, size, dtype, tf32)
+            assert found and all(config.num_warps <= 4 for config in found)
+            for config in found:
+                given = {"prologue": vectors(c, c)} if size == 1 else {"relu": True}
+                check_conv(x, weight_of(k, c, size, dtype), config, adds, tf32=tf32, **given)
+
+
+def test_candidates() -> None:
+    """Through the L1 where a 3x3 convolution could read 16 bytes at a time, and only there; few in all."""
+    for n_in, n_out, size, narrow in [(48, 12, 3, 2), (64, 64, 3, 1), (3, 16, 3, 0), (36, 48, 1, 0), (96, 48, 1, 0)]:
+        found = configs(n_in, n_out, size, torch.bfloat16, False)
+        assert sum(config.max_vector == 4 for config in found) == narrow
+        assert len(set(found)) == len(found) <= 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("max_vector", [1, 4])
+def test_narrower_accesses(dtype: torch.dtype, max_vector: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cap on elements an access: of x and the weight, between channels that are NaN."""
+    from freezeout_ext.kernels import conv
+
+    widths = []
+    launch = conv._conv_kernel
+
+    class Noting:
+        def __getitem__(self, grid: tuple) -> object:
+            return lambda *args, **given: (widths.append(given["VEC_IN"]), launch[grid](*args, **given))
+
+    monkeypatch.setattr(conv, "_conv_kernel", Noting())
+    config = CONFIG._replace(max_vector=max_vector)
+    x = slice_of(2, 24, 8, 7, dtype, 8, 16)
+    check_conv(x, weight_of(12, 24, 3, dtype), config, "residual", relu=True)
+    check_conv(x, weight_of(12, 24, 1, dtype), config, "plain", prologue=vectors(24, 24))
+    check_conv(x[:, :22], weight_of(12, 22, 3, dtype), config, "plain")
+    assert widths == [max_vector, max_vector, min(max_vector, 2)]
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -245,7 +276,7 @@ def test_verified_config(size: int) -> None:
     state = torch.cuda.get_rng_state() if x.is_cuda else torch.get_rng_state()
     known = set(kernels.choices())
     config = kernels.verified_config(x, weight, out=out, **given)
-    assert config in configs(16, 16, torch.float16, False)
+    assert config in configs(16, 16, size, torch.float16, False)
     (key,) = set(kernels.choices()) - known
     assert not kernels.choices()[key].rejected
     assert INTERPRETED or len(kernels.choices()[key].seconds) > 1
@@ -253,7 +284,7 @@ def test_verified_config(size: int) -> None:
     assert len(kernels.choices()) == len(known) + 1
     assert torch.equal(x, copies[0]) and torch.equal(weight, copies[1]) and out.isnan().all()
     assert torch.equal(torch.cuda.get_rng_state() if x.is_cuda else torch.get_rng_state(), state)
-    assert kernels.verified_config(x, weight, out=out, relu=True) in configs(16, 16, torch.float16, False)
+    assert kernels.verified_config(x, weight, out=out, relu=True) in configs(16, 16, size, torch.float16, False)
     assert len(kernels.choices()) == len(known) + 2
 
 
@@ -376,8 +407,8 @@ def test_a_net_by_the_kernels(net: torch.nn.Module) -> None:
     x = torch.randn(1, 3, 8, 8, device=DEVICE)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         wanted = torch.nn.Sequential(*units)(x)
-    for run in (engine.run_plain, engine.run_measured):
-        assert_close(run(x)[0], wanted, 1e-5)
+        for run in (engine.run_plain, engine.run_measured):
+            assert_close(run(x)[0], wanted, 1e-5)
     assert {type(way) for way in engine.ways.values()} == {Config}
 
 

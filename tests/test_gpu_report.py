@@ -117,7 +117,7 @@ def test_figures_of_a_gpu_are_found_by_their_benchmarks(report):
         "test_ceilings": {
             "params": {}, "copy_terabytes_per_second": 3.0, "bf16_teraflops_per_second": 790.0,
         },
-        "test_bandwidth": {"params": {}, "over_floor": 1.25},
+        "test_bandwidth": {"params": {}, "over_copy": 1.25},
     }  # fmt: skip
     rows = {row["figure"]: (row["measured"], row["reached"]) for row in report.rows_of(tests, {}, {})}
     assert rows["prefix bf16, half of DenseNet-76-12: over eager"] == (0.2, True)
@@ -131,6 +131,7 @@ def test_figures_of_a_gpu_are_found_by_their_benchmarks(report):
     for word in ("def test_prefix(", "def test_prefix_compiled(", "def test_ceilings(", '"copy_terabytes_per_second"',
                  '"bf16_teraflops_per_second"', '"over_eager"', '"microseconds"', '"torch.compile"'):  # fmt: skip
         assert word in text
+    assert '"over_copy"' in (BENCH / "bench_fused_sgd.py").read_text()
 
 
 def test_the_claim_is_stated(report):

@@ -67,8 +67,9 @@ def compiled_conv(
     precision: str = "ieee",
 ) -> Compiled:  # fmt: skip
     constants = {
-        "KERNEL": size, "STRIDE": 1, "RELU": True, "PRECISION": precision, "UPCAST": False, "VEC_IN": vec_in,
-        "VEC_OUT": vec_out, "BLOCK_P": config.block_p, "BLOCK_K": config.block_k, "BLOCK_C": config.block_c,
+        "KERNEL": size, "STRIDE": 1, "RELU": True, "PRECISION": precision, "UPCAST": False,
+        "VEC_IN": min(config.max_vector, vec_in), "VEC_OUT": vec_out,
+        "BLOCK_P": config.block_p, "BLOCK_K": config.block_k, "BLOCK_C": config.block_c,
     }  # fmt: skip
     pointers = given | {"p_x", "p_weight", "p_y"}
     return compiled(conv._conv_kernel, pointers, constants, arch=arch, dtype=dtype, num_stages=config.num_stages)
@@ -84,7 +85,15 @@ def on_tensor_cores(found: Compiled, arch: int) -> bool:
     return ("wgmma.mma_async" if arch == 90 else "mma.sync") in found.ptx
 
 
-@pytest.mark.parametrize("config", conv.configs(180, 48, torch.bfloat16, False), ids=str)
+def assert_cached_in(found: Compiled, cache: str) -> None:
+    """x is copied to shared memory through the L1, 8 bytes an access, or from the L2 alone, 16 bytes an access."""
+    assert ("cp.async.cg.shared.global" in found.ptx) == (cache == "L2")
+    if cache == "L1":
+        assert "cp.async.ca.shared.global" in found.ptx
+        assert found.shared <= 48 * 1024  # above, Triton asks the driver for as little L1 as there can be
+
+
+@pytest.mark.parametrize("config", conv.configs(180, 48, 1, torch.bfloat16, False), ids=str)
 def test_conv1x1_with_a_prologue(config: conv.Config) -> None:
     found = compiled_conv(config, DENSE_1X1, size=1, arch=90, vec_in=4, vec_out=16)
     assert_lean(found)
@@ -93,26 +102,28 @@ def test_conv1x1_with_a_prologue(config: conv.Config) -> None:
     assert "ld.global.b16" not in found.ptx  # 36 channels a pixel are read four at a time
 
 
-@pytest.mark.parametrize("config", conv.configs(48, 12, torch.bfloat16, False), ids=str)
+@pytest.mark.parametrize("config", conv.configs(48, 12, 3, torch.bfloat16, False), ids=str)
 def test_conv3x3_into_a_slice(config: conv.Config) -> None:
     found = compiled_conv(config, DENSE_3X3, size=3, arch=90, vec_in=16, vec_out=4)
     assert_lean(found)
     assert on_tensor_cores(found, 90)
     assert "st.global.v2.b32" in found.ptx and "st.global.b16" not in found.ptx  # four of 12 channels at a time
+    assert_cached_in(found, "L1" if config.max_vector == 4 else "L2")
 
 
-@pytest.mark.parametrize("config", conv.configs(128, 128, torch.bfloat16, False), ids=str)
+@pytest.mark.parametrize("config", conv.configs(128, 128, 3, torch.bfloat16, False), ids=str)
 def test_conv3x3_with_two_outputs(config: conv.Config) -> None:
     found = compiled_conv(config, WIDE_3X3, size=3, arch=90, vec_in=16, vec_out=16)
     assert_lean(found)
     assert on_tensor_cores(found, 90)
-    assert "cp.async.cg.shared.global" in found.ptx and "st.global.v4.b32" in found.ptx  # 16 bytes an access
+    assert "st.global.v4.b32" in found.ptx  # 16 bytes an access
+    assert_cached_in(found, "L1" if config.max_vector == 4 else "L2")
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee")])
 def test_the_other_precisions(dtype: str, precision: str) -> None:
     torch_dtype = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
-    config = conv.configs(128, 128, torch_dtype, precision == "tf32")[0]
+    config = conv.configs(128, 128, 3, torch_dtype, precision == "tf32")[0]
     found = compiled_conv(
         config, WIDE_3X3, size=3, arch=90, vec_in=16, vec_out=16, dtype=dtype, precision=precision
     )  # fmt: skip
@@ -125,10 +136,10 @@ def test_the_other_precisions(dtype: str, precision: str) -> None:
     [(1, DENSE_1X1, 180, 48, 4, 16), (3, DENSE_3X3, 48, 12, 16, 4), (3, WIDE_3X3, 128, 128, 16, 16)],
 )
 def test_sm_80(size: int, given: set[str], n_in: int, n_out: int, vec_in: int, vec_out: int) -> None:
-    heaviest = max(conv.configs(n_in, n_out, torch.bfloat16, False), key=lambda c: c.block_p * c.block_k * c.block_c)
-    found = compiled_conv(heaviest, given, size=size, arch=80, vec_in=vec_in, vec_out=vec_out)
-    assert_lean(found)
-    assert on_tensor_cores(found, 80)
+    for config in conv.configs(n_in, n_out, size, torch.bfloat16, False):
+        found = compiled_conv(config, given, size=size, arch=80, vec_in=vec_in, vec_out=vec_out)
+        assert_lean(found)
+        assert on_tensor_cores(found, 80)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -217,6 +217,24 @@ def test_a_known_choice_is_not_measured_again() -> None:
     assert known > 10 and engine.ways == ways
 
 
+def test_a_capture_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it make operands for that: a generator cannot be seeded in it."""
+
+    def operands(*_):
+        raise AssertionError("operands were made")
+
+    module = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    constants = Constants.of(module.weight, module.bias, torch.float32)
+    call = ConvCall(kernels, module, x, constants, None, None, True, None, None, False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch, "Generator", operands)
+    for measure in (call.way, lambda: kernels.verified_config(x, constants.weight, out=torch.empty_like(x))):
+        with pytest.raises(RuntimeError, match="must be run once before a CUDA graph is captured"):
+            measure()
+
+
 def test_a_longer_block_is_not_measured_anew() -> None:
     """At the next frontier its buffer is wider, and every convolution in it reads and writes with another stride."""
     keys: list[set] = []
@@ -528,20 +546,26 @@ def test_ways_agree_on_gpu() -> None:
     """Every way of a few fused convolutions against the reference, cuDNN's fused forms among them."""
     torch.manual_seed(0)
     seen = set()
-    for size, relu, residual, second in [(1, True, False, False), (3, True, True, False), (3, False, True, True)]:
-        module = nn.Conv2d(24, 40, size, padding=size // 2, bias=False).cuda()
+    for k, size, relu, residual, second in [
+        (40, 1, True, False, False), (24, 3, True, False, False),
+        (40, 3, True, True, False), (40, 3, False, True, True),
+    ]:  # fmt: skip
+        module = nn.Conv2d(24, k, size, padding=size // 2, bias=False).cuda()
         like = {"device": "cuda", "dtype": torch.bfloat16}
-        x, add = torch.randn(6, 24, 9, 7, **like), torch.randn(6, 40, 9, 7, **like)
+        x, add = torch.randn(6, 24, 9, 7, **like), torch.randn(6, k, 9, 7, **like)
         x, add = (t.contiguous(memory_format=torch.channels_last) for t in (x, add))
-        constants = Constants.of(module.weight.detach(), torch.randn(40, device="cuda"), torch.bfloat16)
-        affine = tuple(torch.randn(2, 40, device="cuda"))
+        constants = Constants.of(module.weight.detach(), torch.randn(k, device="cuda"), torch.bfloat16)
+        affine = tuple(torch.randn(2, k, device="cuda"))
         call = ConvCall(kernels, module, x, constants, None, add if residual else None, relu,
                         affine if second else None, None, False)  # fmt: skip
-        for way in call.ways():
+        call.way()
+        rejected = kernels.choices()[call._key(call.ways())].rejected
+        # The one that multiplies what nobody wrote by 0.
+        assert not rejected or (list(rejected) == [CUDNN] and k != 24 and not residual), rejected
+        for way in set(call.ways()) - set(rejected):
             seen.add(way if isinstance(way, str) else "triton")
             for found, want in zip(call.run(way), call.expected(slice(None)), strict=True):
                 assert error(found, want) <= kernels.tolerance(torch.bfloat16), way
-        call.way()
     assert seen == {PLAIN, CUDNN, "triton"}
 
 

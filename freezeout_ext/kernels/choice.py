@@ -44,8 +44,16 @@ def choices() -> dict[Hashable, Choice]:
 
 
 def chosen(key: Hashable) -> Hashable | None:
-    """What an earlier `choose` with this key returned, or None."""
-    return _choices[key].chosen if key in _choices else None
+    """What an earlier `choose` with this key returned, or None. Ask before operands for a measurement are made.
+
+    Raises:
+        RuntimeError: there was none, and the current stream is being captured.
+    """
+    if key in _choices:
+        return _choices[key].chosen
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{key} must be run once before a CUDA graph is captured: its candidates are unmeasured")
+    return None
 
 
 def tolerance(dtype: torch.dtype, tf32: bool = False) -> float:
@@ -76,10 +84,8 @@ def choose(
     Raises:
         RuntimeError: none agrees, or the current stream is being captured and the key is new.
     """
-    if key in _choices:
-        return _choices[key].chosen
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{key} must be run once before a CUDA graph is captured: its candidates are unmeasured")
+    if (known := chosen(key)) is not None:
+        return known
     wanted = expected()
     choice = Choice()
     agreed: dict[T, Run] = {}

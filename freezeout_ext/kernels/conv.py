@@ -28,13 +28,18 @@ Second = tuple[Tensor, Tensor, Tensor]  # scale, shift, the image to write
 
 
 class Config(NamedTuple):
-    """The block shapes of one launch: pixels, output channels, input channels a step."""
+    """The block shapes of one launch: pixels, output channels, input channels a step.
+
+    `max_vector` is the most elements of x and the weight in one access: one of 16 bytes bypasses the L1, which holds
+    what a 3x3 convolution reads again at its next tap; a narrower one goes through it.
+    """
 
     block_p: int
     block_k: int
     block_c: int
     num_stages: int = 3
     num_warps: int = 4
+    max_vector: int = 16
 
 
 @triton.jit(
@@ -74,20 +79,21 @@ def _conv_kernel(
     i_image = i_p // (height_out * width_out)
     i_h = i_p // width_out % height_out * STRIDE - KERNEL // 2
     i_w = i_p % width_out * STRIDE - KERNEL // 2
+    i_h = tl.where(i_p < n_pixels, i_h, height)  # outside, at every tap
+    i_first_tap = (i_image * height + i_h) * width + i_w
 
     b_acc = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-    n_blocks_c = tl.cdiv(n_in, BLOCK_C)
-    # One loop over taps and channel blocks, so that loads are pipelined across taps.
-    for i_step in range(KERNEL * KERNEL * n_blocks_c):
-        i_tap = i_step // n_blocks_c
-        i_c = i_step % n_blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    # One loop, so that loads are pipelined across taps and channel blocks: all taps of a channel block in a row, while
+    # the caches hold it. Its divisors are constants: no division is left in a step.
+    for i_step in range(KERNEL * KERNEL * tl.cdiv(n_in, BLOCK_C)):
+        i_tap = i_step % (KERNEL * KERNEL)
+        i_c = i_step // (KERNEL * KERNEL) * BLOCK_C + tl.arange(0, BLOCK_C)
         in_c = i_c < n_in
         i_y = i_h + i_tap // KERNEL
         i_x = i_w + i_tap % KERNEL
-        inside = (i_p < n_pixels) & (i_y >= 0) & (i_y < height) & (i_x >= 0) & (i_x < width)
-        at_x = multiple(skip_x, VEC_IN) + ((i_image * height + i_y) * width + i_x).to(tl.int64) * multiple(
-            stride_x, VEC_IN
-        )
+        inside = (i_y >= 0) & (i_y < height) & (i_x >= 0) & (i_x < width)
+        i_pixel = (i_first_tap + (i_tap // KERNEL * width + i_tap % KERNEL)).to(tl.int64)
+        at_x = multiple(skip_x, VEC_IN) + i_pixel * multiple(stride_x, VEC_IN)
         b_x = tl.load(p_x + at_x[:, None] + i_c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
         if p_in_scale is not None:
             b_scale = tl.load(p_in_scale + i_c, mask=in_c, other=0.0)
@@ -227,8 +233,8 @@ def _conv_reference(
     return out.copy_(y)
 
 
-def configs(n_in: int, n_out: int, dtype: torch.dtype, tf32: bool) -> list[Config]:
-    """The candidates for a conv of n_in to n_out channels."""
+def configs(n_in: int, n_out: int, size: int, dtype: torch.dtype, tf32: bool) -> list[Config]:
+    """The candidates for a `size` x `size` conv of n_in to n_out channels: few, since each is compiled and timed."""
     block_k = min(64, max(16, triton.next_power_of_2(n_out)))
     block_c = min(32, max(16, triton.next_power_of_2(n_in)))
     if dtype == torch.float32 and not tf32:
@@ -236,12 +242,20 @@ def configs(n_in: int, n_out: int, dtype: torch.dtype, tf32: bool) -> list[Confi
     if dtype == torch.float32:
         return [Config(128, block_k, block_c, 3), Config(64, block_k, 16)]
     found = [Config(128, block_k, block_c, 4), Config(64, block_k, block_c, 4)]
-    if n_in > 32:
-        found.append(Config(128, block_k, 64, 3))
-    if n_in % 32 and n_in > 16:
-        found.append(Config(128, block_k, 16, 4))
     if n_out > 64:
         found.append(Config(64, 128, 32, 4))
+    if size == 1:
+        # Bound by memory: half of a last block may be spared; twice the channels a step would only cost registers.
+        if 0 < n_in % 32 <= 16 < n_in:
+            found.append(Config(128, block_k, 16, 4))
+        return found
+    if n_in > 32 and block_k > 16:  # few output channels leave the tensor cores idle anyway
+        found.append(Config(128, block_k, 64, 3))
+    if n_in % 8 == 0:  # else an access is narrow by itself
+        # Three stages: up to 48 KiB of shared memory a block leave the L1 its share.
+        found.append(Config(128, block_k, block_c, 3, max_vector=4))
+        if block_k == 16:  # small accumulators: more rows of an image in one block, which share their taps
+            found.append(Config(256, block_k, 16, 4, max_vector=4))
     return found
 
 
@@ -264,7 +278,7 @@ def verified_config(
     Runs on random operands of its own, laid out as the arguments, and compares the first and the last images.
     """
     n, c, k = x.shape[0], x.shape[1], weight.shape[0]
-    found = tuple(candidates or configs(c, k, x.dtype, tf32))
+    found = tuple(candidates or configs(c, k, weight.shape[2], x.dtype, tf32))
     given = (prologue is not None, bias is not None, residual is not None, relu, second is not None)
     widths = (Rows.of("x", x).stride == c, vector_width(c, Rows.of("x", x)), vector_width(k, Rows.of("out", out)))
     key = ("conv", tuple(x.shape), tuple(weight.shape), stride, x.dtype, tf32, str(x.device), widths, given, found)
@@ -357,7 +371,7 @@ def _conv(
         *r_x[1:], *(r_residual or none)[1:], *r_y[1:], *(r_second or none)[1:],
         KERNEL=kernel, STRIDE=stride, RELU=relu, PRECISION="tf32" if tf32 else "ieee",
         UPCAST=triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
-        VEC_IN=vector_width(c, r_x), VEC_OUT=vector_width(k, r_y, r_residual, r_second),
+        VEC_IN=min(config.max_vector, vector_width(c, r_x)), VEC_OUT=vector_width(k, r_y, r_residual, r_second),
         BLOCK_P=config.block_p, BLOCK_K=config.block_k, BLOCK_C=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

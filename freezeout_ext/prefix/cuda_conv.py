@@ -105,7 +105,7 @@ class ConvCall:
             found.append(CUDNN)
         if is_triton_conv(self.module) and self._adds_evenly():
             k, c = self.constants.weight.shape[:2]
-            found += self.ops.configs(c, k, self.x.dtype, self.tf32)
+            found += self.ops.configs(c, k, self.module.kernel_size[0], self.x.dtype, self.tf32)
         return found
 
     def expected(self, images: slice) -> list[Tensor]:
@@ -148,13 +148,17 @@ class ConvCall:
         return self._with_second(out)
 
     def _cudnn(self) -> tuple[Tensor, ...]:
-        conv, bias = self.module, self.constants.bias_like
-        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        if self.residual is None:
-            y = torch.cudnn_convolution_relu(self._operand(), self.constants.weight, bias, *geometry)
+        conv, operand = self.module, self._operand()
+        geometry = (self.constants.bias_like, conv.stride, conv.padding, conv.dilation, conv.groups)
+        if self.residual is not None:
+            y = torch.cudnn_convolution_add_relu(operand, self.constants.weight, self.residual, 1.0, *geometry)
+        elif operand.shape == self.shape:
+            # 0 times any image of the result's shape: written ones only, unlike below, and no image of zeros to hold.
+            y = torch.cudnn_convolution_add_relu(operand, self.constants.weight, operand, 0.0, *geometry)
         else:
-            residual = self.residual.contiguous(memory_format=torch.channels_last)
-            y = torch.cudnn_convolution_add_relu(self._operand(), self.constants.weight, residual, 1.0, bias, *geometry)
+            # It adds 0 times its own unwritten result (ATen/native/cudnn/ConvShared.cpp), NaN where cuDNN reads that:
+            # `choose` then rejects it. An image of zeros would have to be held for one pass less than plain.
+            y = torch.cudnn_convolution_relu(operand, self.constants.weight, *geometry)
         return self._with_second(y if self.out is None else self.out.copy_(y))
 
     def _triton(self, config: Any) -> tuple[Tensor, ...]:
