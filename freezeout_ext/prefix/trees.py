@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """tree with function(tensor) in each tensor's place, the rest as it is: pytree would make a tuple of a torch.Size."""
+    """tree with function(tensor) for each tensor, the rest as it is: pytree would make a tuple of a torch.Size."""
 
     def apply(leaf: Any) -> Any:
         return function(leaf) if isinstance(leaf, Tensor) else leaf
