@@ -322,13 +322,13 @@ def test_steps_are_one_call_once_nothing_changes(kind, monkeypatch):
             counter = torch.full((), 3, dtype=torch.int64, device=device)
             optimizer.set_device_schedule(counter, [(0.5, float("inf"), 7.0)] * 3)
 
-    def step(change=lambda p: None, scalars_on="cuda"):
+    def step(change=lambda p: None, scalars_on="cuda", scale_dtype=torch.float32):
         for params, optimizer in zip((ours, host), optimizers, strict=True):
             set_gradients(params, gradients)
             change(params[2])
             if kind == "scaled":
                 device = scalars_on if optimizer is optimizers[0] else "cpu"
-                optimizer.grad_scale = torch.tensor(4.0, device=device)
+                optimizer.grad_scale = torch.tensor(4.0, dtype=scale_dtype, device=device)
                 optimizer.found_inf = torch.tensor(0.0, device=device)
         in_one = one_call_or_not(monkeypatch, optimizers[0].step)
         optimizers[1].step()
@@ -351,7 +351,7 @@ def test_steps_are_one_call_once_nothing_changes(kind, monkeypatch):
     if kind != "scheduled":  # which refuses gradients that go through torch
         assert not step(turn) and not step(turn) and not step() and step()
     if kind == "scaled":
-        assert not step(scalars_on="cpu") and step()
+        assert not step(scalars_on="cpu") and not step(scale_dtype=torch.float64) and step()
 
 
 @ONE_CALL
