@@ -247,6 +247,39 @@ def test_a_swapped_storage_and_a_frozen_group(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("swap", ["data", "set_", "layout", "swap_tensors"])
+def test_a_momentum_buffer_swapped_in_place_is_noticed(swap, device):
+    """The same object elsewhere in memory: the old memory is not written, the new one is."""
+    start, gradient = torch.randn(40, 3), torch.randn(40, 3)
+    runs = []
+    for make in (FusedSGD, lambda *args, **options: torch.optim.SGD(*args, **options, foreach=False)):
+        (p,) = parameters([start], device)
+        optimizer = make([p], lr=0.1, momentum=0.9)
+        for step in range(6):
+            set_gradients([p], [gradient])
+            if step in (3, 5):
+                buffer = optimizer.state[p]["momentum_buffer"]
+                old = buffer.detach()
+                before = old.clone()
+                other = buffer.clone() * 2
+                if swap == "data":
+                    buffer.data = other
+                elif swap == "set_":
+                    buffer.set_(other)
+                elif swap == "layout":
+                    buffer.data = other.t().contiguous().t()
+                else:
+                    del old
+                    torch.utils.swap_tensors(buffer, other)
+                    old = other
+            optimizer.step()
+            if step in (3, 5):
+                assert optimizer.state[p]["momentum_buffer"] is buffer and torch.equal(old, before)
+        runs.append(optimizer)
+    assert_as_torch(*runs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_copies_and_states_go_on(device):
     ours = parameters([torch.randn(100), torch.randn(CHUNK)], device)
     a = FusedSGD(groups(ours), momentum=0.9)

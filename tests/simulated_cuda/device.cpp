@@ -326,6 +326,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     const auto elements = static_cast<std::int64_t>(source.nbytes() / self.itemsize());
     return set_storage(self, std::move(source), 0, {elements}, {1});
   });
+  m.impl("set_.source_Tensor", [](at::Tensor& self, const at::Tensor& source) -> at::Tensor& {
+    return set_storage(self, source.storage(), source.storage_offset(), source.sizes(), source.strides());
+  });
   m.impl("cudnn_convolution_relu", conv_relu);
   m.impl("cudnn_convolution_add_relu", conv_add_relu);
   // Chosen by the device elsewhere, among kernels that are not there.
