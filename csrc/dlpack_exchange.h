@@ -10,7 +10,7 @@ constexpr const char* kCapsuleName = "dlpack_exchange_api";
 constexpr std::uint32_t kMajorVersion = 1;
 
 enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2 };
-enum TypeCode : std::uint8_t { kFloatCode = 2, kBFloatCode = 4 };
+enum TypeCode : std::uint8_t { kIntCode = 0, kFloatCode = 2, kBFloatCode = 4 };
 
 struct Device {
   std::int32_t type;
@@ -41,6 +41,7 @@ struct ExchangeApi {
   void* managed_from_object;
   void* managed_to_object;
   int (*tensor_from_object)(void* object, Tensor* out);  // may be null; 0 on success, else a Python error is set
+  // 0 on success. torch: at::cuda::getCurrentCUDAStream(device_index).stream(), null for the default stream.
   int (*current_stream)(std::int32_t device_type, std::int32_t device_index, void** stream);
 };
 

@@ -321,13 +321,49 @@ const char* Plan::gather(py::list groups, py::dict state) {
 }
 
 py::object Plan::step_cpu(py::list groups, py::dict state, int num_threads) {
-  py::object result = py::none();
-  if (!gather(std::move(groups), std::move(state)) && leftover_.empty()) {
-    for (const auto& update : updates_) update->run_cpu(num_threads, -1.0, 1.0f);
-    result = updated();
+  const Release release(*this);
+  if (gather(std::move(groups), std::move(state)) || !leftover_.empty()) return py::none();
+  for (const auto& update : updates_) update->run_cpu(num_threads, -1.0, 1.0f);
+  return updated();
+}
+
+bool Plan::read_scalar(py::handle object, dlpack::TypeCode code, int bits, const Update& update,
+                       std::uintptr_t& address) {
+  address = 0;
+  if (object.is_none()) return true;
+  if (!reader_->read(object.ptr(), scratch_) || scratch_.size() != 1) return false;
+  const dlpack::Tensor& view = scratch_.view;
+  address = reinterpret_cast<std::uintptr_t>(scratch_.data());
+  return view.dtype.code == code && view.dtype.bits == bits && view.dtype.lanes == 1 &&
+         view.device.type == update.device_type && view.device.index == update.device_index;
+}
+
+py::object Plan::step_cuda(py::list groups, py::dict state, const py::list& tables, py::handle step,
+                           py::handle grad_scale, py::handle found_inf) {
+  struct Launch {
+    std::uintptr_t table, stream, step, grad_scale, found_inf;
+  };
+  std::vector<Launch> launches(updates_.size());
+  for (std::size_t i = 0; i < updates_.size(); ++i) {
+    const Update& update = *updates_[i];
+    Launch& launch = launches[i];
+    std::uintptr_t current;
+    std::tie(launch.table, launch.stream) = tables[i].cast<std::pair<std::uintptr_t, std::uintptr_t>>();
+    if (!reader_->current_stream(update.device_index, current) || current != launch.stream ||
+        !read_scalar(step, dlpack::kIntCode, 64, update, launch.step) ||
+        !read_scalar(grad_scale, dlpack::kFloatCode, 32, update, launch.grad_scale) ||
+        !read_scalar(found_inf, dlpack::kFloatCode, 32, update, launch.found_inf)) {
+      return py::none();
+    }
   }
-  release();
-  return result;
+  const Release release(*this);
+  if (gather(std::move(groups), std::move(state)) || !leftover_.empty()) return py::none();
+  bool captured = false;
+  for (std::size_t i = 0; i < updates_.size(); ++i) {
+    const Launch& launch = launches[i];
+    captured |= updates_[i]->run_cuda(launch.table, launch.step, launch.grad_scale, launch.found_inf, launch.stream);
+  }
+  return py::make_tuple(updated(), captured);
 }
 
 py::list Plan::updated() const {
@@ -351,6 +387,8 @@ void bind_plan(py::module_& module) {
            py::arg("schedule"))
       .def("gather", &Plan::gather, py::arg("groups"), py::arg("state"))
       .def("step_cpu", &Plan::step_cpu, py::arg("groups"), py::arg("state"), py::arg("num_threads"))
+      .def("step_cuda", &Plan::step_cuda, py::arg("groups"), py::arg("state"), py::arg("tables"), py::arg("step"),
+           py::arg("grad_scale"), py::arg("found_inf"))
       .def_property_readonly("updates", &Plan::updates)
       .def("updated", &Plan::updated)
       .def_property_readonly("leftover", &Plan::leftover)

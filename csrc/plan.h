@@ -28,6 +28,13 @@ class Plan {
   // changed or is left over: then nothing was written.
   pybind11::object step_cpu(pybind11::list groups, pybind11::dict state, int num_threads);
 
+  // The same where they are CUDA's alone. tables: for each update its table's address, and the stream that torch's
+  // allocator knows to use it. step, grad_scale, found_inf: tensors of one element, or None. Returns (updated(),
+  // whether a graph captures it); None also where another stream is torch's current one, or a scalar is on another
+  // device.
+  pybind11::object step_cuda(pybind11::list groups, pybind11::dict state, const pybind11::list& tables,
+                             pybind11::handle step, pybind11::handle grad_scale, pybind11::handle found_inf);
+
   const std::vector<std::shared_ptr<Update>>& updates() const { return updates_; }
   // Parameters that the gathered step updates.
   pybind11::list updated() const;
@@ -69,6 +76,12 @@ class Plan {
     bool frozen;
     bool momentum;
   };
+  // release() at the end of a scope, however that is left.
+  struct Release {
+    explicit Release(Plan& plan) : plan(plan) {}
+    ~Release() { plan.release(); }
+    Plan& plan;
+  };
   struct StateEntry {
     PyObject* param;
     PyObject* values;
@@ -84,6 +97,9 @@ class Plan {
   const char* read_group(const Group& group, PyObject* dict, GroupRates* rates) const;  // null: rates are not read
   const char* gather_group(Group& group, PyObject* dict, int index);
   const char* gather_tensor(Tensor& tensor, int group);
+  // The address of a tensor of one element, 0 for None; false if it has another dtype or device than asked for.
+  bool read_scalar(pybind11::handle object, dlpack::TypeCode code, int bits, const Update& update,
+                   std::uintptr_t& address);
 
   std::shared_ptr<TensorReader> reader_;
   std::vector<Group> groups_;

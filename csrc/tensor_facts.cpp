@@ -21,7 +21,10 @@ TensorReader::TensorReader(py::object tensor_type, py::object parameter_type, py
   const auto* api =
       static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_capsule_.ptr(), dlpack::kCapsuleName));
   while (api && api->major > dlpack::kMajorVersion) api = api->older;
-  if (api && api->major == dlpack::kMajorVersion) tensor_from_object_ = api->tensor_from_object;
+  if (api && api->major == dlpack::kMajorVersion) {
+    tensor_from_object_ = api->tensor_from_object;
+    current_stream_ = api->current_stream;
+  }
 }
 
 bool TensorReader::is_neg(PyObject* object) const { return py::handle(object).attr("is_neg")().cast<bool>(); }

@@ -33,6 +33,17 @@ class TensorReader {
 
   bool exchanges() const { return tensor_from_object_ != nullptr; }
 
+  // torch's current stream of a CUDA device. False, without a Python error, where torch does not tell.
+  bool current_stream(int device_index, std::uintptr_t& stream) const {
+    void* handle = nullptr;
+    if (!current_stream_ || current_stream_(dlpack::kCuda, device_index, &handle) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    stream = reinterpret_cast<std::uintptr_t>(handle);
+    return true;
+  }
+
   // Exactly torch.Tensor or torch.nn.Parameter: a DTensor or FakeTensor must not reach the exchange (it crashes).
   bool is_plain(PyObject* object) const {
     return Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr()) ||
@@ -72,6 +83,7 @@ class TensorReader {
   pybind11::object grad_descriptor_;
   const PyGetSetDef* get_grad_ = nullptr;
   int (*tensor_from_object_)(void*, dlpack::Tensor*) = nullptr;
+  int (*current_stream_)(std::int32_t, std::int32_t, void**) = nullptr;
 };
 
 }  // namespace freezeout

@@ -11,6 +11,9 @@ namespace freezeout {
 
 namespace {
 
+// Tests simulate a device: what they run in place of fused_sgd_cuda. Else null.
+PyObject* simulated_cuda = nullptr;
+
 template <class T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -68,6 +71,10 @@ void Update::run_cpu(int num_threads, double step, float inverse_scale) const {
 bool Update::run_cuda([[maybe_unused]] std::uintptr_t table, [[maybe_unused]] std::uintptr_t step,
                       [[maybe_unused]] std::uintptr_t grad_scale, [[maybe_unused]] std::uintptr_t found_inf,
                       [[maybe_unused]] std::uintptr_t stream) const {
+  if (simulated_cuda) {
+    // A copy of the update: the arguments of a launch are copied when it is made.
+    return py::handle(simulated_cuda)(Update(*this), table, step, grad_scale, found_inf, stream).cast<bool>();
+  }
 #ifdef FREEZEOUT_WITH_CUDA
   return fused_sgd_cuda(dtype, work, groups, inputs_of(pointer<const TensorEntry>(table), step, grad_scale, found_inf),
                         device_index, stream);
@@ -95,8 +102,8 @@ void bind_update(py::module_& module) {
       .def("run_cuda", &Update::run_cuda, py::arg("table"), py::arg("step"), py::arg("grad_scale"),
            py::arg("found_inf"), py::arg("stream"))
       .def("run_emulated", &Update::run_emulated, py::arg("table"), py::arg("step"), py::arg("grad_scale"),
-           py::arg("found_inf"))
-      .def("__copy__", [](const Update& update) { return std::make_shared<Update>(update); });
+           py::arg("found_inf"));
+  module.def("simulate_cuda", [](py::function run) { simulated_cuda = run.release().ptr(); }, py::arg("run"));
   module.def("cpu_isas", &cpu_isas);
   module.def("cpu_isa", &cpu_isa);
   module.def("use_cpu_isa", &use_cpu_isa, py::arg("name"));

@@ -7,9 +7,11 @@ of its larger addend, here of values of the order of 1.
 
 import copy
 import itertools
+import os
 import re
 import shutil
 import subprocess
+import weakref
 from pathlib import Path
 
 import pytest
@@ -245,6 +247,39 @@ def test_a_swapped_storage_and_a_frozen_group(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("swap", ["data", "set_", "layout", "swap_tensors"])
+def test_a_momentum_buffer_swapped_in_place_is_noticed(swap, device):
+    """The same object elsewhere in memory: the old memory is not written, the new one is."""
+    start, gradient = torch.randn(40, 3), torch.randn(40, 3)
+    runs = []
+    for make in (FusedSGD, lambda *args, **options: torch.optim.SGD(*args, **options, foreach=False)):
+        (p,) = parameters([start], device)
+        optimizer = make([p], lr=0.1, momentum=0.9)
+        for step in range(6):
+            set_gradients([p], [gradient])
+            if step in (3, 5):
+                buffer = optimizer.state[p]["momentum_buffer"]
+                old = buffer.detach()
+                before = old.clone()
+                other = buffer.clone() * 2
+                if swap == "data":
+                    buffer.data = other
+                elif swap == "set_":
+                    buffer.set_(other)
+                elif swap == "layout":
+                    buffer.data = other.t().contiguous().t()
+                else:
+                    del old
+                    torch.utils.swap_tensors(buffer, other)
+                    old = other
+            optimizer.step()
+            if step in (3, 5):
+                assert optimizer.state[p]["momentum_buffer"] is buffer and torch.equal(old, before)
+        runs.append(optimizer)
+    assert_as_torch(*runs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_copies_and_states_go_on(device):
     ours = parameters([torch.randn(100), torch.randn(CHUNK)], device)
     a = FusedSGD(groups(ours), momentum=0.9)
@@ -288,6 +323,144 @@ def test_the_current_stream_is_used():
         expected -= k + 1
     torch.cuda.synchronize()
     assert (p == expected).all()
+
+
+def one_call_or_not(monkeypatch, run):
+    """Whether run() steps in one call: any other step gathers for itself."""
+    gathered = []
+    gather = native.C.Plan.gather
+    with monkeypatch.context() as patch:
+        patch.setattr(native.C.Plan, "gather", lambda *args: gathered.append(1) or gather(*args))
+        run()
+    return not gathered
+
+
+ONE_CALL = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="torch before 2.11 has no exchange table"
+)
+
+
+@ONE_CALL
+@pytest.mark.native_cuda
+@pytest.mark.parametrize("kind", ["plain", "scaled", "scheduled"])
+def test_steps_are_one_call_once_nothing_changes(kind, monkeypatch):
+    """Two dtypes; where a gradient comes late, is laid out otherwise or a scalar lies elsewhere it is more than one."""
+    start = [torch.randn(n).to(dtype) for n, dtype in ((5, torch.float32), (CHUNK + 1, torch.float64))]
+    start.append(torch.randn(4, 3))
+    gradients = [torch.randn_like(t) for t in start]
+    ours, host = (parameters(start, d) for d in ("cuda", "cpu"))
+    optimizers = [FusedSGD(groups(p), momentum=0.9, weight_decay=0.1) for p in (ours, host)]
+    if kind == "scheduled":
+        for optimizer, device in zip(optimizers, ("cuda", "cpu"), strict=True):
+            counter = torch.full((), 3, dtype=torch.int64, device=device)
+            optimizer.set_device_schedule(counter, [(0.5, float("inf"), 7.0)] * 3)
+
+    def step(change=lambda p: None, scalars_on="cuda", scale_dtype=torch.float32):
+        for params, optimizer in zip((ours, host), optimizers, strict=True):
+            set_gradients(params, gradients)
+            change(params[2])
+            if kind == "scaled":
+                device = scalars_on if optimizer is optimizers[0] else "cpu"
+                optimizer.grad_scale = torch.tensor(4.0, dtype=scale_dtype, device=device)
+                optimizer.found_inf = torch.tensor(0.0, device=device)
+        in_one = one_call_or_not(monkeypatch, optimizers[0].step)
+        optimizers[1].step()
+        assert all(torch.equal(p.cpu(), q) for p, q in zip(ours[:2], host[:2], strict=True))
+        torch.testing.assert_close(ours[2].cpu(), host[2])  # torch's kernels may contract
+        return in_one
+
+    def lose(p):
+        p.grad = None
+
+    def turn(p):
+        p.grad = p.grad.t().contiguous().t()
+
+    assert not step(lose)
+    step(lose)
+    assert step(lose)
+    assert not step()  # a first gradient
+    step()
+    assert step() and step(lose) and step()
+    if kind != "scheduled":  # which refuses gradients that go through torch
+        assert not step(turn) and not step(turn) and not step() and step()
+    if kind == "scaled":
+        assert not step(scalars_on="cpu") and not step(scale_dtype=torch.float64) and step()
+
+
+@ONE_CALL
+@pytest.mark.native_cuda
+def test_another_stream_is_made_known_to_the_allocator_once(monkeypatch):
+    """A table freed while a stream still reads it must not be given away: one call a step on known streams only."""
+    p = nn.Parameter(torch.zeros(CHUNK, device="cuda"))
+    p.grad = torch.ones_like(p)
+    optimizer = FusedSGD([p], lr=1.0)
+    recorded = []
+    record = torch.Tensor.record_stream
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, s: recorded.append(s.cuda_stream) or record(t, s))
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    expected = []
+    for stream in (first, second, first):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            assert not one_call_or_not(monkeypatch, optimizer.step)
+            assert one_call_or_not(monkeypatch, optimizer.step)
+        torch.cuda.current_stream().wait_stream(stream)
+        expected.append(stream.cuda_stream)
+    assert recorded == expected
+    assert (p == -6).all()
+
+
+@ONE_CALL
+@pytest.mark.native_cuda
+def test_a_table_lives_as_long_as_a_graph_may_read_it(monkeypatch):
+    p = nn.Parameter(torch.zeros(CHUNK + 1, device="cuda"))
+    p.grad = torch.ones_like(p)
+    optimizer = FusedSGD([p], lr=0.5)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+
+    def capture(graph):
+        with torch.cuda.graph(graph, stream=stream):
+            optimizer.step()
+
+    assert all(one_call_or_not(monkeypatch, lambda graph=graph: capture(graph)) for graph in graphs)
+    ((_, _, table),) = optimizer._prepared.updates
+    assert list(optimizer._captured) == [table]  # once, however often it is captured
+    table = weakref.ref(table)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1, device="cuda"))]})
+    optimizer.step()
+    assert table() is not None and table() is not optimizer._prepared.updates[0][2]
+    for graph in graphs:
+        graph.replay()
+    assert (p == -2).all()
+
+
+@pytest.mark.native_cuda
+@pytest.mark.skipif(
+    os.environ.get("FREEZEOUT_TESTS_CUDA") != "simulated", reason="a real launch does not fail to order"
+)
+def test_a_launch_that_fails_counts_no_change_and_holds_no_gradient(monkeypatch):
+    p = nn.Parameter(torch.zeros(5, device="cuda"))
+    optimizer = FusedSGD([p], lr=0.5)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    version, gradient = p._version, weakref.ref(p.grad)
+
+    def fail(*_):
+        raise RuntimeError("no launch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native.C.Update, "run_emulated", fail)
+        with pytest.raises(RuntimeError, match="no launch"):
+            optimizer.step()
+    p.grad = None
+    assert p._version == version and gradient() is None
+    p.grad = torch.ones_like(p)
+    assert one_call_or_not(monkeypatch, optimizer.step)
+    assert (p == -1).all()
 
 
 @pytest.mark.native_cuda
@@ -362,7 +535,6 @@ def test_one_kernel_a_step():
 
 
 @pytest.mark.native_cuda
-@pytest.mark.hardware
 def test_launch_errors_become_exceptions():
     p = nn.Parameter(torch.randn(5, device="cuda"))
     optimizer = FusedSGD([p], lr=0.1)

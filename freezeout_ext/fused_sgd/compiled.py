@@ -97,7 +97,8 @@ def run(
             inverse_scale=1.0 if grad_scale is None else float(inverse_of(grad_scale)),
         )
         return False
-    scalars = [None if t is None else t.to(device, non_blocking=True) for t in (step, grad_scale, found_inf)]
+    dtypes = ((step, torch.int64), (grad_scale, torch.float32), (found_inf, torch.float32))
+    scalars = [None if t is None else t.to(device, dtype, non_blocking=True) for t, dtype in dtypes]
     addresses = [0 if t is None else t.data_ptr() for t in scalars]
     stream = torch.cuda.current_stream(device)
     if table.is_cuda:

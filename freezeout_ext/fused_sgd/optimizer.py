@@ -36,6 +36,8 @@ class FusedSGD(torch.optim.SGD):
     _step_supports_amp_scaling = True
     _prepared: "_Prepared | None" = None
     _device_schedule: "tuple[Tensor, list[tuple[float, float, float]]] | None" = None
+    # Tables: a graph reads them for as long as it may be replayed.
+    _captured: frozenset[Tensor] = frozenset()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; returns the closure's loss, or None."""
@@ -70,13 +72,10 @@ class FusedSGD(torch.optim.SGD):
                 self._step_by_torch([(group, group["params"]) for group in self.param_groups], grad_scale)
             return loss
 
-        prepared = self._prepared
-        if prepared is not None and prepared.is_plain and grad_scale is None and found_inf is None:
-            # All of the below in one call: of a small net's step the glue is a tenth.
-            updated = prepared.plan.step_cpu(self.param_groups, self.state, torch.get_num_threads())
-            if updated is not None:
-                torch.autograd.graph.increment_version(updated)
-                return loss
+        updated = self._step_in_one_call(grad_scale, found_inf)
+        if updated is not None:
+            torch.autograd.graph.increment_version(updated)
+            return loss
         prepared = self._gather()
         plan = prepared.plan
         try:
@@ -138,6 +137,24 @@ class FusedSGD(torch.optim.SGD):
             state["_device_schedule"] = self._device_schedule
         return state
 
+    def _step_in_one_call(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor] | None:
+        """A step before which nothing changed: its parameters, updated. None, with nothing done, if it needs more."""
+        prepared = self._prepared
+        if prepared is None:
+            return None
+        if prepared.is_plain and grad_scale is None and found_inf is None:
+            return prepared.plan.step_cpu(self.param_groups, self.state, torch.get_num_threads())
+        if not prepared.tables:
+            return None
+        step = None if self._device_schedule is None else self._device_schedule[0]
+        done = prepared.plan.step_cuda(self.param_groups, self.state, prepared.tables, step, grad_scale, found_inf)
+        if done is None:
+            return None
+        updated, captured = done
+        if captured:
+            self._captured = self._captured.union(table for _, _, table in prepared.updates)
+        return updated
+
     def _gather(self) -> "_Prepared":
         """What this step needs, its gradients read; prepared anew if anything has changed."""
         if self._prepared is not None:
@@ -186,8 +203,12 @@ class FusedSGD(torch.optim.SGD):
         for update, device, table in prepared.updates:
             captured = compiled.run(update, device, table=table, step=step, grad_scale=grad_scale, found_inf=found_inf)
             if captured:
-                # The graph reads the table for as long as it is replayed.
-                self._captured = [*getattr(self, "_captured", []), table]
+                self._captured = self._captured | {table}
+        more = prepared.by_torch or prepared.fresh or prepared.has_cpu or prepared.plan.leftover
+        prepared.tables = []
+        if not more and compiled.tensor_reader().exchanges:
+            for _, device, table in prepared.updates:
+                prepared.tables.append((table.data_ptr(), torch.cuda.current_stream(device).cuda_stream))
 
     def _step_by_torch(self, groups: list[tuple[dict[str, Any], list[Tensor]]], grad_scale: Tensor | None) -> None:
         """torch.optim.SGD's for-loop over some parameters of some groups, gradients unscaled first."""
@@ -269,6 +290,8 @@ class _Prepared:
     updates: list[tuple[Any, torch.device, Tensor | None]] = field(default_factory=list)
     has_cpu: bool = False
     is_plain: bool = False  # compiled, on the CPU, past the first step, at the groups' own rates
+    # Each table's address and the stream that last used it; empty unless all is compiled, on CUDA, past the first step.
+    tables: list[tuple[int, int]] = field(default_factory=list)
 
 
 def _share_memory(params: list[Tensor]) -> set[int]:

@@ -83,17 +83,22 @@ class Stream(torch.Stream):
 class _Current:
     """torch.cuda.stream(stream)."""
 
-    default = stream = None  # set by install
+    default = stream = device = None  # set by install
 
     def __init__(self, stream: Stream | None) -> None:
         self._stream = stream
 
     def __enter__(self) -> None:
         self._before = _Current.stream
-        _Current.stream = self._stream or self._before
+        _Current.set(self._stream or self._before)
 
     def __exit__(self, *_: object) -> None:
-        _Current.stream = self._before
+        _Current.set(self._before)
+
+    @staticmethod
+    def set(stream: Stream) -> None:
+        _Current.stream = stream
+        _Current.device.set_current_stream(stream.cuda_stream)
 
 
 class Event:
@@ -124,7 +129,8 @@ def _replace_torch_cuda(device: Any) -> None:
     properties = SimpleNamespace(
         name=NAME, major=9, minor=0, total_memory=1 << 34, multi_processor_count=132, L2_cache_size=50 << 20, uuid="0"
     )
-    _Current.default = _Current.stream = Stream()
+    _Current.default, _Current.device = Stream(), device
+    _Current.set(_Current.default)
     replaced = {
         "is_available": lambda: True,
         "_lazy_init": lambda: None,
@@ -145,7 +151,7 @@ def _replace_torch_cuda(device: Any) -> None:
         "Stream": Stream,
         "Event": Event,
         "stream": _Current,
-        "set_stream": lambda stream: setattr(_Current, "stream", stream),
+        "set_stream": _Current.set,
         "current_stream": lambda _=None: _Current.stream,
         "default_stream": lambda _=None: _Current.default,
         "CUDAGraph": graphs.CUDAGraph,
@@ -170,6 +176,8 @@ def _replace_torch_cuda(device: Any) -> None:
         for module in (torch.cuda.graphs, torch.cuda.memory, torch.cuda.random, torch.cuda.streams):
             if hasattr(module, name):
                 setattr(module, name, value)
+    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        torch.Tensor.__dlpack_c_exchange_api__ = device.exchange_with_streams(torch.Tensor.__dlpack_c_exchange_api__)
     clone, to = torch.UntypedStorage.clone, torch.storage._to
 
     def on_device(storage: torch.UntypedStorage) -> torch.UntypedStorage:

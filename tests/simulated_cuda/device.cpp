@@ -25,6 +25,8 @@
 #include <utility>
 #include <vector>
 
+#include "../../csrc/dlpack_exchange.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -36,6 +38,7 @@ std::atomic<std::int64_t> most_allocated{0};
 std::atomic<bool> capturing{false};
 std::atomic<bool> capture_failed{false};
 std::atomic<int> sync_debug_mode{0};  // 1 warns, 2 raises
+std::atomic<std::uintptr_t> current_stream{0};
 
 // Memory
 
@@ -325,6 +328,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     const auto elements = static_cast<std::int64_t>(source.nbytes() / self.itemsize());
     return set_storage(self, std::move(source), 0, {elements}, {1});
   });
+  m.impl("set_.source_Tensor", [](at::Tensor& self, const at::Tensor& source) -> at::Tensor& {
+    return set_storage(self, source.storage(), source.storage_offset(), source.sizes(), source.strides());
+  });
   m.impl("cudnn_convolution_relu", conv_relu);
   m.impl("cudnn_convolution_add_relu", conv_add_relu);
   // Chosen by the device elsewhere, among kernels that are not there.
@@ -374,6 +380,18 @@ struct Hooks final : at::CUDAHooksInterface {
   void deviceSynchronize(c10::DeviceIndex) const override { synchronizes("synchronize"); }
 };
 
+// torch's table of DLPack functions, which knows the streams of this device.
+py::capsule exchange_with_streams(const py::capsule& torchs) {
+  using freezeout::dlpack::ExchangeApi;
+  static ExchangeApi table;
+  table = *static_cast<const ExchangeApi*>(torchs.get_pointer());
+  table.current_stream = [](std::int32_t type, std::int32_t, void** stream) {
+    *stream = type == freezeout::dlpack::kCuda ? reinterpret_cast<void*>(current_stream.load()) : nullptr;
+    return 0;
+  };
+  return py::capsule(&table, freezeout::dlpack::kCapsuleName);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -386,6 +404,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("set_sync_debug_mode", [](int mode) { sync_debug_mode = mode; });
   module.def("get_sync_debug_mode", [] { return sync_debug_mode.load(); });
   module.def("synchronizes", &synchronizes);
+  module.def("set_current_stream", [](std::uintptr_t stream) { current_stream = stream; });
+  module.def("exchange_with_streams", &exchange_with_streams);
   module.def("set_capturing", [](bool on) { capturing = on; });
   module.def("is_capturing", [] { return capturing.load(); });
   module.def("fail_capture", [] { capture_failed = true; });

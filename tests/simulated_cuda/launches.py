@@ -1,6 +1,5 @@
 """What the simulated device runs in place of kernels: their host twin (FusedSGD's), their references (Triton's)."""
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +21,7 @@ def replace() -> None:
     affine._affine_relu_avg_pool2x2_kernel = _Kernel(affine._affine_relu_avg_pool2x2_kernel, _affine_relu_avg_pool2x2)
     choice.LAUNCHES = choice.ROUNDS = 1  # nothing is timed here
     if native.C is not None:
-        emulated = native.C.Update.run_emulated
-        native.C.Update.run_cuda = lambda *args, **given: _run_cuda(emulated, *args, **given)
+        native.C.simulate_cuda(_run_cuda)
         native.C.cuda_versions = lambda: (13000, 13000)
 
 
@@ -89,12 +87,14 @@ def _affine_relu_avg_pool2x2(given: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _run_cuda(
-    emulated: Callable[..., int], update: Any, table: int, step: int, grad_scale: int, found_inf: int, stream: int
-) -> bool:
-    # The arguments of a launch are copied when it is made.
-    launch = (copy.copy(update), table, step, grad_scale, found_inf)
-    if record_launch(emulated, launch, {}):
+def _run_cuda(update: Any, table: int, step: int, grad_scale: int, found_inf: int, stream: int) -> bool:
+    if update.device_index != 0:
+        device = f"cuda:{update.device_index}"
+        raise RuntimeError(f"fused_sgd_cuda: cudaSetDevice failed on {device}: cudaErrorInvalidDevice, no such device")
+    current = torch.cuda.current_stream().cuda_stream
+    assert stream == current, f"stream must be torch's current one, {current}, got {stream}"
+    launch = (table, step, grad_scale, found_inf)
+    if record_launch(update.run_emulated, launch, {}):
         return True
-    emulated(*launch)
+    update.run_emulated(*launch)
     return False
