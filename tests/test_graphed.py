@@ -138,7 +138,7 @@ def test_results_outlive_the_next_replay():
     assert loss == functional.cross_entropy(outputs, targets)
 
 
-def test_a_transition_drops_all_graphs_at_once(monkeypatch):
+def test_a_transition_drops_all_graphs_at_once():
     """The next capture is told that it is the first: it must not look for the memory of those before."""
     firsts = []
 

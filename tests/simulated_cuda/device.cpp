@@ -7,7 +7,6 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
-#include <ATen/native/Resize.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/unfold_native.h>
@@ -20,7 +19,6 @@
 #include <atomic>
 #include <cmath>
 #include <string>
-#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -99,7 +97,7 @@ at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::op
       at::detail::empty_strided_generic(size, stride, &device_allocator, kDeviceKeys, c10::dtype_or_default(dtype)));
 }
 
-// The same memory as a tensor of the host; `owner` is what keeps the memory alive.
+// The same memory as a tensor of `device`, which keeps it alive where `owned`.
 at::Tensor alias_of(const at::Tensor& tensor, c10::DispatchKey key, c10::Device device, bool owned = true) {
   const c10::Storage& storage = tensor.storage();
   const bool host = device.is_cpu();
@@ -294,7 +292,7 @@ at::Tensor& set_storage(at::Tensor& self, at::Storage source, std::int64_t offse
   return self;
 }
 
-// cuDNN's fused convolutions: relu(conv(x) + bias), relu(conv(x) + alpha * z + bias). Never between two layouts.
+// cuDNN's fused convolutions: relu(conv(x) + bias), relu(conv(x) + alpha * z + bias).
 at::Tensor conv_add_relu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& z,
                          const std::optional<at::Scalar>& alpha, const std::optional<at::Tensor>& bias,
                          c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
@@ -408,7 +406,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("exchange_with_streams", &exchange_with_streams);
   module.def("set_capturing", [](bool on) { capturing = on; });
   module.def("is_capturing", [] { return capturing.load(); });
-  module.def("fail_capture", [] { capture_failed = true; });
   module.def("take_capture_failure", [] { return capture_failed.exchange(false); });
   // The tensor's memory, which it does not keep alive.
   module.def("unowned", [](const at::Tensor& tensor) {
