@@ -4,9 +4,9 @@
 # What a machine with a GPU is asked, in parts that each end within ten minutes. No network is needed: the machine's own
 # python3 has torch with Triton, nvcc, cmake, ninja, pybind11, setuptools, numpy, pytest, pytest-benchmark, pytest-xdist
 # (without it the tests take longer than their limits) and hypothesis, and scikit-learn, matplotlib, rich and pillow for
-# `train`. Of what is missing there bring wheels, and put them on
-# PYTHONPATH (python3 -m pip install --no-index --no-deps --target FOLDER WHEELS): expecttest is the likeliest; only the
-# tests that torch's own helpers feed need it, and they skip without it.
+# `train`. Of what is missing there bring wheels, and put them on PYTHONPATH (python3 -m pip install --no-index --no-deps
+# --target FOLDER WHEELS): expecttest is the likeliest; only the tests that torch's own helpers feed need it, and they
+# skip without it.
 #
 #   build      installs as a user does, not editable, and copies the compiled module into the tree: the tests below run
 #              with the tree in front, and must not find it uncompiled
@@ -90,7 +90,7 @@ print("FusedSGD ran on", torch.cuda.get_device_name())
 PYTHON
   ) || return 1
   # And the tree, which the tests and benchmarks import, with the same module.
-  "$python" - <<'PYTHON'
+  "$python" - <<'PYTHON' || return 1
 import os
 
 from freezeout_ext import build_info
@@ -99,7 +99,7 @@ module = build_info()["module"]
 assert module and os.path.dirname(module) == os.path.realpath("freezeout_ext"), module
 PYTHON
   # That pytest and pytest-benchmark fit together, before their time is spent.
-  [ $? = 0 ] && run_tests tests-report 60 tests/test_gpu_report.py
+  run_tests tests-report 60 tests/test_gpu_report.py
 }
 
 # pytest over the tree, which holds the compiled module.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import native
+from .capture_stream import own_stream
 from .freezeout import FreezeOut
 from .fused_sgd import FusedSGD
 from .param_groups import set_rate
@@ -228,7 +229,7 @@ class _CudaGraphs:
     accumulation stays on the stream where it first ran."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = own_stream(self, torch.cuda.current_device() if device.index is None else device.index)
         self._pool: tuple[int, int] | None = None
 
     def run(self, body: Body) -> Result:

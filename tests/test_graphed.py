@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from freezeout_ext import FreezeOut, FusedSGD, Schedule, graphed, native
+from freezeout_ext.capture_stream import own_stream
 from freezeout_ext.graphed import MAX_SHAPES, MOST_UNSETTLED_STEPS, WARM_UP_STEPS, GraphedStep
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix, runtime
@@ -541,3 +542,18 @@ def test_an_optimizer_that_asks_the_host_is_refused_with_a_scaler():
         GraphedStep(
             model, functional.cross_entropy, optimizer, scaler=torch.amp.GradScaler("cpu"), backend=HostGraphs()
         )  # fmt: skip
+
+
+@pytest.mark.cuda
+def test_a_stream_belongs_to_one_owner_at_a_time():
+    """Of more owners than torch has streams: those that are gone leave theirs to the next."""
+
+    class Owner:
+        pass
+
+    lasting = Owner()
+    stream = own_stream(lasting, 0)
+    for _ in range(40):
+        one, two = Owner(), Owner()
+        streams = {own_stream(owner, 0).cuda_stream for owner in (one, two)}
+        assert len(streams | {stream.cuda_stream}) == 3

@@ -10,7 +10,7 @@ from .affine import (
     affine_relu_avg_pool2x2_reference,
     affine_relu_reference,
 )
-from .capture import capture, own_stream
+from .capture import capture
 from .choice import choices, choose, chosen, tolerance
 from .conv import Config, configs, conv1x1, conv1x1_reference, conv3x3, conv3x3_reference, verified_config
 from .layout import DTYPES, Rows, look_alike
@@ -33,7 +33,6 @@ __all__ = [
     "conv3x3",
     "conv3x3_reference",
     "look_alike",
-    "own_stream",
     "tolerance",
     "verified_config",
 ]

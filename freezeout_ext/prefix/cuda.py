@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .. import kernels
+from ..capture_stream import own_stream
 from .cuda_conv import PLAIN, Constants, ConvCall
 from .cuda_plan import FusedConv, PooledAffine, outs, plan
 from .folding import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Step, affine, first_line
@@ -87,7 +88,7 @@ class Graphs:
                 prepare()
             given = [torch.empty_like(x, memory_format=torch.preserve_format).copy_(x) for x in inputs]
             if self._stream is None:
-                self._stream = kernels.own_stream(self, torch.cuda.current_device())
+                self._stream = own_stream(self, torch.cuda.current_device())
             self._rehearse(given, self._stream)
             before = torch.cuda.memory_reserved()
             # Graphs of one engine never run at the same time and their outputs are copied: they share their memory.

@@ -52,7 +52,8 @@ def _compiled() -> Any:
 class Stream(torch.Stream):
     """torch.cuda.Stream: a name; its work is done at once."""
 
-    _ids = itertools.count()
+    # The default one, then 32 in turn, as torch has them.
+    _ids = itertools.chain([0], itertools.cycle(range(1, 33)))
 
     def __new__(cls, device: Any = None, priority: int = 0, **_: Any) -> "Stream":
         # 1: CUDA

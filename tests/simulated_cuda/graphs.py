@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
+
+from freezeout_ext.prefix.trees import map_tensors
 
 _pools = itertools.count(1)
 _recorders: list[Recorder] = []  # of the capture under way
@@ -62,11 +64,10 @@ class Recorder(TorchDispatchMode):
             self.add(func, args, kwargs)
             written = [bound[n] for n, w in zip(names, writes, strict=True) if w and n in bound]
             return None if not schema.returns else written[0] if len(schema.returns) == 1 else tuple(written)
-        unsaid = any(writes) or name in _WRITES_UNSAID
-        trial = (
-            tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs)) if unsaid else (args, kwargs)
-        )
-        outputs = func(*trial[0], **trial[1])
+        if any(writes) or name in _WRITES_UNSAID:
+            outputs = func(*map_tensors(Tensor.clone, args), **map_tensors(Tensor.clone, kwargs))
+        else:
+            outputs = func(*args, **kwargs)
         made = [x for x in tree_flatten(outputs)[0] if isinstance(x, Tensor)]
         is_view = any(r.alias_info is not None for r in schema.returns)
         if is_view or not any(x.is_cuda for x in made):
@@ -77,7 +78,7 @@ class Recorder(TorchDispatchMode):
         return outputs
 
     def add(self, run: Callable[..., Any], args: tuple, kwargs: dict | None = None, outputs: list[Tensor] = ()) -> None:
-        held_args, held_kwargs = tree_map(self._held, (args, kwargs or {}))
+        held_args, held_kwargs = map_tensors(self._held, (args, kwargs or {}))
 
         def call() -> None:
             results = [x for x in tree_flatten(run(*held_args, **held_kwargs))[0] if isinstance(x, Tensor)]
@@ -93,8 +94,8 @@ class Recorder(TorchDispatchMode):
         if any(reference.expired() for reference in self._watched.values()):
             raise RuntimeError("the CUDA graph reads memory that was freed after its capture")
 
-    def _held(self, x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_cuda:
+    def _held(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
             return x
         storage = x.untyped_storage()
         if storage.data_ptr() in self._own:

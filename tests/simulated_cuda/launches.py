@@ -48,13 +48,10 @@ class _Kernel:
 
 def _image(given: dict[str, Any], name: str, n: int, c: int, h: int, w: int) -> Tensor | None:
     """The kernel's argument p_NAME with skip_NAME and stride_NAME as [N, C, H, W]."""
-    stride = given[f"stride_{name}"]
-    base = given[f"p_{name}"]
-    return (
-        None
-        if base is None
-        else base.as_strided((n, c, h, w), (h * w * stride, 1, w * stride, stride), given[f"skip_{name}"])
-    )
+    base, skip, stride = (given[f"{part}_{name}"] for part in ("p", "skip", "stride"))
+    if base is None:
+        return None
+    return base.as_strided((n, c, h, w), (h * w * stride, 1, w * stride, stride), skip)
 
 
 def _conv(given: dict[str, Any]) -> None:
