@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU: there is nothing to time", allow_module_level=True)
 
 from freezeout_ext import kernels
+from freezeout_ext.cuda_graphs import capture
 from freezeout_ext.prefix.cuda import CudaEngine
 from freezeout_ext.prefix.cuda_conv import Constants, ConvCall
 from freezeout_ext.prefix.folding import lower_chain
@@ -73,7 +74,7 @@ CONVS += ("wrn 3x3 64 two outputs", "wrn 3x3 128 two outputs", "wrn 3x3 256 two 
 
 def timed(benchmark, run, *, bytes_moved: int, flops: int = 0) -> None:
     run()
-    graph, _ = kernels.capture(lambda: [run() for _ in range(REPEATS)])
+    graph, _ = capture(lambda: [run() for _ in range(REPEATS)])
 
     def replay() -> None:
         graph.replay()
@@ -185,7 +186,7 @@ def prefix_rivals(net: nn.Sequential, x: Tensor) -> tuple[dict, CudaEngine]:
 def graphed(run) -> object:
     for _ in range(3):
         run()
-    graph, out = kernels.capture(run)
+    graph, out = capture(run)
     return lambda: (graph.replay(), out, run)[1]  # `run` holds the weights that the graph reads
 
 

@@ -20,7 +20,7 @@ import torch._inductor.config
 import torch.nn.functional as F
 from torch._inductor.utils import fresh_cache
 
-from freezeout_ext.eval_pin import pin
+from freezeout_ext.attach import pin
 from freezeout_ext.layers import Layers, find_layers
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix

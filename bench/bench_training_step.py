@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from freezeout_ext import FreezeOut, FusedSGD
-from freezeout_ext.eval_pin import pin
+from freezeout_ext.attach import pin
 from freezeout_ext.graphed import GraphedStep
 from freezeout_ext.layers import find_layers
 from freezeout_ext.models import build_model

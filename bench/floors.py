@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from freezeout_ext import kernels
-from freezeout_ext.eval_pin import pin
+from freezeout_ext.attach import pin
 from freezeout_ext.layers import find_layers
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix.cuda import CudaEngine

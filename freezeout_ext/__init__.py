@@ -1,7 +1,7 @@
 """FreezeOut for PyTorch: layers anneal, freeze and leave the backward pass one by one (arXiv 1706.04983)."""
 
 from .freezeout import FreezeOut, Transition
-from .fused_sgd import FusedSGD
+from .fused import FusedSGD
 from .graphed import GraphedStep
 from .layers import Layer, Layers, find_layers
 from .native import build_info, version

@@ -10,14 +10,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from .ddp_check import DDPCheck
-from .eval_pin import pin, unpin
-from .execution_order import OrderCheck
+from .attach import pin, unpin
+from .checks import DDPCheck, OrderCheck, bare, check_optimizer, warn_if_beyond_limit
 from .layers import Layer, Layers, find_layers
-from .param_groups import check_optimizer, join_groups, let_scaler_skip, set_rate, split_groups
+from .param_groups import join_groups, let_scaler_skip, set_rate, split_groups
 from .prefix import Prefix, PrefixReport
 from .schedule import Schedule
-from .whole_compile import bare, warn_if_beyond_limit
 
 logger = logging.getLogger("freezeout_ext")
 

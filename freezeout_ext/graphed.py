@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from . import native
-from .capture_stream import own_stream
+from .attach import TransientHook
+from .cuda_graphs import own_stream
 from .freezeout import FreezeOut
-from .fused_sgd import FusedSGD
+from .fused import FusedSGD
 from .param_groups import set_rate
 from .schedule import Schedule
-from .transient_hook import TransientHook
 
 # Eager steps before a capture: cuDNN tries its algorithms, optimizers make their state and prepare their tables.
 WARM_UP_STEPS = 3

@@ -18,23 +18,6 @@ def set_rate(group: dict, rate: float) -> None:
         group["lr"] = rate
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
-        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
-    if any(GROUP_KEYS[0] in group for group in optimizer.param_groups):
-        raise ValueError("optimizer must not be held by another FreezeOut; call its close() first")
-    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
-        raise TypeError(
-            "optimizer must not be a ZeroRedundancyOptimizer: it deals out parameters and groups to the ranks once, at "
-            "its construction, so frozen ones would keep their place and a rank could be left with none that train; "
-            "shard with torch.distributed.fsdp.fully_shard, which follows each transition"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("optimizer must take several param groups, LBFGS reads only the first")
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        raise ValueError("optimizer must not have an LR scheduler yet: FreezeOut splits its groups, attach it after")
-
-
 def split_groups(
     optimizers: Sequence[torch.optim.Optimizer], layer_of: dict[nn.Parameter, int], layers: Layers
 ) -> list[list[list]]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from freezeout_ext.eval_pin import pin, unpin
+from freezeout_ext.attach import pin, unpin
 from freezeout_ext.layers import Layers, find_layers
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from freezeout_ext.freezeout import FreezeOut
-from freezeout_ext.fused_sgd import FusedSGD
+from freezeout_ext.fused import FusedSGD
 from freezeout_ext.models import build_model
 
 TOTAL_STEPS = 16

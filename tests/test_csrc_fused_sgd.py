@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from freezeout_ext import FusedSGD, native
-from freezeout_ext.fused_sgd import compiled, fused_sgd_reference_
+from freezeout_ext.fused import compiled, fused_sgd_reference_
 
 pytestmark = pytest.mark.skipif(native.C is None, reason=f"no compiled half: {native.import_error}")
 

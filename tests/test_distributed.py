@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from freezeout_ext.freezeout import FreezeOut
-from freezeout_ext.fused_sgd import FusedSGD
+from freezeout_ext.fused import FusedSGD
 from freezeout_ext.models import build_model
 
 WORLD, TOTAL_STEPS = 2, 16

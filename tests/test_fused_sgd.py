@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from freezeout_ext import FusedSGD, native
-from freezeout_ext.fused_sgd import compiled
+from freezeout_ext.fused import compiled
 
 needs_native = pytest.mark.skipif(native.C is None, reason=f"no compiled half: {native.import_error}")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from freezeout_ext import native
-from freezeout_ext.fused_sgd import fused_sgd_, fused_sgd_reference_
+from freezeout_ext.fused import fused_sgd_, fused_sgd_reference_
 
 pytestmark = pytest.mark.skipif(native.C is None, reason=f"no compiled half: {native.import_error}")
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from freezeout_ext import FreezeOut, FusedSGD, Schedule, graphed, native
-from freezeout_ext.capture_stream import own_stream
+from freezeout_ext.cuda_graphs import own_stream
 from freezeout_ext.graphed import MAX_SHAPES, MOST_UNSETTLED_STEPS, WARM_UP_STEPS, GraphedStep
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix, runtime

@@ -9,7 +9,6 @@ from prefix_cases import NETS, ShyOfHooks, UNet, assert_same_steps, conv_bn, fre
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from freezeout_ext.eval_pin import unpin
 from freezeout_ext.layers import find_layers
 from freezeout_ext.prefix import Prefix
 
@@ -515,45 +514,6 @@ def test_compiled_active_blocks_keep_working():
         net.blocks[5] = torch.compile(net.blocks[5], backend="eager")
     assert_same_steps(plain, model)
     assert prefix.report().route == "chain"
-
-
-@pytest.mark.parametrize("name", ["wrn", "resnet-50"])
-@pytest.mark.parametrize("copied", [False, True])
-def test_a_replica_of_data_parallel_runs_its_own_weights(name, copied):
-    plain, model, prefix = pair(trained(name), 3, "folded")
-    for seed in range(3):
-        one_step(model, seed)
-    assert prefix.report().route != "waiting"
-    plain.load_state_dict(model.state_dict())
-    original = copy.deepcopy(model) if copied else model
-    x, calls = images(), [part.runner.calls for part in prefix._parts]
-    # What replicate() does, on one device: the parameters are plain attributes of the replicas.
-    modules = list(original.modules())
-    replicas = {module: module._replicate_for_data_parallel() for module in modules}
-    for module, replica in replicas.items():
-        for key, child in module._modules.items():
-            replica._modules[key] = None if child is None else replicas[child]
-        for key, p in module._parameters.items():
-            setattr(replica, key, p if p is None else p.detach() * 2)
-    with torch.no_grad():
-        for p in plain.parameters():
-            p.mul_(2)
-    replica = replicas[original].eval()
-    plain.eval()
-    with torch.no_grad():
-        assert torch.equal(replica(x), plain(x))
-    assert [part.runner.calls for part in prefix._parts] == calls
-    pinned = [replicas[m] for m in modules if "train" in m.__dict__]
-    assert pinned and not any(m.train().training for m in pinned)
-    assert all(m.train() is m for m in pinned)
-    if not copied:
-        replica.training = True
-        replica(x)
-        assert "replicas of nn.DataParallel" in str(prefix.report())
-        prefix.close()
-        for module in modules:
-            unpin(module, True)
-        assert not any("_replicate_for_data_parallel" in m.__dict__ for m in modules)
 
 
 def test_a_forward_wrapped_by_someone_else_survives_close():

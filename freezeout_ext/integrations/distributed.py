@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..attach import TransientHook
 from ..freezeout import FreezeOut
-from ..transient_hook import TransientHook
 from .rank_errors import LostRank, check_same_on_all_ranks, lost_rank_explained
 
 __all__ = ["DDPFollower", "LostRank", "Traffic", "check_same_on_all_ranks", "lost_rank_explained"]

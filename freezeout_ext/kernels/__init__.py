@@ -10,7 +10,6 @@ from .affine import (
     affine_relu_avg_pool2x2_reference,
     affine_relu_reference,
 )
-from .capture import capture
 from .choice import choices, choose, chosen, tolerance
 from .conv import Config, configs, conv1x1, conv1x1_reference, conv3x3, conv3x3_reference, verified_config
 from .layout import DTYPES, Rows, look_alike
@@ -23,7 +22,6 @@ __all__ = [
     "affine_relu_avg_pool2x2",
     "affine_relu_avg_pool2x2_reference",
     "affine_relu_reference",
-    "capture",
     "choices",
     "choose",
     "chosen",

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .capture import capture
+from ..cuda_graphs import capture
 
 logger = logging.getLogger("freezeout_ext")
 

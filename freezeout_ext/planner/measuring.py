@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from ..fused_sgd import FusedSGD
+from ..fused import FusedSGD
 from ..layers import Layers, find_layers
 from .costs import StepCosts
 from .marks import LayerMarks

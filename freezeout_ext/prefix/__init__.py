@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from ..transient_hook import TransientHook
+from ..attach import TransientHook
 from .chain import Chain, Unit
 from .cpu import Arena
 from .folding import first_line, lower_chain, lower_graph

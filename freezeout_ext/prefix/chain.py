@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .guard import Guard, OwnForward, autocast_state, plain_tensor
+from ..attach import OwnForward
+from .guard import Guard, autocast_state, plain_tensor
 from .runtime import Runner, constant
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .. import kernels
-from ..capture_stream import own_stream
+from ..cuda_graphs import capture, own_stream
 from .cuda_conv import PLAIN, Constants, ConvCall
 from .cuda_plan import FusedConv, PooledAffine, outs, plan
 from .folding import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Step, affine, first_line
@@ -92,7 +92,7 @@ class Graphs:
             self._rehearse(given, self._stream)
             before = torch.cuda.memory_reserved()
             # Graphs of one engine never run at the same time and their outputs are copied: they share their memory.
-            graph, outputs = kernels.capture(lambda: self.function(*given), stream=self._stream, pool=self._pool)
+            graph, outputs = capture(lambda: self.function(*given), stream=self._stream, pool=self._pool)
             self._pool = graph.pool()
             self.bytes += torch.cuda.memory_reserved() - before + sum(x.nbytes for x in given)
             return graph, given, outputs

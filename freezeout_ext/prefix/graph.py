@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attach import OwnForward
 from .chain import Chain, Unit
-from .guard import OwnForward, autocast_state, ineligible
+from .guard import autocast_state, ineligible
 from .runtime import PROBE_SAMPLES
 
 

@@ -1,13 +1,10 @@
 """What a captured prefix relies on, cheap to compare at each call; and how a module's forward is replaced."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from ..replicas import follow_replicas, leave_replicas
 
 
 class Guard:
@@ -95,45 +92,3 @@ def plain_tensor(x: Any) -> bool:
 _wrapped: Callable[[Tensor], bool] = getattr(
     getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda x: False
 )
-
-
-class OwnForward:
-    """A forward on the instance that copies, pickles and replicas of the module do not keep."""
-
-    def __init__(self, module: nn.Module, function: Callable) -> None:
-        self.module = module
-        self.function = function
-        self.replaced = module.__dict__.get("forward")
-        self.original = module.forward
-        module.forward = self
-        follow_replicas(module)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-    def __reduce__(self) -> tuple:
-        if self.replaced is not None:
-            return _same, (self.replaced,)
-        return partial, (_class_forward, self.module)
-
-    def for_replica(self, replica: nn.Module) -> None:
-        replica.__dict__.pop("forward")
-        if self.replaced is not None:
-            replica.forward = self.replaced
-
-    def remove(self) -> None:
-        # Whoever wrapped this forward since keeps a forward that does what the module's own does.
-        self.function = self.original
-        if self.module.__dict__.get("forward") is self:
-            del self.module.forward
-            if self.replaced is not None:
-                self.module.forward = self.replaced
-        leave_replicas(self.module)
-
-
-def _class_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(module).forward(module, *args, **kwargs)
-
-
-def _same(forward: Callable) -> Callable:
-    return forward

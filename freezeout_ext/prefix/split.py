@@ -19,9 +19,9 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
-from ..transient_hook import TransientHook
+from ..attach import OwnForward, TransientHook
 from .folding import mutates
-from .guard import Guard, OwnForward, autocast_state, has_hooks, plain_tensor
+from .guard import Guard, autocast_state, has_hooks, plain_tensor
 from .runtime import Refused, Runner, constant, same, same_random_numbers
 from .trees import map_tensors
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..freezeout import FreezeOut
-from ..fused_sgd import FusedSGD
+from ..fused import FusedSGD
 from ..graphed import GraphedStep
 from ..integrations.compile import CompiledLayers
 from ..layers import find_layers

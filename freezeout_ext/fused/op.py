@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from freezeout_ext import native
-from freezeout_ext.fused_sgd import compiled
+from freezeout_ext.fused import compiled
 
 
 def fused_sgd_reference_(

@@ -10,7 +10,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.optim.sgd import sgd
 
 from freezeout_ext import native
-from freezeout_ext.fused_sgd import compiled
+from freezeout_ext.fused import compiled
 
 
 class FusedSGD(torch.optim.SGD):

@@ -1,0 +1,137 @@
+"""What FreezeOut refuses or warns of: the optimizer, the order of the layers, DDP, a model compiled as a whole."""
+
+import warnings
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .attach import TransientHook
+from .layers import Layers
+from .param_groups import GROUP_KEYS
+from .schedule import Schedule
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
+        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    if any(GROUP_KEYS[0] in group for group in optimizer.param_groups):
+        raise ValueError("optimizer must not be held by another FreezeOut; call its close() first")
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise TypeError(
+            "optimizer must not be a ZeroRedundancyOptimizer: it deals out parameters and groups to the ranks once, at "
+            "its construction, so frozen ones would keep their place and a rank could be left with none that train; "
+            "shard with torch.distributed.fsdp.fully_shard, which follows each transition"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("optimizer must take several param groups, LBFGS reads only the first")
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        raise ValueError("optimizer must not have an LR scheduler yet: FreezeOut splits its groups, attach it after")
+
+
+class OrderCheck:
+    """Sees at the model's first forward whether the layers run in their order: by the last call of each."""
+
+    def __init__(self, model: nn.Module, layers: Layers) -> None:
+        self._layers = layers
+        self._last_call: dict[int, int] = {}
+        self._running = False
+        self._calls = 0
+        self._handles = [
+            model.register_forward_pre_hook(TransientHook(self._begin), prepend=True),
+            model.register_forward_hook(TransientHook(self._end)),
+        ]
+        for i, layer in enumerate(layers):
+            for module in layer.modules.values():
+                if module is not model:
+                    self._handles.append(module.register_forward_pre_hook(TransientHook(partial(self._see, i))))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _begin(self, *_: object) -> None:
+        self._running, self._calls = True, 0
+        self._last_call.clear()
+
+    def _see(self, i: int, *_: object) -> None:
+        # A checkpointed layer runs again in the backward pass, in the reverse order.
+        if self._running:
+            self._calls += 1
+            self._last_call[i] = self._calls
+
+    def _end(self, *_: object) -> None:
+        self._running = False
+        seen = sorted(self._last_call)
+        for i, j in pairwise(seen):
+            if self._last_call[i] > self._last_call[j]:
+                raise ValueError(
+                    f"layers must be in the order of execution, but layer {i} ({self._layers[i].name}) runs after "
+                    f"layer {j} ({self._layers[j].name}); pass layers=[...] in the order in which they run"
+                )
+
+
+class DDPCheck:
+    """Raises in the forward pass where DDP's reducer was built for other parameters than those that train now.
+
+    Such a reducer leaves buckets unreduced without a word. Nothing is watched outside of a process group.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handle = None
+        self._verified = None  # the reducer that was seen to be right
+
+    def watch(self) -> None:
+        """To be called at each transition."""
+        self._verified = None
+        if self._handle is None and dist.is_available() and dist.is_initialized():
+            self._handle = self._model.register_forward_pre_hook(TransientHook(self._check))
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _check(self, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+        if ddp is None or not torch.is_grad_enabled() or ddp.reducer is self._verified:
+            return
+        wrapped = ddp._get_ddp_logging_data()["num_parameter_tensors"]
+        active = sum(
+            p.requires_grad and name not in ddp.parameters_to_ignore for name, p in ddp.module.named_parameters()
+        )
+        if wrapped != active:
+            raise RuntimeError(
+                f"DistributedDataParallel must be wrapped again after a transition: it was built for {wrapped} "
+                f"parameters and {active} train now, the ranks would diverge; "
+                "use freezeout_ext.integrations.distributed.DDPFollower(freezeout)"
+            )
+        self._verified = ddp.reducer
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile(model), whose names and parameters are those to freeze."""
+    return getattr(model, "_orig_mod", model)
+
+
+def warn_if_beyond_limit(model: nn.Module, schedule: Schedule) -> None:
+    """Warns where a compiled model needs more graphs than torch makes before it gives up: one a transition."""
+    if model is bare(model) and getattr(model, "_compiled_call_impl", None) is None:
+        return
+    import torch._dynamo
+
+    limit = torch._dynamo.config.recompile_limit
+    graphs = 1 + len({schedule.num_frozen(schedule.milestone(i)) for i in range(schedule.num_layers)} - {0})
+    if graphs > limit:
+        warnings.warn(
+            f"the model is compiled as a whole: {graphs} sets of frozen layers need a graph each, and torch turns it "
+            f"eager for good after {limit} (torch._dynamo.config.recompile_limit); pass max_transitions={limit - 2} "
+            "or less, or compile layer by layer with freezeout_ext.integrations.compile.CompiledLayers(freezeout)",
+            stacklevel=3,
+        )
