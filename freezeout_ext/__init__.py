@@ -1,11 +1,12 @@
 """FreezeOut for PyTorch: layers anneal, freeze and leave the backward pass one by one (arXiv 1706.04983)."""
 
-from .freezeout import FreezeOut, Transition
+from .freezeout import FreezeOut
 from .fused import FusedSGD
 from .graphed import GraphedStep
 from .layers import Layer, Layers, find_layers
 from .native import build_info, version
 from .schedule import Schedule
+from .transition import Transition
 
 __version__ = version()
 

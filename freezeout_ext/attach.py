@@ -1,4 +1,4 @@
-"""What is put on the user's modules: a pin in eval mode, hooks, forwards on the instance."""
+"""What is put on the user's modules: a pin in eval mode, hooks, methods on the instance. No copy keeps any of it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,20 +7,86 @@ from typing import Any
 from torch import nn
 
 
+class OwnMethod:
+    """A method on the instance. Copies and pickles of the module get what stood in its place."""
+
+    def __init__(self, module: nn.Module, name: str, function: Callable) -> None:
+        self.module = module
+        self.name = name
+        self.function = function
+        self.replaced = module.__dict__.get(name)
+        self.original = getattr(module, name)
+        module.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        if self.replaced is not None:
+            return _same, (self.replaced,)
+        return partial, (_class_method, self.module, self.name)
+
+    def remove(self) -> None:
+        # Whoever wrapped this method since keeps a method that does what the module's own does.
+        self.function = self.original
+        if self.module.__dict__.get(self.name) is self:
+            del self.module.__dict__[self.name]
+            if self.replaced is not None:
+                self.module.__dict__[self.name] = self.replaced
+
+
+class OwnForward(OwnMethod):
+    """A forward on the instance that copies and pickles of the module do not keep."""
+
+    def __init__(self, module: nn.Module, function: Callable) -> None:
+        super().__init__(module, "forward", function)
+
+
+class Pin(OwnMethod):
+    """module.train(mode) leaves the module in eval mode. `remove` puts it in the mode that was asked for last."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.wanted = module.training
+        super().__init__(module, "train", self._note)
+        module.training = False
+        self._reset = None
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            self._reset = OwnMethod(module, "reset_running_stats", self._refuse_reset)
+
+    def remove(self) -> None:
+        super().remove()
+        self.module.training = self.wanted
+        if self._reset is not None:
+            self._reset.remove()
+
+    def _note(self, mode: bool = True) -> nn.Module:
+        self.wanted = mode
+        for child in self.module.children():
+            child.train(mode)
+        return self.module
+
+    def _refuse_reset(self) -> None:
+        raise RuntimeError(
+            f"running statistics of a frozen {type(self.module).__name__} must not be reset: it stays in eval mode and "
+            "would not learn them again; call update_bn on a copy (AveragedModel(model), copy.deepcopy(model)), or on "
+            "the model after freezeout.close()"
+        )
+
+
 def pin(module: nn.Module) -> None:
     """Puts the module in eval mode and keeps it there: model.train() reaches a module through its `train`."""
-    module.training = False
-    # A partial of a plain function: pickles, and a deepcopy of the model pins the copied module.
-    module.train = partial(_stay_in_eval, module)
+    Pin(module)
 
 
-def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    return module
+def unpin(module: nn.Module) -> None:
+    """The module goes to the mode that was asked for last, by model.train(mode), while it was pinned."""
+    own = module.__dict__.get("train")
+    if isinstance(own, Pin):
+        own.remove()
 
 
-def unpin(module: nn.Module, training: bool) -> None:
-    module.__dict__.pop("train", None)
-    module.training = training
+def is_pinned(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("train"), Pin)
 
 
 class TransientHook:
@@ -49,36 +115,9 @@ def _do_nothing(*_: Any) -> None:
     return None
 
 
-class OwnForward:
-    """A forward on the instance that copies and pickles of the module do not keep."""
-
-    def __init__(self, module: nn.Module, function: Callable) -> None:
-        self.module = module
-        self.function = function
-        self.replaced = module.__dict__.get("forward")
-        self.original = module.forward
-        module.forward = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-    def __reduce__(self) -> tuple:
-        if self.replaced is not None:
-            return _same, (self.replaced,)
-        return partial, (_class_forward, self.module)
-
-    def remove(self) -> None:
-        # Whoever wrapped this forward since keeps a forward that does what the module's own does.
-        self.function = self.original
-        if self.module.__dict__.get("forward") is self:
-            del self.module.forward
-            if self.replaced is not None:
-                self.module.forward = self.replaced
+def _class_method(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(type(module), name)(module, *args, **kwargs)
 
 
-def _class_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(module).forward(module, *args, **kwargs)
-
-
-def _same(forward: Callable) -> Callable:
-    return forward
+def _same(method: Callable) -> Callable:
+    return method

@@ -1,17 +1,64 @@
 """What FreezeOut refuses or warns of: the optimizer, the order of the layers, DDP, a model compiled as a whole."""
 
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from .attach import TransientHook
-from .layers import Layers
+from .layers import Layer, Layers, find_layers
 from .param_groups import GROUP_KEYS
 from .schedule import Schedule
+
+
+def checked_model(model: nn.Module) -> nn.Module:
+    """The module whose layers are to freeze: the one inside torch.compile(model)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = bare(model)
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            "model must not be an nn.DataParallel: its replicas would run without what is frozen; use "
+            "torch.nn.parallel.DistributedDataParallel (freezeout_ext.integrations.distributed), or pass model.module "
+            "and train on one device"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(f"model must be the bare module, got a {type(model).__name__}; pass model.module")
+    return model
+
+
+def checked_optimizers(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    schedulers: Sequence[LRScheduler] = (),
+) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers as a tuple; none may have an LR scheduler but `schedulers`."""
+    optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    if not optimizers:
+        raise ValueError("optimizer must be an optimizer or several, got none")
+    holder: dict[nn.Parameter, int] = {}
+    for i, each in enumerate(optimizers):
+        check_optimizer(each)
+        if _has_scheduler(each) and not any(scheduler.optimizer is each for scheduler in schedulers):
+            raise ValueError(
+                "optimizer must not have an LR scheduler yet: FreezeOut splits its groups; attach the scheduler after "
+                "FreezeOut(..., anneal=False), or pass schedulers=[...] too"
+            )
+        if any(each is other for other in optimizers[:i]):
+            raise ValueError(f"optimizer must hold each optimizer once, got the same {type(each).__name__} twice")
+        for group in each.param_groups:
+            for p in group["params"]:
+                if holder.setdefault(p, i) != i:
+                    raise ValueError(
+                        f"optimizer must hold each parameter once, optimizers {holder[p]} and {i} share one of shape "
+                        f"{tuple(p.shape)}"
+                    )
+    return optimizers
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -27,31 +74,91 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("optimizer must take several param groups, LBFGS reads only the first")
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        raise ValueError("optimizer must not have an LR scheduler yet: FreezeOut splits its groups, attach it after")
+
+
+def refuse_schedulers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    if any(map(_has_scheduler, optimizers)):
+        raise RuntimeError(
+            "an LR scheduler was attached to the optimizer, but FreezeOut sets the learning rates itself: pass "
+            "anneal=False to FreezeOut and keep the scheduler, or remove the scheduler"
+        )
+
+
+def _has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
+    # torch.optim.lr_scheduler wraps step() to notice a wrong order of calls.
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched")
+
+
+def checked_layers(model: nn.Module, layers: Layers | Sequence | None) -> Layers:
+    if not isinstance(layers, Layers):
+        return find_layers(model, layers)
+    inside = set(model.parameters())
+    for i, layer in enumerate(layers):
+        if not inside.issuperset(layer.parameters.values()):
+            raise ValueError(
+                f"layers must be of this model, layer {i} ({layer.name}) holds parameters that are not in it"
+            )
+    return layers
+
+
+def warn_of_given(layers: Layers) -> None:
+    """Says which layers change their way of computing because they came frozen and now run in eval mode."""
+    changed = [layer.name for layer in layers.given if any(map(_depends_on_mode, layer.submodules))]
+    if changed:
+        warnings.warn(
+            f"{', '.join(changed)} came with requires_grad=False and belong to the frozen prefix: from now on they run "
+            "in eval mode (batch norms on their running statistics, no dropout); to leave them in training mode pass "
+            "layers=[...] without them",
+            stacklevel=3,
+        )
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    if not module.training:
+        return False
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.track_running_stats
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.RNNBase | nn.MultiheadAttention) and module.dropout > 0
 
 
 class OrderCheck:
     """Sees at the model's first forward whether the layers run in their order: by the last call of each."""
 
-    def __init__(self, model: nn.Module, layers: Layers) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+        self._model = model
         self._layers = layers
         self._last_call: dict[int, int] = {}
         self._running = False
         self._calls = 0
-        self._handles = [
-            model.register_forward_pre_hook(TransientHook(self._begin), prepend=True),
-            model.register_forward_hook(TransientHook(self._end)),
-        ]
-        for i, layer in enumerate(layers):
-            for module in layer.modules.values():
-                if module is not model:
-                    self._handles.append(module.register_forward_pre_hook(TransientHook(partial(self._see, i))))
+        self._handles: list = []
+        self._watch()
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        was_open = bool(self._handles)
+        self.close()
+        try:
+            yield
+        finally:
+            if was_open:
+                self._watch()
+
+    def _watch(self) -> None:
+        self._handles = [
+            self._model.register_forward_pre_hook(TransientHook(self._begin), prepend=True),
+            self._model.register_forward_hook(TransientHook(self._end)),
+        ]
+        for i, layer in enumerate(self._layers):
+            for module in layer.modules.values():
+                if module is not self._model:
+                    self._handles.append(module.register_forward_pre_hook(TransientHook(partial(self._see, i))))
 
     def _begin(self, *_: object) -> None:
         self._running, self._calls = True, 0
@@ -95,6 +202,16 @@ class DDPCheck:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        was_open = self._handle is not None
+        self.close()
+        try:
+            yield
+        finally:
+            if was_open:
+                self.watch()
 
     def _check(self, *_: object) -> None:
         if torch.compiler.is_compiling():

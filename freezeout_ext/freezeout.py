@@ -1,35 +1,46 @@
 """FreezeOut: the one place where schedule, layers and optimizer meet."""
 
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
-from .attach import pin, unpin
-from .checks import DDPCheck, OrderCheck, bare, check_optimizer, warn_if_beyond_limit
-from .layers import Layer, Layers, find_layers
-from .param_groups import join_groups, let_scaler_skip, set_rate, split_groups
+from .checks import (
+    DDPCheck,
+    OrderCheck,
+    checked_layers,
+    checked_model,
+    checked_optimizers,
+    refuse_schedulers,
+    warn_if_beyond_limit,
+    warn_of_given,
+)
+from .layers import Layers
+from .memory import Memory, SavedBytes, held_memory
+from .param_groups import ParamGroups
 from .prefix import Prefix, PrefixReport
-from .schedule import Schedule
+from .schedule import Schedule, check_flag
+from .state import checked_state
+from .transition import FrozenLayers, Transition
 
 logger = logging.getLogger("freezeout_ext")
 
 
-@dataclass(frozen=True)
-class Transition:
-    """One moment at which layers froze: the step, what froze, and what it freed (bytes of optimizer state)."""
+class Cache(Protocol):
+    """What keeps the outputs of the frozen layers, so that these need not run (features.FeatureCache)."""
 
-    step: int
-    num_frozen: int
-    layers: tuple[str, ...]
-    parameters_frozen: int
-    state_bytes_freed: int
-    seconds: float
+    def attach(self, freezeout: "FreezeOut") -> None:
+        """Called once, at the end of FreezeOut's construction: layers that start frozen are frozen already."""
+
+    def detach(self) -> None:
+        """Called by FreezeOut.close()."""
 
 
 class FreezeOut:
@@ -37,25 +48,37 @@ class FreezeOut:
 
     Call `step()` once after each `optimizer.step()` (under gradient accumulation: once per optimizer step). A frozen
     layer no longer needs gradients, has no `.grad` and no optimizer state, and its modules stay in eval mode, also
-    after `model.train()`. Its param groups stay in `optimizer.param_groups` with `lr=0` and `frozen=True`.
+    after `model.train()`, until `close()`. Its param groups stay in `optimizer.param_groups` with `lr=0` and
+    `frozen=True`.
 
-    The optimizer's groups are split in place, one for each layer in each group, all hyperparameters kept. So an LR
-    scheduler, and a state to load, come after FreezeOut.
+    The optimizer's groups are split in place, one for each layer in each group, all hyperparameters kept. So a state
+    to load comes after FreezeOut, and so does an LR scheduler, which needs `anneal=False`.
+
+    What is frozen is a function of the step and of the last `freeze_to` or `thaw_to`. Layers thawed by hand join the
+    first layer that the rule has not frozen: they train at its rate, from no momentum, and freeze with it.
 
     Args:
         model: where the layers are found (the bare module: not the DistributedDataParallel around it).
         optimizer: any torch optimizer, or several of them, over all trainable parameters of the model; others in it
             train to the end.
-        total_steps, t_0, how_scale, warmup_steps, max_transitions: see `Schedule`.
+        total_steps: optimizer steps of the whole run.
+        t_0, how_scale, warmup_steps, max_transitions, milestones: see `Schedule`.
+        start_frozen: so many layers, or the layer of that name and all before it, are frozen before the first step.
+            No gradient, no optimizer state and nothing saved for backward ever exists for them. The rule's i and L
+            count the layers that are left.
         scale_lr: multiply layer i's rate by 1 / t_i. None: yes, but no for the Adam family, whose steps do not grow
             in proportion to the rate's sum.
         layers: overrides `find_layers`' search, in its form, or `Layers` that it returned.
         anneal: False leaves the rates of active layers to you (an LR scheduler) and only freezes.
+        schedulers: LR schedulers that the optimizer has already, with `anneal=False`; they follow the split groups.
         prefix: how the forward of the frozen layers runs: "exact" (the original modules, bit-equal: as one CUDA graph
             on a GPU, as they are on a CPU), "folded" (batch norms folded into weights, error about 1e-6), "bf16",
             "fp16" (the same in half precision), "off" (nothing is installed). See `prefix_report()`.
         measure_prefix: False uses each checked engine without timing it against the modules, so that the path does not
             depend on the clock: two runs from one seed then give bit-identical weights in every mode.
+        cache: keeps what the frozen layers give, see `features.FeatureCache`.
+
+    Layers in front that came with requires_grad=False belong to the frozen prefix from the start (`layers.given`).
 
     Raises:
         ValueError, TypeError: an argument is out of its range, a parameter is not in the optimizer, an LR scheduler or
@@ -74,22 +97,26 @@ class FreezeOut:
         how_scale: str | float = "cubic",
         scale_lr: bool | None = None,
         layers: Layers | Sequence | None = None,
+        start_frozen: int | str = 0,
+        milestones: Sequence[float] | None = None,
         warmup_steps: int = 0,
         max_transitions: int | None = None,
         anneal: bool = True,
+        schedulers: Sequence[LRScheduler] = (),
         prefix: str = "exact",
         measure_prefix: bool = True,
+        cache: Cache | None = None,
     ) -> None:
-        self.optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
-        for each in self.optimizers:
-            check_optimizer(each)
-        given, model = model, bare(model)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise TypeError(f"model must be the bare module, got a {type(model).__name__}; pass model.module")
-        self.model = model
+        # First all that can be refused, then all that changes something.
+        self.model = checked_model(model)
         self.optimizer = optimizer
+        check_flag("anneal", anneal)
+        if schedulers and anneal:
+            raise ValueError("schedulers must be empty where FreezeOut sets the rates: pass anneal=False beside them")
+        self.optimizers = checked_optimizers(optimizer, schedulers)
+        check_flag("measure_prefix", measure_prefix)
         self.anneal = anneal
-        self.layers = layers if isinstance(layers, Layers) else find_layers(model, layers)
+        self.layers = checked_layers(self.model, layers)
         self.schedule = Schedule(
             num_layers=len(self.layers),
             total_steps=total_steps,
@@ -98,40 +125,68 @@ class FreezeOut:
             scale_lr=all("betas" not in o.defaults for o in self.optimizers) if scale_lr is None else scale_lr,
             warmup_steps=warmup_steps,
             max_transitions=max_transitions,
+            start_frozen=self.layers.count_through(start_frozen, "start_frozen"),
+            milestones=milestones,
         )
-        self._prefix = Prefix(model, self.layers, mode=prefix, measure=measure_prefix)
-        warn_if_beyond_limit(given, self.schedule)
+        in_prefix = [*self.layers.given, *self.layers]
+        self._prefix = Prefix(self.model, in_prefix, mode=prefix, measure=measure_prefix)
+        warn_if_beyond_limit(model, self.schedule)
+        warn_of_given(self.layers)
         self.step_count = 0
-        self.num_frozen = 0
-        self._closed = False
         self.transitions: list[Transition] = []
-        self._transition_hooks: dict[int, Callable[[FreezeOut, Transition], None]] = {}
-        self._layer_of = {p: i for i, layer in enumerate(self.layers) for p in layer.parameters.values()}
-        self._unsplit = split_groups(self.optimizers, self._layer_of, self.layers)
-        self._on_load = [o.register_load_state_dict_post_hook(lambda _: self._adopt_groups()) for o in self.optimizers]
-        self._order = OrderCheck(model, self.layers)
-        self._ddp_check = DDPCheck(model)
-        self._adopt_groups()
+        self._by_hand: tuple[int, int] | None = None  # step and number of frozen layers of the last move by hand
+        self._saved_bytes: int | None = None
+        self._closed = False
+        self._cache = cache
+        self._groups = ParamGroups(self.optimizers, self.layers, schedulers)
+        self._order = OrderCheck(self.model, in_prefix)
+        self._ddp_check = DDPCheck(self.model)
+        self._frozen = FrozenLayers(self.layers, self.optimizers, self._groups, self._prefix, self._ddp_check)
+        self._groups.watch_loads(self._adopt_groups)
+        try:
+            self._adopt_groups()
+            self._frozen.pin_given()
+            self._move_to(self._due(0, None), 0)
+            if cache is not None:
+                cache.attach(self)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_frozen(self) -> int:
+        """So many layers are frozen: layers 0 .. num_frozen - 1."""
+        return self._frozen.count
 
     def __repr__(self) -> str:
+        rule = (
+            f"t_0={self.schedule.t_0}, how_scale={self.schedule.how_scale!r}"
+            if self.schedule.milestones is None
+            else f"milestones={self.schedule.milestones}"
+        )
+        start = f"start_frozen={self.schedule.start_frozen}, " if self.schedule.start_frozen else ""
         return (
-            f"FreezeOut(step {self.step_count} of {self.schedule.total_steps}, "
-            f"{self.num_frozen} of {len(self.layers)} layers frozen, t_0={self.schedule.t_0}, "
-            f"how_scale={self.schedule.how_scale!r}, scale_lr={self.schedule.scale_lr})"
+            f"FreezeOut(step {self.step_count} of {self.schedule.total_steps}, {self.num_frozen} of {len(self.layers)} "
+            f"layers frozen, {start}{rule}, scale_lr={self.schedule.scale_lr}; {self.memory()})"
         )
 
     def step(self) -> None:
         """Counts one optimizer step, freezes the layers that are due and sets the next learning rates.
 
         A transition happens whole or, where something in it raises, not at all, and the step is not counted.
+
+        Raises:
+            RuntimeError: after close(); an LR scheduler was attached although FreezeOut sets the rates.
         """
-        if self._closed:
-            raise RuntimeError("step() must not be called after close()")
+        self._check_open("step")
+        if self.anneal:
+            refuse_schedulers(self.optimizers)
         self._order.close()
+        self._groups.forget_set_aside()
         step = self.step_count + 1
-        due = self.schedule.num_frozen(step)
+        due = self._due(step, self._by_hand)
         if due > self.num_frozen:
-            self._freeze(due, step)
+            self._move_to(due, step)
         if step == self.schedule.total_steps + 1:
             warnings.warn(
                 f"step {step} is beyond total_steps={self.schedule.total_steps}: the learning rates are 0", stacklevel=2
@@ -139,29 +194,61 @@ class FreezeOut:
         self.step_count = step
         self._set_learning_rates()
 
+    def freeze_to(self, num_frozen: int | str) -> None:
+        """At least the first `num_frozen` layers are frozen from now on: a number, or a layer's name and all before it.
+
+        The same transition as at a milestone, whole or not at all. The last layer never freezes. The rule freezes
+        further layers at its next milestone.
+
+        Raises:
+            ValueError, TypeError: fewer layers than are frozen now, all layers, or no layer of that name.
+        """
+        n = self._checked_move("freeze_to", num_frozen)
+        if n < self.num_frozen:
+            raise ValueError(f"freeze_to must not thaw: {self.num_frozen} layers are frozen, got {n}; use thaw_to({n})")
+        self._move_by_hand(n)
+
+    def thaw_to(self, num_frozen: int | str) -> None:
+        """Only the first `num_frozen` layers stay frozen: a number, or a layer's name and all before it.
+
+        Thawed layers start without momentum (their optimizer state was freed) and with the gradient of the next
+        backward pass. They train at the rate of the first layer that the rule has not frozen, and freeze with it.
+
+        Raises:
+            ValueError, TypeError: more layers than are frozen now, or no layer of that name.
+        """
+        n = self._checked_move("thaw_to", num_frozen)
+        if n > self.num_frozen:
+            raise ValueError(
+                f"thaw_to must not freeze: {self.num_frozen} layers are frozen, got {n}; use freeze_to({n})"
+            )
+        self._move_by_hand(n)
+
     def learning_rates(self) -> list[float]:
         """lr_i(step) of each layer, 0 where frozen (of its first param group, where it has several)."""
-        rates: dict[int, float] = {}
-        for group in self._groups():
-            rates.setdefault(group["layer"], float(group["lr"]))
-        return [rates[i] for i in range(len(self.layers))]
+        return self._groups.rates()
+
+    def anneals_as(self, i: int) -> int:
+        """The layer whose rate layer i has while it is active: i itself, or the rule's first active one if thawed."""
+        return max(i, self.schedule.num_frozen(self.step_count))
 
     def register_transition_hook(self, hook: Callable[["FreezeOut", Transition], None]) -> Callable[[], None]:
-        """Calls hook(freezeout, transition) at the end of each transition; if it raises, nothing was frozen.
+        """Calls hook(freezeout, transition) at the end of each transition; if it raises, nothing was frozen or thawed.
 
         Returns: a function that removes the hook.
         """
-        key = max(self._transition_hooks, default=0) + 1
-        self._transition_hooks[key] = hook
-
-        def remove() -> None:
-            self._transition_hooks.pop(key, None)
-
-        return remove
+        if not callable(hook):
+            raise TypeError(f"hook must be callable with (freezeout, transition), got {type(hook).__name__}")
+        hooks = self._frozen.hooks
+        key = max(hooks, default=0) + 1
+        hooks[key] = partial(hook, self)
+        return lambda: hooks.pop(key, None)
 
     def skip_order_check(self) -> None:
         """Leaves it to the caller that the layers run in their order: compiled layers cannot be watched."""
         self._order.close()
+
+    # What is so
 
     def prefix_report(self) -> PrefixReport:
         """What runs the frozen layers' forward now: route, what was fused, what fell back and why, error, time."""
@@ -172,10 +259,49 @@ class FreezeOut:
         """Whether the frozen layers' forward stays as it is until the next transition: captured, checked, timed."""
         return self._prefix.is_settled
 
+    def memory(self) -> Memory:
+        """Bytes of weights, gradients, optimizer state and, once counted, of what is saved for backward."""
+        return held_memory(self.model, self.optimizers, self._saved_bytes)
+
+    @contextmanager
+    def count_memory(self) -> Iterator[None]:
+        """Around a forward pass in training: counts the bytes that autograd saves, for `memory()` and `report()`."""
+        saved = SavedBytes(self.model)
+        with saved.watch():
+            yield
+        self._saved_bytes = saved.total
+
+    def report(self) -> str:
+        """Text: the step, what is frozen since when, what came frozen, the memory of a step, the prefix."""
+        lines = [repr(self)]
+        if self.layers.given:
+            names = ", ".join(layer.name for layer in self.layers.given)
+            lines.append(f"came with requires_grad=False and belongs to the frozen prefix, in eval mode: {names}")
+        lines += [str(transition) for transition in self.transitions]
+        return "\n".join([*lines, str(self.prefix_report())])
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, the model has no hook and no engine of this package, for torch.jit.script and the like.
+
+        Frozen layers stay frozen, in eval mode. The prefix is captured again in the next forward behind it.
+        """
+        in_prefix = self._prefix.num_frozen
+        with self._order.paused(), self._ddp_check.paused():
+            self._prefix.freeze(0)
+            try:
+                yield
+            finally:
+                self._prefix.freeze(in_prefix)
+
+    # State
+
     def state_dict(self) -> dict:
-        """The step, what it is a step of, and the log of transitions; plain containers."""
+        """The step, what it is a step of, the last move by hand, and the log of transitions; plain containers."""
         return {
-            "step": self.step_count,
+            # A run that goes on beyond the end stays at the end.
+            "step": min(self.step_count, self.schedule.total_steps),
+            "by_hand": self._by_hand,
             "schedule": asdict(self.schedule),
             "layers": [layer.name for layer in self.layers],
             # A tuple: torch.distributed.checkpoint takes a list of dicts apart and then wants as many to load into.
@@ -183,145 +309,79 @@ class FreezeOut:
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Freezes (or thaws) to the state's step; before or after the optimizer's own state is loaded.
+        """Freezes (or thaws) to the state's step, whole or not at all; before or after the optimizer's own state.
 
         Raises:
-            ValueError: the state is of another schedule or other layers; nothing was changed.
+            ValueError, TypeError: the state is damaged, of another schedule or of other layers; nothing was changed.
         """
-        found, expected = state_dict["schedule"], asdict(self.schedule)
-        for name in expected:
-            if found.get(name) != expected[name]:
-                raise ValueError(
-                    f"state_dict must be of the same schedule, {name} is {found.get(name)!r} there, "
-                    f"{expected[name]!r} here"
-                )
-        names = [layer.name for layer in self.layers]
-        if state_dict["layers"] != names:
-            raise ValueError(f"state_dict must be of the same layers, got {state_dict['layers']}, here {names}")
-        due = self.schedule.num_frozen(state_dict["step"])
+        self._check_open("load_state_dict")
+        step, by_hand, transitions = checked_state(state_dict, self.schedule, self.layers)
+        due = self._due(step, by_hand)
+        self._move_to(due, step)
         if due:
-            # The run that was saved has shown the order, and some frozen modules compute otherwise under hooks.
+            # The saved run verified the order of execution. nn.TransformerEncoderLayer, for one, computes differently
+            # in eval mode when it has hooks.
             self._order.close()
-        if due > self.num_frozen:
-            self._freeze(due, state_dict["step"])
-        else:
-            self._thaw(due)
-        self.step_count = state_dict["step"]
-        self.transitions = [Transition(**{**t, "layers": tuple(t["layers"])}) for t in state_dict["transitions"]]
+        self._groups.give_back_set_aside()
+        self.step_count, self._by_hand, self.transitions = step, by_hand, transitions
         self._set_learning_rates()
 
     def close(self) -> None:
         """Gives model and optimizer back as they came: all layers trainable, groups whole, rates at their base."""
         if self._closed:
             return
+        self._closed = True
+        if self._cache is not None:
+            self._cache.detach()
         self._order.close()
         self._ddp_check.close()
-        for handle in self._on_load:
-            handle.remove()
-        self._thaw(0)
-        for optimizer, unsplit in zip(self.optimizers, self._unsplit, strict=True):
-            join_groups(optimizer, unsplit)
-        self._closed = True
+        self._frozen.close()
+        self._groups.join()
 
     # The transition
 
-    def _freeze(self, num_frozen: int, step: int) -> None:
-        start = time.perf_counter()
-        layers = self.layers[self.num_frozen : num_frozen]
-        with ExitStack() as undo:
-            freed = sum(self._freeze_layer(layer, undo) for layer in layers)
-            for group in self._groups():
-                undo.callback(set_rate, group, float(group["lr"]))
-            undo.callback(self._set_group_flags, self.num_frozen)
-            self._set_group_flags(num_frozen)
-            undo.callback(setattr, self, "num_frozen", self.num_frozen)
-            self.num_frozen = num_frozen
-            self._ddp_check.watch()
-            undo.callback(self._prefix.freeze, self._prefix.num_frozen)
-            self._prefix.freeze(num_frozen)
-            transition = Transition(
-                step=step,
-                num_frozen=num_frozen,
-                layers=tuple(layer.name for layer in layers),
-                parameters_frozen=sum(layer.num_parameters for layer in layers),
-                state_bytes_freed=freed,
-                seconds=time.perf_counter() - start,
-            )
-            for hook in list(self._transition_hooks.values()):
-                hook(self, transition)
-            undo.pop_all()
-        self.transitions.append(transition)
-        logger.info(
-            "step %d: froze %s; %d of %d layers frozen, %d parameters, %d bytes of optimizer state freed",
-            step, ", ".join(transition.layers), num_frozen, len(self.layers), transition.parameters_frozen, freed,
-        )  # fmt: skip
+    def _due(self, step: int, by_hand: tuple[int, int] | None) -> int:
+        """Number of frozen layers at `step`: the rule's, or what was set by hand until the rule's next milestone."""
+        rule = self.schedule.num_frozen(step)
+        if by_hand is None:
+            return rule
+        since, num_frozen = by_hand
+        return num_frozen if rule == self.schedule.num_frozen(since) else max(num_frozen, rule)
 
-    def _freeze_layer(self, layer: Layer, undo: ExitStack) -> int:
-        """Freezes one layer, registers how to undo it, and returns the bytes of optimizer state it freed."""
-        freed = 0
-        for p in layer.parameters.values():
-            undo.callback(_restore_parameter, p, p.grad)
-            p.grad = None
-            p.requires_grad_(False)
-            for optimizer in self.optimizers:
-                state = optimizer.state.pop(p, None)
-                if state is not None:
-                    undo.callback(optimizer.state.__setitem__, p, state)
-                    freed += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
-        for module in layer.submodules:
-            undo.callback(unpin, module, module.training)
-            pin(module)
-        return freed
+    def _checked_move(self, argument: str, num_frozen: int | str) -> int:
+        self._check_open(argument)
+        n = self.layers.count_through(num_frozen, argument)
+        if n == len(self.layers):
+            raise ValueError(f"{argument} must leave a layer to train, got {num_frozen!r}: all {n} layers")
+        return n
 
-    def _thaw(self, num_frozen: int) -> None:
-        self._prefix.freeze(num_frozen)
-        for layer in self.layers[num_frozen : self.num_frozen]:
-            for p in layer.parameters.values():
-                p.requires_grad_(True)
-            for module in layer.submodules:
-                unpin(module, self.model.training)
-        for group in self._groups():
-            if num_frozen <= group["layer"] < self.num_frozen:
-                set_rate(group, group["base_lr"])
-        self.num_frozen = num_frozen
-        self._set_group_flags(num_frozen)
+    def _move_by_hand(self, num_frozen: int) -> None:
+        self._move_to(num_frozen, self.step_count, by_hand=True)
+        self._by_hand = (self.step_count, num_frozen)
+        self._set_learning_rates()
+
+    def _move_to(self, num_frozen: int, step: int, *, by_hand: bool = False) -> None:
+        transition = self._frozen.move_to(num_frozen, step, by_hand=by_hand)
+        if transition is not None:
+            self.transitions.append(transition)
+            logger.info("%s", transition)
+
+    def _check_open(self, name: str) -> None:
+        if self._closed:
+            raise RuntimeError(f"{name}() must not be called after close()")
 
     # The optimizers' groups
 
-    def _groups(self) -> Iterator[dict]:
-        for optimizer in self.optimizers:
-            yield from optimizer.param_groups
-
     def _adopt_groups(self) -> None:
-        """Marks each group with its layer and base rate, also after a state was loaded, and frees frozen state."""
-        for group in self._groups():
-            group["layer"] = self._layer_of.get(next(iter(group["params"]), None), len(self.layers) - 1)
-            group.setdefault("base_lr", float(group["lr"]))
-        for layer in self.layers[: self.num_frozen]:
-            for p in layer.parameters.values():
-                for optimizer in self.optimizers:
-                    optimizer.state.pop(p, None)
-        self._set_group_flags(self.num_frozen)
+        self._groups.adopt()
         self._set_learning_rates()
 
-    def _set_group_flags(self, num_frozen: int) -> None:
-        for group in self._groups():
-            group["frozen"] = group["layer"] < num_frozen
-            if group["frozen"]:
-                set_rate(group, 0.0)
-        for optimizer in self.optimizers:
-            let_scaler_skip(optimizer)
-
     def _set_learning_rates(self) -> None:
-        step, factor_of = self.step_count, self.schedule.lr_factor
-        factors = [factor_of(i, step) for i in range(len(self.layers))]
-        for group in self._groups():
-            if "base_lr" not in group:  # add_param_group
-                return self._adopt_groups()
-            if self.anneal or group["frozen"]:
-                set_rate(group, group["base_lr"] * factors[group["layer"]])
-
-
-def _restore_parameter(p: nn.Parameter, grad: Tensor | None) -> None:
-    p.requires_grad_(True)
-    p.grad = grad
+        if self._groups.has_new():
+            self._groups.adopt()
+        if not self.anneal:
+            return self._groups.keep_frozen_at_zero()
+        factor_of, step = self.schedule.lr_factor, self.step_count
+        self._groups.set_factors(
+            [0.0 if i < self.num_frozen else factor_of(self.anneals_as(i), step) for i in range(len(self.layers))]
+        )

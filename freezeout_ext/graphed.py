@@ -305,7 +305,7 @@ def _scheduled(graphed: GraphedStep, group: dict, base: float) -> tuple[float, f
     if graphed.cosine is not None:
         schedule, layer = graphed.cosine, 0
     elif graphed.freezeout is not None and graphed.freezeout.anneal:
-        schedule, layer = graphed.freezeout.schedule, group["layer"]
+        schedule, layer = graphed.freezeout.schedule, graphed.freezeout.anneals_as(group["layer"])
     else:
         return float(group["lr"]), float("inf"), 0
     peak = base / schedule.t(layer) if schedule.scale_lr else base

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import takewhile
 
 from torch import nn
 
@@ -32,18 +33,46 @@ class Layer:
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters.values())
 
+    def is_called(self, name: str) -> bool:
+        """Whether `name` is the layer's, that of one of its modules, or of what holds these."""
+        return any(own == name or own.startswith(f"{name}.") for own in (self.name, *self.modules))
+
 
 class Layers(Sequence[Layer]):
-    """The layers 0..L of a model in forward order; prints as a table of layer, modules and parameters."""
+    """The layers 0..L of a model in forward order; prints as a table of layer, modules and parameters.
 
-    def __init__(self, layers: Iterable[Layer]) -> None:
+    given: what stands in front of them and came without a trainable parameter: frozen before FreezeOut sees it.
+    """
+
+    def __init__(self, layers: Iterable[Layer], given: Iterable[Layer] = ()) -> None:
         self._layers = tuple(layers)
+        self.given = tuple(given)
 
     def __getitem__(self, index):
         return self._layers[index]
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def count_through(self, last: int | str, argument: str) -> int:
+        """So many layers are meant: a number as it is, or a layer's name: that layer and all before it.
+
+        A stage's name means all of its layers. The name of one that came frozen (`given`) means none of 0..L.
+
+        Raises:
+            TypeError, ValueError: not a number of layers; no layer has that name.
+        """
+        if not isinstance(last, int | str) or isinstance(last, bool):
+            raise TypeError(f"{argument} must be a number of layers or a layer's name, got {last!r}")
+        if isinstance(last, int):
+            if not 0 <= last <= len(self):
+                raise ValueError(f"{argument} must be in 0..{len(self)}, got {last}")
+            return last
+        named = [i for i, layer in enumerate(self) if layer.is_called(last)]
+        if not named and not any(layer.is_called(last) for layer in self.given):
+            names = ", ".join(layer.name for layer in (*self.given, *self))
+            raise ValueError(f"{argument} must name a layer, nothing is called {last!r}; the layers are {names}")
+        return named[-1] + 1 if named else 0
 
     def __repr__(self) -> str:
         rows = [("layer", "name", "parameters", "modules")]
@@ -86,7 +115,8 @@ def find_layers(model: nn.Module, layers: Sequence | None = None) -> Layers:
         layers: overrides the search: a sequence with one entry a layer, each a module, the name of a module or
             parameter (with * and ? as wildcards; a name stands for its whole subtree), or a list of these.
 
-    Tied parameters belong to the last layer that holds them. Layers without a trainable parameter are left out.
+    Tied parameters belong to the last layer that holds them. Layers without a trainable parameter are left out; those
+    in front of all others are the result's `given`.
 
     Raises:
         ValueError: nothing is trainable; an entry of `layers` names nothing or what another one holds; a trainable
@@ -100,9 +130,10 @@ def find_layers(model: nn.Module, layers: Sequence | None = None) -> Layers:
     else:
         units = _merge(_units("", model, root=True))
     found = _assign_parameters(model, units)
-    if not found:
+    trained = [layer for layer in found if layer.parameters]
+    if not trained:
         raise ValueError("model must have a parameter with requires_grad=True, found none")
-    return Layers(found)
+    return Layers(trained, given=takewhile(_came_frozen, found))
 
 
 def _assign_parameters(model: nn.Module, units: list[_Unit]) -> list[Layer]:
@@ -121,8 +152,8 @@ def _assign_parameters(model: nn.Module, units: list[_Unit]) -> list[Layer]:
         held = [p for p in dict.fromkeys(_unit_parameters(unit)) if p in names]
         tied |= {names[p] for p in held if owner[p] != i}
         parameters = {names[p]: p for p in held if owner[p] == i}
-        if parameters:
-            submodules = tuple(module for module in dict.fromkeys(_submodules(unit)) if holder[module] == i)
+        submodules = tuple(module for module in dict.fromkeys(_submodules(unit)) if holder[module] == i)
+        if next(_unit_parameters(unit), None) is not None:
             found.append(Layer(unit.name, unit.modules, parameters, submodules))
     if tied:
         warnings.warn(
@@ -131,6 +162,12 @@ def _assign_parameters(model: nn.Module, units: list[_Unit]) -> list[Layer]:
             stacklevel=3,
         )
     return found
+
+
+def _came_frozen(layer: Layer) -> bool:
+    return not any(p.requires_grad for module in layer.modules.values() for p in module.parameters()) and not (
+        layer.parameters
+    )
 
 
 def _unit_parameters(unit: _Unit) -> Iterator[nn.Parameter]:

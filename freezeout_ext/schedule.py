@@ -1,7 +1,8 @@
 """When each layer freezes and what its learning rate is until then: pure maths of (layer, step)."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 POWERS = {"linear": 1.0, "squared": 2.0, "cubic": 3.0}
@@ -14,7 +15,7 @@ class Schedule:
     Layers 0..L are in forward order, steps count optimizer steps from 0. Layer L has t = 1 and never freezes.
 
     Args:
-        num_layers: L + 1.
+        num_layers: L + 1, and `start_frozen` more.
         total_steps: optimizer steps of the whole run.
         t_0: where layer 0 freezes, before the power, in (0, 1]; 1 freezes nothing.
         how_scale: "linear", "squared", "cubic", or any positive power.
@@ -22,6 +23,9 @@ class Schedule:
         warmup_steps: the rates rise linearly to their peak over these steps, and the cosines begin there.
         max_transitions: at most so many moments at which layers freeze; neighbours freeze together at the mean of
             their t_i, so that the layers' active time, summed, is that of the unsnapped schedule.
+        start_frozen: so many layers are frozen before the first step: t = 0. i and L count the layers behind them.
+        milestones: t_i itself of each layer behind the `start_frozen` ones, in place of `t_0` and `how_scale`:
+            fractions in [0, 1] that do not fall, the last one 1. A layer with 0 is frozen before the first step.
 
     Raises:
         ValueError, TypeError: an argument out of its range, by name.
@@ -36,43 +40,80 @@ class Schedule:
     scale_lr: bool = True
     warmup_steps: int = 0
     max_transitions: int | None = None
+    start_frozen: int = 0
+    milestones: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        _check_count("num_layers", self.num_layers, 1)
-        _check_count("total_steps", self.total_steps, 1)
-        _check_count("warmup_steps", self.warmup_steps, 0)
+        check_count("num_layers", self.num_layers, 1)
+        check_count("total_steps", self.total_steps, 1)
+        check_count("warmup_steps", self.warmup_steps, 0)
+        check_flag("scale_lr", self.scale_lr)
+        check_count("start_frozen", self.start_frozen, 0)
         if self.max_transitions is not None:
-            _check_count("max_transitions", self.max_transitions, 1)
+            check_count("max_transitions", self.max_transitions, 1)
+        if self.start_frozen >= self.num_layers:
+            raise ValueError(
+                f"start_frozen must leave a layer to train, got {self.start_frozen} of {self.num_layers} layers"
+            )
         if not _is_real(self.t_0) or not 0 < self.t_0 <= 1:
             raise ValueError(f"t_0 must be in (0, 1], got {self.t_0!r}")
         _power(self.how_scale)
-        if self.warmup_steps >= self.milestone(0):
+        if self.milestones is not None:
+            self._check_milestones()
+        first = next(m for m in self._milestones if m > 0)
+        if self.warmup_steps >= first:
             raise ValueError(
-                f"warmup_steps must end before the first layer freezes at step {self.milestone(0):g}, "
-                f"got {self.warmup_steps}"
+                f"warmup_steps must end before the first layer freezes at step {first:g}, got {self.warmup_steps}"
             )
+
+    def _check_milestones(self) -> None:
+        given, layers = self.milestones, self.num_layers - self.start_frozen
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise TypeError(f"milestones must be a sequence of numbers, got {type(given).__name__}")
+        object.__setattr__(self, "milestones", tuple(given))
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in ("t_0", "how_scale"):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"milestones must stand alone: {name} has no meaning beside them")
+        if len(given) != layers:
+            behind = f" behind the {self.start_frozen} of start_frozen" if self.start_frozen else ""
+            raise ValueError(
+                f"milestones must have one entry for each of the {layers} layers{behind}, got {len(given)}"
+            )
+        for i, t in enumerate(given):
+            if not _is_real(t) or not 0 <= t <= 1:
+                raise ValueError(f"milestones must be fractions in [0, 1], got {t!r} for layer {i}")
+            if i and t < given[i - 1]:
+                raise ValueError(f"milestones must not fall, got {given[i - 1]} and then {t} for layer {i}")
+        if given[-1] != 1:
+            raise ValueError(f"milestones must end with 1 (the last layer never freezes), got {given[-1]}")
 
     @cached_property
     def _times(self) -> tuple[float, ...]:
-        power, last = _power(self.how_scale), self.num_layers - 1
-        times = [(self.t_0 + (1 - self.t_0) * i / last) ** power for i in range(last)] + [1.0]
+        power, last = _power(self.how_scale), self.num_layers - self.start_frozen - 1
+        if self.milestones is None:
+            times = [(self.t_0 + (1 - self.t_0) * i / last) ** power for i in range(last)] + [1.0]
+        else:
+            times = [float(t) for t in self.milestones]
+        begun = self.start_frozen + times.count(0)
+        times = [t for t in times if t > 0]
         freezing = sum(t < 1 for t in times)
-        if self.max_transitions is None or self.max_transitions >= freezing:
-            return tuple(times)
-        snapped = []
-        for k in range(self.max_transitions):
-            first = k * freezing // self.max_transitions
-            end = (k + 1) * freezing // self.max_transitions
-            snapped += [math.fsum(times[first:end]) / (end - first)] * (end - first)
-        return tuple(snapped + times[freezing:])
+        if self.max_transitions is not None and self.max_transitions < freezing:
+            snapped = []
+            for k in range(self.max_transitions):
+                first = k * freezing // self.max_transitions
+                end = (k + 1) * freezing // self.max_transitions
+                snapped += [math.fsum(times[first:end]) / (end - first)] * (end - first)
+            times = snapped + times[freezing:]
+        return tuple([0.0] * begun + times)
 
     @cached_property
     def _milestones(self) -> tuple[float, ...]:
-        # Rounded far below a step: 0.55 * 100 is 55.00000000000001, and must be step 55. Step 0 is always trained.
-        return tuple(max(round(t * self.total_steps, 6), 1e-6) for t in self._times)
+        # Rounded far below a step: 0.55 * 100 is 55.00000000000001, and must be step 55. A t above 0 trains in step 0.
+        return tuple(max(round(t * self.total_steps, 6), 1e-6) if t else 0.0 for t in self._times)
 
     def t(self, i: int) -> float:
-        """t_i: the fraction of the run for which layer i trains (after the power and max_transitions)."""
+        """t_i: the fraction of the run for which layer i trains (after the power and max_transitions), 0 to 1."""
         return self._times[i]
 
     def milestone(self, i: int) -> float:
@@ -118,8 +159,13 @@ def _is_real(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_count(name: str, value: object, least: int) -> None:
+def check_count(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")

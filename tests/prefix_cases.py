@@ -219,7 +219,7 @@ def freeze(model: nn.Module, num_frozen: int, layers: Layers | None = None) -> L
             if i < num_frozen:
                 pin(module)
             else:
-                unpin(module, model.training)
+                unpin(module)
     return layers
 
 

@@ -153,7 +153,7 @@ def test_model_train_does_not_thaw():
         assert not any(module.training for module in model)
 
 
-def test_copies_and_pickles_of_a_frozen_model_are_their_own():
+def test_copies_and_pickles_of_a_frozen_model_are_plain_models():
     model, optimizer, freezeout = controlled()
     early_copy = copy.deepcopy(model)  # made while the order of execution was still being watched
     train(model, optimizer, freezeout, range(14))
@@ -161,13 +161,18 @@ def test_copies_and_pickles_of_a_frozen_model_are_their_own():
     torch.save(model, stored)
     stored.seek(0)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stored, weights_only=False)):
-        frozen = [module for module in twin.modules() if "train" in vars(module)]
-        assert frozen and all(module.train.args[0] is module for module in frozen)
-        assert not any(module.training for module in twin.train().modules() if "train" in vars(module))
         assert_same(twin.state_dict(), model.state_dict())
+        assert all(module.training for module in twin.train().modules())
+        assert not any(module.training for module in twin.eval().modules())
+        norm = next(module for module in twin.train().modules() if isinstance(module, nn.BatchNorm2d))
+        before = norm.running_mean.clone()
+        twin(batch(0)[0])
+        assert not torch.equal(norm.running_mean, before)
+        again = copy.deepcopy(twin)
+        assert next(again.eval().children()).training is False and next(twin.children()).training is True
+    assert not all(module.training for module in model.train().modules())
     before = freezeout.step_count
     early_copy(batch(0)[0])
-    assert not any("train" in vars(module) for module in early_copy.modules())
     assert freezeout.step_count == before
 
 
@@ -259,19 +264,85 @@ def test_a_state_with_momentum_for_frozen_layers_leaves_it_freed():
     assert all((group["lr"] == 0) == group["frozen"] for group in optimizer.param_groups)
 
 
-@pytest.mark.parametrize("anneal", [True, False])
-def test_an_attached_lr_scheduler_keeps_working(anneal):
-    model, optimizer, freezeout = controlled(anneal=anneal)
+def test_an_lr_scheduler_keeps_working_where_freezeout_does_not_anneal():
+    model, optimizer, freezeout = controlled(anneal=False)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 100)
     for step in range(TOTAL_STEPS):
         train(model, optimizer, freezeout, [step])
         scheduler.step()
-        freezeout_rates = freezeout.learning_rates()
-        if not anneal:
-            assert freezeout_rates[-1] == pytest.approx(0.1 * (1 - (step + 1) / 100))
+        assert freezeout.learning_rates()[-1] == pytest.approx(0.1 * (1 - (step + 1) / 100))
         scheduler.load_state_dict(scheduler.state_dict())
     assert freezeout.num_frozen == len(freezeout.layers) - 1
     assert len(scheduler.get_last_lr()) == len(optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda k: 0.9**k, lambda k: 0.8**k]),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [0.1, 0.2], TOTAL_STEPS),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, [0.01, 0.02], [0.1, 0.2], 4),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, TOTAL_STEPS),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o, [torch.optim.lr_scheduler.LinearLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [5]
+        ),
+    ],
+)
+def test_a_scheduler_that_was_there_before_follows_the_split_groups(make):
+    def groups(model):
+        parameters = list(model.parameters())
+        return [{"params": parameters[::2]}, {"params": parameters[1::2], "lr": 0.05, "second": True}]
+
+    model, plain = small_net(), small_net()
+    optimizer, other = (torch.optim.SGD(groups(net), lr=0.1, momentum=0.9) for net in (model, plain))
+    scheduler, expected = make(optimizer), make(other)
+    freezeout = FreezeOut(model, optimizer, total_steps=TOTAL_STEPS, anneal=False, schedulers=[scheduler], t_0=0.5)
+    first = next(iter(model.parameters()))
+    for step in range(TOTAL_STEPS - 1):
+        train(model, optimizer, freezeout, [step])
+        other.step()
+        scheduler.step()
+        expected.step()
+        for group in optimizer.param_groups:
+            of = other.param_groups[int("second" in group)]
+            if not group["frozen"]:
+                assert group["lr"] == pytest.approx(of["lr"], rel=1e-12)
+    assert freezeout.num_frozen > 2 and not first.requires_grad
+    freezeout.close()
+    assert len(scheduler.base_lrs if hasattr(scheduler, "base_lrs") else scheduler._last_lr) == 2
+    scheduler.step()
+
+
+def test_schedulers_are_refused_beside_annealing_or_where_their_lists_are_unknown():
+    class Own(torch.optim.lr_scheduler.LRScheduler):
+        def __init__(self, optimizer):
+            self.peaks = [0.3]
+            super().__init__(optimizer)
+
+        def get_lr(self):
+            return list(self.peaks)
+
+    model = small_net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    scheduler = Own(optimizer)
+    with pytest.raises(ValueError, match="schedulers must be empty where FreezeOut sets the rates"):
+        FreezeOut(model, optimizer, total_steps=10, schedulers=[scheduler])
+    with pytest.raises(TypeError, match="peaks of Own may have an entry for each param group"):
+        FreezeOut(model, optimizer, total_steps=10, schedulers=[scheduler], anneal=False)
+    with pytest.raises(ValueError, match="must not have an LR scheduler yet"):
+        FreezeOut(model, optimizer, total_steps=10, anneal=False)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_an_lr_scheduler_beside_annealing_is_an_error_that_says_what_to_pass():
+    model, optimizer, freezeout = controlled()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TOTAL_STEPS)
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"LR scheduler was attached .* pass anneal=False"):
+        freezeout.step()
+    assert freezeout.step_count == 0
+    scheduler.step()
 
 
 def test_freezing_without_annealing_leaves_the_rates_of_active_layers_alone():
@@ -346,7 +417,7 @@ def test_groups_are_split_by_layer_and_keep_every_hyperparameter():
         assert group["weight_decay"] == (0.1 if first.dim() > 1 else 0)
         assert group.get("mine") == ("yes" if first.dim() > 1 else None)
         assert group["base_lr"] == group["lr"] == (0.1 if first.dim() > 1 else 0.5)
-        assert all(p is extra or freezeout._layer_of[p] == group["layer"] for p in group["params"])
+        assert all(p is extra or freezeout._groups.layer_of[p] == group["layer"] for p in group["params"])
     assert any(p is extra for group in optimizer.param_groups if group["layer"] == last for p in group["params"])
     freezeout.close()
     assert optimizer.state_dict()["param_groups"] == original
@@ -512,7 +583,7 @@ def test_refused_arguments_are_named():
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="optimizer must be a torch optimizer, got int"):
         FreezeOut(model, 3, total_steps=10)
-    with pytest.raises(TypeError, match=r"got a DataParallel; pass model\.module"):
+    with pytest.raises(TypeError, match=r"must not be an nn\.DataParallel: .* or pass model\.module"):
         FreezeOut(nn.DataParallel(model), sgd, total_steps=10)
     with pytest.raises(TypeError, match="LBFGS"):
         FreezeOut(model, torch.optim.LBFGS(model.parameters()), total_steps=10)

@@ -433,7 +433,7 @@ def test_close_leaves_all_to_others():
     for batch in batches(6):
         step(*batch)
     step.close()
-    assert not step._graphs and not freezeout._transition_hooks
+    assert not step._graphs and not freezeout._frozen.hooks
     plain_loop(model, optimizer, freezeout, batches(STEPS - 6))
 
 

@@ -20,8 +20,11 @@ LAW = {
     "fused": {"native"},
     "prefix": {"kernels", "native", "attach", "cuda_graphs"},
     "param_groups": {"layers"},
+    "memory": set(),
     "checks": {"schedule", "layers", "attach", "param_groups"},
-    "freezeout": {"schedule", "layers", "prefix", "param_groups", "attach", "checks"},
+    "transition": {"layers", "attach", "param_groups", "prefix", "checks", "memory"},
+    "state": {"schedule", "layers", "transition"},
+    "freezeout": {"schedule", "layers", "prefix", "param_groups", "checks", "memory", "transition", "state"},
     "graphed": {"freezeout", "schedule", "param_groups", "fused", "native", "attach", "cuda_graphs"},
     "planner": {"freezeout", "schedule", "layers", "fused"},
     "integrations": {"freezeout", "schedule", "layers", "prefix", "fused", "attach"},
@@ -30,7 +33,7 @@ LAW = {
         "schedule", "layers", "kernels", "fused", "prefix", "freezeout", "graphed", "planner", "integrations",
         "models", "native",
     },
-    "__init__": {"schedule", "layers", "freezeout", "fused", "native", "prefix", "graphed"},
+    "__init__": {"schedule", "layers", "freezeout", "fused", "native", "prefix", "graphed", "transition"},
     "__main__": {"training"},
 }  # fmt: skip
 STANDARD_LIBRARY_ONLY = {"schedule"}

@@ -27,7 +27,7 @@ class Module(pl.LightningModule):
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
         if self.scheduler:
-            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)]
         return optimizer
 
 
@@ -39,8 +39,8 @@ def loader():
     )
 
 
-def fit(folder, module=None, epochs=EPOCHS, checkpoint=None, accumulate=1, **arguments):
-    module = module or Module()
+def fit(folder, net=None, epochs=EPOCHS, checkpoint=None, accumulate=1, **arguments):
+    net = net or Module()
     callback = FreezeOutCallback(**{"t_0": 0.5, **arguments})
     trainer = pl.Trainer(
         max_epochs=epochs,
@@ -53,8 +53,8 @@ def fit(folder, module=None, epochs=EPOCHS, checkpoint=None, accumulate=1, **arg
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(module, loader(), ckpt_path=checkpoint)
-    return module, callback, trainer
+    trainer.fit(net, loader(), ckpt_path=checkpoint)
+    return net, callback, trainer
 
 
 def by_hand():
@@ -100,8 +100,59 @@ def test_accumulation_counts_optimizer_steps(tmp_path):
     assert callback.freezeout.schedule.total_steps == BATCHES * EPOCHS // 2
 
 
+def test_without_annealing_the_users_own_scheduler_stays(tmp_path):
+    module, callback, trainer = fit(tmp_path, Module(scheduler=True), anneal=False, t_0=0.3, how_scale="linear")
+    assert 0 < callback.freezeout.num_frozen == 4
+    plain = Module(scheduler=True)
+    (optimizer,), (scheduler,) = plain.configure_optimizers()
+    freezeout = FreezeOut(
+        plain.net, optimizer, total_steps=BATCHES * EPOCHS, t_0=0.3, how_scale="linear",
+        anneal=False, schedulers=[scheduler],
+    )  # fmt: skip
+    for epoch in range(EPOCHS):
+        assert freezeout.learning_rates()[-1] == 0.1 * 0.5**epoch
+        for batch in loader():
+            optimizer.zero_grad()
+            plain.training_step(batch, 0).backward()
+            optimizer.step()
+            freezeout.step()
+        scheduler.step()
+    assert_same(module, plain)
+    kept = trainer.lr_scheduler_configs[0].scheduler
+    assert len(kept.base_lrs) == len(kept.lr_lambdas) == len(kept.optimizer.param_groups) == 5
+    callback.freezeout.close()
+    assert len(kept.base_lrs) == len(kept.lr_lambdas) == len(kept.optimizer.param_groups) == 1
+
+
+class Adversaries(pl.LightningModule):
+    """The second optimizer steps at every batch, the first at every second one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.net = torch.nn.ModuleDict({name: build_model("wrn-10-1", in_channels=1, image_size=8) for name in "ab"})
+
+    def training_step(self, batch, index):
+        for i, optimizer in enumerate(self.optimizers()):
+            if i or index % 2:
+                optimizer.zero_grad()
+                self.manual_backward(F.cross_entropy(self.net["ab"[i]](batch[0]), batch[1]))
+                optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.1) for net in self.net.values()]
+
+
+def test_optimizers_that_step_unequally_often_end_the_schedule_with_the_run(tmp_path):
+    _, callback, trainer = fit(tmp_path, Adversaries(), module="net.a")
+    assert trainer.global_step == 1.5 * BATCHES * EPOCHS
+    assert callback.freezeout.step_count == callback.freezeout.schedule.total_steps == BATCHES * EPOCHS
+    assert callback.freezeout.learning_rates() == pytest.approx([0.0] * 5)
+
+
 def test_an_lr_scheduler_and_an_endless_run_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="must return no LR scheduler"):
+    with pytest.raises(ValueError, match=r"must return no LR scheduler: .* FreezeOutCallback\(anneal=False"):
         fit(tmp_path, Module(scheduler=True))
     with pytest.raises(ValueError, match="must have max_steps or max_epochs"):
         fit(tmp_path, epochs=-1)

@@ -75,6 +75,7 @@ def test_fine_tuning_freezes_on_schedule_and_resumes_bit_identically(tmp_path):
     callback = add_freezeout(resumed, t_0=0.6)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
     assert callback.freezeout.num_frozen == 5
+    assert [t.layers for t in callback.freezeout.transitions] == [t.layers for t in freezeout.transitions]
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 

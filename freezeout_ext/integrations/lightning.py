@@ -17,15 +17,20 @@ except ImportError as error:
 
 
 class FreezeOutCallback(Callback):
-    """freezeout.step() once for each optimizer step of the Trainer, resumed from the Trainer's own checkpoints.
+    """freezeout.step() once for each batch in which an optimizer stepped, resumed from the Trainer's own checkpoints.
 
-    `configure_optimizers` returns optimizers without an LR scheduler: FreezeOut anneals each layer on its own.
-    total_steps is what the Trainer will run (max_steps, or max_epochs of its loader), unless given.
+    With one optimizer these are its steps, under gradient accumulation too. Several optimizers may step unequally
+    often. FreezeOut anneals each layer on its own, so that `configure_optimizers` returns no LR scheduler; with
+    `anneal=False` it may. total_steps is what the Trainer will run (max_steps, or max_epochs of its loader), unless
+    given.
 
     Args:
         module: name of the submodule of the LightningModule whose layers to freeze; None: its only child with
             trainable parameters, or else the LightningModule itself.
         arguments: of FreezeOut (t_0, how_scale, layers, ...).
+
+    Raises:
+        ValueError: an LR scheduler beside annealing; total_steps cannot be known.
 
     Attributes:
         freezeout: the FreezeOut, from on_fit_start on.
@@ -36,28 +41,32 @@ class FreezeOutCallback(Callback):
         self._module = module
         self._arguments = arguments
         self._state: dict | None = None
+        self._global_step = 0  # at the last look
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The optimizers exist and their state is not yet loaded, which needs the split groups.
-        if any(config.scheduler is not None for config in trainer.lr_scheduler_configs):
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        if schedulers and self._arguments.get("anneal", True):
             raise ValueError(
-                "configure_optimizers must return no LR scheduler: FreezeOut gives each layer a cosine of its own"
+                "configure_optimizers must return no LR scheduler: FreezeOut gives each layer a cosine of its own; "
+                "FreezeOutCallback(anneal=False) keeps the scheduler and only freezes"
             )
-        total_steps = self._arguments.get("total_steps", trainer.estimated_stepping_batches)
-        if not math.isfinite(total_steps):
-            raise ValueError("the Trainer must have max_steps or max_epochs, or the callback total_steps: got neither")
         if self.freezeout is not None:
             self.freezeout.close()
-        arguments = {**self._arguments, "total_steps": int(total_steps)}
+        arguments = {"total_steps": self._total_steps(trainer), "schedulers": schedulers, **self._arguments}
         self.freezeout = FreezeOut(self._target(pl_module), trainer.optimizers, **arguments)
         if self._state is not None:
             self.freezeout.load_state_dict(self._state)
             self._state = None
         follow_if_distributed(self.freezeout)
 
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        self._global_step = trainer.global_step
+
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         # global_step counts the steps of all optimizers.
-        while self.freezeout.step_count < trainer.global_step // len(trainer.optimizers):
+        if trainer.global_step > self._global_step:
+            self._global_step = trainer.global_step
             self.freezeout.step()
 
     def state_dict(self) -> dict:
@@ -65,6 +74,19 @@ class FreezeOutCallback(Callback):
 
     def load_state_dict(self, state_dict: dict) -> None:
         self._state = state_dict or None
+
+    def _total_steps(self, trainer: Trainer) -> int:
+        if "total_steps" in self._arguments:
+            return self._arguments["total_steps"]
+        if len(trainer.optimizers) > 1 and trainer.max_steps != -1:
+            raise ValueError(
+                "total_steps must be given where the Trainer has max_steps and several optimizers: max_steps counts "
+                "the steps of all of them, total_steps the batches in which any of them steps"
+            )
+        total_steps = trainer.estimated_stepping_batches
+        if not math.isfinite(total_steps):
+            raise ValueError("the Trainer must have max_steps or max_epochs, or the callback total_steps: got neither")
+        return int(total_steps)
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
         if self._module is not None:

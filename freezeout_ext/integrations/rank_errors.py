@@ -16,7 +16,12 @@ class LostRank(RuntimeError):
 
 def check_same_on_all_ranks(freezeout: FreezeOut, group: dist.ProcessGroup | None = None) -> None:
     """Raises ValueError, on every rank, unless schedule, layers and step are those of rank 0: what freezes when."""
-    mine = {**asdict(freezeout.schedule), "layers": len(freezeout.layers), "step": freezeout.step_count}
+    mine = {
+        **asdict(freezeout.schedule),
+        "layers": len(freezeout.layers),
+        "step": freezeout.step_count,
+        "num_frozen": freezeout.num_frozen,
+    }
     every: list[dict] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(every, mine, group=group)
     for rank, other in enumerate(every):

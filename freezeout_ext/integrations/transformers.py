@@ -15,6 +15,10 @@ except ImportError as error:
     ) from error
 
 
+# FreezeOut's state in the Trainer's trainer_state.json, among those of its callbacks.
+STATE = "freezeout"
+
+
 class FreezeOutCallback(TrainerCallback):
     """freezeout.step() once for each optimizer step. `add_freezeout` makes it; training sets its `freezeout`."""
 
@@ -24,12 +28,15 @@ class FreezeOutCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step:  # resumed: what is frozen is a function of the step alone
-            self.freezeout.load_state_dict({**self.freezeout.state_dict(), "step": state.global_step})
+        if state.global_step:
+            # Saved by an earlier release: what is frozen is then a function of the step alone.
+            saved = state.stateful_callbacks.get(STATE) or {**self.freezeout.state_dict(), "step": state.global_step}
+            self.freezeout.load_state_dict(saved)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         while self.freezeout.step_count < state.global_step:
             self.freezeout.step()
+        state.stateful_callbacks[STATE] = self.freezeout.state_dict()
 
 
 def add_freezeout(trainer: Trainer, **arguments: Any) -> FreezeOutCallback:

@@ -1,0 +1,76 @@
+"""What a state of FreezeOut must be to be loaded: all of it is checked before anything changes."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from .layers import Layers
+from .schedule import Schedule
+from .transition import Transition
+
+
+def checked_state(
+    state_dict: Mapping[str, Any], schedule: Schedule, layers: Layers
+) -> tuple[int, tuple[int, int] | None, list[Transition]]:
+    """A state of FreezeOut -> (step, last move by hand, transitions). Changes nothing.
+
+    Raises:
+        ValueError, TypeError: what is wrong with it, by key.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+    missing = [key for key in ("step", "schedule", "layers", "transitions") if key not in state_dict]
+    if missing:
+        raise ValueError(f"state_dict must be of FreezeOut.state_dict(), {', '.join(missing)} is missing")
+    found, expected = state_dict["schedule"], asdict(schedule)
+    if not isinstance(found, Mapping):
+        raise TypeError(f"state_dict['schedule'] must be a dict, got {type(found).__name__}")
+    defaults = {f.name: f.default for f in fields(Schedule)}  # states of earlier releases lack the newer ones
+    for name, mine in expected.items():
+        theirs = found.get(name, defaults[name])
+        if (tuple(theirs) if isinstance(theirs, list) else theirs) != mine:
+            raise ValueError(
+                f"state_dict must be of the same schedule, {name} is {found.get(name)!r} there, {mine!r} here"
+            )
+    names = [layer.name for layer in layers]
+    if not isinstance(state_dict["layers"], list | tuple) or list(state_dict["layers"]) != names:
+        raise ValueError(f"state_dict must be of the same layers, got {state_dict['layers']}, here {names}")
+    step = _number("step", state_dict["step"], schedule.total_steps)
+    by_hand = state_dict.get("by_hand")
+    if by_hand is not None:
+        if not isinstance(by_hand, list | tuple) or len(by_hand) != 2:
+            raise ValueError(f"state_dict['by_hand'] must be None or (step, number of layers), got {by_hand!r}")
+        by_hand = _number("by_hand", by_hand[0], step), _number("by_hand", by_hand[1], len(layers) - 1)
+    return step, by_hand, _transitions(state_dict["transitions"], len(layers))
+
+
+def _transitions(transitions: object, num_layers: int) -> list[Transition]:
+    if not isinstance(transitions, list | tuple):
+        raise TypeError(f"state_dict['transitions'] must be a list, got {type(transitions).__name__}")
+    kinds = {
+        "step": int,
+        "num_frozen": int,
+        "parameters_frozen": int,
+        "state_bytes_freed": int,
+        "seconds": (int, float),
+    }
+    checked = []
+    for i, found in enumerate(transitions):
+        where = f"state_dict['transitions'][{i}]"
+        if not isinstance(found, Mapping):
+            raise TypeError(f"{where} must be a dict, got {type(found).__name__}")
+        known = {f.name for f in fields(Transition)}
+        if not {*kinds, "layers"} <= set(found) <= known:
+            raise ValueError(f"{where} must have the entries {', '.join(sorted(known))}, got {sorted(map(str, found))}")
+        wrong = [name for name, kind in kinds.items() if not isinstance(found[name], kind)]
+        if wrong or not isinstance(found["layers"], list | tuple):
+            raise ValueError(f"{where} must be an entry of FreezeOut.state_dict(), got {dict(found)}")
+        _number(f"transitions'][{i}]['num_frozen", found["num_frozen"], num_layers - 1)
+        checked.append(Transition(**{**found, "layers": tuple(found["layers"])}))
+    return checked
+
+
+def _number(key: str, value: object, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"state_dict['{key}'] must be a whole number in 0..{most}, got {value!r}")
+    return value
