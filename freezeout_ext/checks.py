@@ -1,10 +1,8 @@
-"""What FreezeOut refuses or warns of: the optimizer, the order of the layers, DDP, a model compiled as a whole."""
+"""What FreezeOut refuses or warns of: arguments, the optimizer, DDP, a model compiled as a whole."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -12,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from .attach import TransientHook
-from .layers import Layer, Layers, find_layers
+from .layers import Layers, find_layers
 from .param_groups import GROUP_KEYS
 from .schedule import Schedule
 
@@ -121,64 +119,6 @@ def _depends_on_mode(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
     return isinstance(module, nn.RNNBase | nn.MultiheadAttention) and module.dropout > 0
-
-
-class OrderCheck:
-    """Sees at the model's first forward whether the layers run in their order: by the last call of each."""
-
-    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
-        self._model = model
-        self._layers = layers
-        self._last_call: dict[int, int] = {}
-        self._running = False
-        self._calls = 0
-        self._handles: list = []
-        self._watch()
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        was_open = bool(self._handles)
-        self.close()
-        try:
-            yield
-        finally:
-            if was_open:
-                self._watch()
-
-    def _watch(self) -> None:
-        self._handles = [
-            self._model.register_forward_pre_hook(TransientHook(self._begin), prepend=True),
-            self._model.register_forward_hook(TransientHook(self._end)),
-        ]
-        for i, layer in enumerate(self._layers):
-            for module in layer.modules.values():
-                if module is not self._model:
-                    self._handles.append(module.register_forward_pre_hook(TransientHook(partial(self._see, i))))
-
-    def _begin(self, *_: object) -> None:
-        self._running, self._calls = True, 0
-        self._last_call.clear()
-
-    def _see(self, i: int, *_: object) -> None:
-        # A checkpointed layer runs again in the backward pass, in the reverse order.
-        if self._running:
-            self._calls += 1
-            self._last_call[i] = self._calls
-
-    def _end(self, *_: object) -> None:
-        self._running = False
-        seen = sorted(self._last_call)
-        for i, j in pairwise(seen):
-            if self._last_call[i] > self._last_call[j]:
-                raise ValueError(
-                    f"layers must be in the order of execution, but layer {i} ({self._layers[i].name}) runs after "
-                    f"layer {j} ({self._layers[j].name}); pass layers=[...] in the order in which they run"
-                )
 
 
 class DDPCheck:

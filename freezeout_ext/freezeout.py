@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .checks import (
     DDPCheck,
-    OrderCheck,
     checked_layers,
     checked_model,
     checked_optimizers,
@@ -24,6 +23,7 @@ from .checks import (
 )
 from .layers import Layers
 from .memory import Memory, SavedBytes, held_memory
+from .order import OrderCheck
 from .param_groups import ParamGroups
 from .prefix import Prefix, PrefixReport
 from .schedule import Schedule, check_flag

@@ -1,5 +1,6 @@
 """FreezeOut on real training: each invariant of the transition, resume, and plain cosine as the limit."""
 
+import ast
 import copy
 import io
 import math
@@ -467,26 +468,48 @@ def test_weight_tied_modules_freeze_with_the_last_layer_that_uses_them():
 
 
 class Swapped(nn.Module):
+    """Runs in another order than that of registration, and its source does not say so."""
+
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.first, self.norm, self.second, self.head = (
+            nn.Linear(4, 4),
+            nn.LayerNorm(4),
+            nn.Linear(4, 4),
+            nn.Linear(4, 2),
+        )
+        self.scale = nn.Parameter(torch.ones(4))
 
     def forward(self, x):
-        return self.head(self.first(self.second(x)))
+        for name in ("second", "norm", "first", "head"):
+            x = self.get_submodule(name)(x)
+        return x * self.scale.mean()
 
 
-def test_layers_that_run_in_another_order_are_an_error_naming_both():
+def test_layers_that_run_in_another_order_are_an_error_with_the_order_that_was_seen():
     model = Swapped()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     freezeout = FreezeOut(model, optimizer, total_steps=10)
-    with pytest.raises(ValueError, match=r"layer 0 \(first\) runs after layer 1 \(second\); pass layers="):
+    with pytest.raises(ValueError, match=r"layer 0 \(first\) runs after layer 1 \(second\); pass .* layers=") as raised:
         model(torch.randn(2, 4))
     freezeout.close()
-    freezeout = FreezeOut(model, optimizer, total_steps=10, layers=["second", "first", "head"])
+    seen = ast.literal_eval(str(raised.value).split("layers=")[1])
+    assert seen == [["second", "norm"], ["first", "scale"], "head"]
+    freezeout = FreezeOut(model, optimizer, total_steps=10, layers=seen)
     model(torch.randn(2, 4)).sum().backward()
     optimizer.step()
     freezeout.step()
     assert not model._forward_hooks and not model._forward_pre_hooks and not model.first._forward_pre_hooks
+
+
+def test_the_module_that_runs_late_is_named_and_not_its_layer_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    FreezeOut(model, optimizer, total_steps=10, layers=[["0", "2"], "1", "3"])
+    with pytest.raises(
+        ValueError, match=r"but 2 of layer 0 \(0\) runs after layer 1 \(1\); .* layers=\['0', \['1', '2'\]"
+    ):
+        model(torch.randn(2, 4))
 
 
 def test_checkpointed_layers_are_not_taken_for_a_wrong_order():

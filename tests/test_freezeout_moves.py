@@ -331,17 +331,18 @@ def test_layers_in_front_that_came_without_gradients_belong_to_the_prefix():
 def test_layers_that_came_frozen_in_eval_mode_are_no_surprise_and_those_behind_are_left_alone():
     model = pretrained()
     model[1].eval()
-    model[6].requires_grad_(False)
+    model[6] = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    model[6][1].requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         freezeout = FreezeOut(model, optimizer, total_steps=20)
-    assert [layer.name for layer in freezeout.layers] == ["3", "9"]
+    assert [layer.name for layer in freezeout.layers] == ["3", "6.0", "6.2", "9"]
     assert [layer.name for layer in freezeout.layers.given] == ["0"]
     freezeout.close()
     assert [module.training for module in model] == [i != 1 for i in range(10)]
     # A division that leaves them out leaves them as they are.
-    freezeout = FreezeOut(model, optimizer, total_steps=20, layers=[["3", "4"], "9"])
+    freezeout = FreezeOut(model, optimizer, total_steps=20, layers=[["3", "4"], "6", "9"])
     model.train()
     assert model[1].training and not freezeout.layers.given
 

@@ -13,7 +13,9 @@ PACKAGE = Path(freezeout_ext.__file__).parent
 LAW = {
     "schedule": set(),
     "native": set(),
-    "layers": set(),
+    "source_order": set(),
+    "structure": {"source_order"},
+    "layers": {"structure"},
     "attach": set(),
     "cuda_graphs": set(),
     "kernels": {"cuda_graphs"},
@@ -22,9 +24,10 @@ LAW = {
     "param_groups": {"layers"},
     "memory": set(),
     "checks": {"schedule", "layers", "attach", "param_groups"},
+    "order": {"layers", "attach"},
     "transition": {"layers", "attach", "param_groups", "prefix", "checks", "memory"},
     "state": {"schedule", "layers", "transition"},
-    "freezeout": {"schedule", "layers", "prefix", "param_groups", "checks", "memory", "transition", "state"},
+    "freezeout": {"schedule", "layers", "prefix", "param_groups", "checks", "memory", "transition", "state", "order"},
     "graphed": {"freezeout", "schedule", "param_groups", "fused", "native", "attach", "cuda_graphs"},
     "planner": {"freezeout", "schedule", "layers", "fused"},
     "integrations": {"freezeout", "schedule", "layers", "prefix", "fused", "attach"},
@@ -81,7 +84,7 @@ def test_a_part_imports_only_what_it_may(path):
 
 def test_the_law_sees_lazy_and_relative_imports(tmp_path):
     assert imports(PACKAGE / "freezeout.py")[0] >= {"schedule", "layers"}
-    assert "timm" in imports(PACKAGE / "layers.py")[1]
+    assert "timm" in imports(PACKAGE / "structure.py")[1]
 
 
 def test_the_schedule_never_learns_the_word_tensor_nor_a_kernel_the_word_frozen():

@@ -1,0 +1,340 @@
+"""Where a model's layers are: by structure, by timm's groups of parameters, or by names."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from .source_order import adds, run_order
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+
+@dataclass
+class Unit:
+    """A layer in the making: modules and loose parameters by dotted name."""
+
+    name: str = ""
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    loose: dict[str, nn.Parameter] = field(default_factory=dict)
+    opens: bool = False  # a norm that waits for the layer behind it
+    leaf: bool = False  # bare weights, so that a norm behind it is its own
+
+    def absorb(self, other: "Unit") -> None:
+        self.modules |= other.modules
+        self.loose |= other.loose
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.loose.values()
+        for module in self.modules.values():
+            yield from module.parameters()
+
+    def submodules(self) -> Iterator[nn.Module]:
+        for module in self.modules.values():
+            yield from module.modules()
+
+    def size(self) -> int:
+        return sum(p.numel() for p in set(self.parameters()) if p.requires_grad)
+
+
+# By structure
+
+
+def find_units(model: nn.Module) -> list[Unit]:
+    """The units of a model in the order in which they run, as far as containers and sources of forward tell.
+
+    A piece that holds more than half of all parameters is opened too, unless it is one of several blocks of a class.
+    """
+    opened: set[nn.Module] = set()
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    while True:
+        units = _merge(_units("", model, opened, root=True))
+        large = [unit for unit in units if 2 * unit.size() > total and divisible(unit, model, opened)]
+        if not large:
+            return units
+        opened.add(main_module(large[0])[1])
+
+
+def main_module(unit: Unit) -> tuple[str, nn.Module | None]:
+    """The module of a unit that holds more than half of its parameters, by name."""
+    for name, module in unit.modules.items():
+        if 2 * Unit(modules={name: module}).size() > unit.size():
+            return name, module
+    return "", None
+
+
+def divisible(unit: Unit, model: nn.Module, opened: Iterable[nn.Module] = ()) -> bool:
+    """Whether the unit's main module is no block among its like, and its parts run in an order that is known."""
+    name, module = main_module(unit)
+    if module is None or module in opened or not _trained_children(module):
+        return False
+    if type(module).__module__.startswith("torch.nn.") and not isinstance(module, CONTAINERS):
+        return False
+    if is_repeated(name, module, model) and not _repeats(module):
+        return False
+    return isinstance(module, CONTAINERS) or _children_in_order(module)[1]
+
+
+def is_repeated(name: str, module: nn.Module, model: nn.Module) -> bool:
+    """Whether the module stands beside another one of its class."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return sum(type(child) is type(module) for child in parent.children()) > 1
+
+
+def _units(prefix: str, module: nn.Module, opened: set[nn.Module], *, root: bool = False) -> Iterator[Unit]:
+    """The pieces of an opened module in the order of execution, before norms and passive modules find their layer."""
+    loose = {_join(prefix, name): p for name, p in module.named_parameters(recurse=False)}
+    children, _ = _children_in_order(module)
+    trained = [child for _, child in children if _has_parameters(child)]
+    for inner, child in children:
+        name = _join(prefix, inner)
+        if root and len(trained) > 1 and child is trained[-1] and _is_head(child) and child not in opened:
+            pieces = iter([Unit(name, {name: child})])
+        else:
+            pieces = _pieces(name, child, opened, in_order=isinstance(module, nn.Sequential))
+        for unit in pieces:
+            if loose and any(map(_has_parameters, unit.modules.values())):
+                unit.loose, loose = {**loose, **unit.loose}, {}
+            yield unit
+    if loose:
+        yield Unit(next(iter(loose)), loose=loose, leaf=True)
+
+
+def _pieces(name: str, module: nn.Module, opened: set[nn.Module], *, in_order: bool) -> Iterator[Unit]:
+    unit = Unit(name, {name: module})
+    if _is_norm(module):
+        unit.opens = True
+        yield unit
+    elif not _has_parameters(module):
+        # Outside a Sequential nothing tells where it runs: it must not be switched off with a wrong layer.
+        if in_order:
+            yield unit
+    elif not list(module.children()):
+        unit.leaf = True
+        yield unit
+    elif isinstance(module, CONTAINERS) or module in opened or _repeats(module):
+        yield from _units(name, module, opened)
+    else:
+        yield unit
+
+
+def _children_in_order(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], bool]:
+    """Children by name in the order in which forward runs them, and whether that order is known.
+
+    Where it is not, it is the order of registration. Lists whose entries run in turn give their entries in turn.
+    """
+    # Not named_children(), which hides the second place of a shared module.
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    trained = _trained_children(module)
+    if isinstance(module, CONTAINERS):
+        return list(children.items()), isinstance(module, nn.Sequential)
+    groups = run_order(module, trained)
+    if groups is None:
+        return list(children.items()), len(trained) < 2
+    ordered: list[tuple[str, nn.Module]] = []
+    for group in groups:
+        lists = [children[name] for name in group]
+        sizes = {len(each) if isinstance(each, nn.ModuleList) else 0 for each in lists}
+        if len(group) == 1:
+            ordered.append((group[0], lists[0]))
+        elif sizes == {0} or len(sizes) > 1:
+            return list(children.items()), False
+        else:
+            for i in range(sizes.pop()):
+                ordered += [(f"{name}.{i}", each[i]) for name, each in zip(group, lists, strict=True)]
+    return ordered + [(name, child) for name, child in children.items() if name not in trained], True
+
+
+def _trained_children(module: nn.Module) -> list[str]:
+    return [name for name, child in module._modules.items() if child is not None and _has_parameters(child)]
+
+
+def _merge(pieces: Iterable[Unit]) -> list[Unit]:
+    """Norms to the bare layer before them or the layer behind them, passive modules to the layer before them."""
+    units: list[Unit] = []
+    waiting = Unit()
+    for piece in pieces:
+        passive = not piece.loose and not any(map(_has_parameters, piece.modules.values()))
+        if piece.opens and units and units[-1].leaf and not waiting.modules:
+            units[-1].absorb(piece)
+        elif piece.opens or (passive and (waiting.modules or not units)):
+            waiting.absorb(piece)
+        elif passive:
+            units[-1].absorb(piece)
+        else:
+            waiting.absorb(piece)
+            waiting.name, waiting.leaf = piece.name, piece.leaf
+            units.append(waiting)
+            waiting = Unit()
+    if waiting.modules:
+        units = units or [Unit(next(iter(waiting.modules)))]
+        units[-1].absorb(waiting)
+    return units
+
+
+def _is_norm(module: nn.Module) -> bool:
+    if isinstance(module, NORMS):
+        return True
+    parameters = list(module.parameters())
+    # RMSNorm variants, PReLU, LayerScale: vectors that scale or shift what a layer gave.
+    return bool(parameters) and not list(module.children()) and all(p.dim() <= 1 for p in parameters)
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not isinstance(module, CONTAINERS) and any(_has_parameters(child) for child in module.children())
+
+
+def _repeats(module: nn.Module) -> bool:
+    """Whether some list inside `module` holds two blocks of one class, so that it is a stage and not a block.
+
+    Blocks of a single weight (a convolution with its norm) make no stage where their holder adds something to what
+    they give: that holder is a residual block.
+    """
+    for holder in module.modules():
+        if isinstance(holder, CONTAINERS):
+            lists, residual = [holder] if holder is module else [], False
+        else:
+            lists, residual = list(_lists(holder)), adds(type(holder))
+        for each in lists:
+            blocks = [block for block in each.children() if _is_block(block)]
+            if residual and all(_num_weights(block) < 2 for block in blocks):
+                continue
+            if len(blocks) > len(set(map(type, blocks))):
+                return True
+    return False
+
+
+def _lists(holder: nn.Module) -> Iterator[nn.Module]:
+    """The containers in which a module keeps its parts."""
+    for child in holder.children():
+        if isinstance(child, CONTAINERS):
+            yield child
+            yield from _lists(child)
+
+
+def _num_weights(module: nn.Module) -> int:
+    return sum(p.dim() > 1 for p in module.parameters())
+
+
+def _is_head(module: nn.Module) -> bool:
+    leaves = [m for m in module.modules() if list(m.parameters(recurse=False))]
+    return isinstance(module, nn.Sequential) and all(isinstance(m, nn.Linear) or _is_norm(m) for m in leaves)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+# By name
+
+
+def named_units(model: nn.Module, layers: Sequence) -> list[Unit]:
+    if isinstance(layers, str | nn.Module) or not isinstance(layers, Sequence):
+        raise TypeError(f"layers must be a sequence with one entry a layer, got {type(layers).__name__}")
+    found: list[Unit] = []
+    holder: dict[str, int] = {}
+    for i, entry in enumerate(layers):
+        unit = Unit()
+        for item in entry if isinstance(entry, list | tuple) else [entry]:
+            unit.absorb(_resolve(model, item, f"layers[{i}]"))
+        names = [*unit.modules, *unit.loose]
+        unit.name = names[0] if names else ""
+        for name in names:
+            for held, j in holder.items():
+                if name == held or name.startswith(held + ".") or held.startswith(name + "."):
+                    raise ValueError(f"layers must not overlap, layers[{j}] holds {held} and layers[{i}] {name}")
+        holder |= dict.fromkeys(names, i)
+        found.append(unit)
+    return found
+
+
+def _resolve(model: nn.Module, item: str | nn.Module, argument: str) -> Unit:
+    modules = {name: module for name, module in model.named_modules() if name}
+    if isinstance(item, nn.Module):
+        found = {name: module for name, module in modules.items() if module is item}
+        if not found:
+            raise ValueError(f"{argument} must be a module inside the model, got a {type(item).__name__} that is not")
+        return Unit(modules=found)
+    if not isinstance(item, str):
+        raise TypeError(f"{argument} must be a module, a name or a list of these, got {type(item).__name__}")
+    matched = {name: module for name, module in modules.items() if fnmatchcase(name, item)}
+    top = {name: module for name, module in matched.items() if not _inside(name, matched)}
+    loose = {name: p for name, p in model.named_parameters() if fnmatchcase(name, item) and not _inside(name, top)}
+    if not top and not loose:
+        known = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"{argument} must name a module or parameter, nothing is called {item!r}; top modules: {known}"
+        )
+    return Unit(modules=top, loose=loose)
+
+
+def _inside(name: str, modules: dict[str, nn.Module]) -> bool:
+    return any(name.startswith(module + ".") for module in modules)
+
+
+# By timm's groups
+
+
+def timm_units(model: nn.Module) -> list[Unit]:
+    """One unit for each group of the model's own `group_matcher`; a group that is a whole stage is divided further."""
+    from timm.models import group_parameters
+
+    groups = group_parameters(_EveryName(model), model.group_matcher(coarse=False))
+    owner = {name: group for group, names in groups.items() for name in names}
+    units = {group: Unit() for group in sorted(groups)}
+    _place("", model, owner, units)
+    found: list[Unit] = []
+    for unit in units.values():
+        unit.name = next(iter([*unit.modules, *unit.loose]), "")
+        found += _divided(unit, model)
+    return found
+
+
+class _EveryName:
+    """What group_parameters asks of a model, with all names of parameters of shared modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self._model.named_parameters(remove_duplicate=False)
+
+
+def _divided(unit: Unit, model: nn.Module) -> list[Unit]:
+    """The blocks of a unit whose main module is a stage with a known order of execution, or the unit as it is."""
+    name, stage = main_module(unit)
+    if stage is None or not _repeats(stage) or not divisible(unit, model):
+        return [unit]
+    parts = _merge(_units(name, stage, set()))
+    if len(parts) < 2:
+        return [unit]
+    before = dict.fromkeys(list(unit.modules)[: list(unit.modules).index(name)])
+    for other, module in unit.modules.items():
+        if other != name:
+            parts[0 if other in before else -1].modules[other] = module
+    parts[0].loose |= unit.loose
+    return parts
+
+
+def _place(name: str, module: nn.Module, owner: dict[str, int], units: dict[int, Unit]) -> None:
+    """Gives the module to the one group that owns all its parameters, or its parts to theirs."""
+    inside = {owner[_join(name, inner)] for inner, _ in module.named_parameters(remove_duplicate=False)}
+    if name and len(inside) == 1:
+        units[inside.pop()].modules[name] = module
+        return
+    for inner, p in module.named_parameters(recurse=False):
+        units[owner[_join(name, inner)]].loose[_join(name, inner)] = p
+    for inner, child in module._modules.items():
+        if child is not None and _has_parameters(child):
+            _place(_join(name, inner), child, owner, units)
