@@ -89,6 +89,39 @@ def is_pinned(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("train"), Pin)
 
 
+class NoNestedTensors:
+    """In training a nn.TransformerEncoder whose first layer is frozen takes no nested tensors.
+
+    torch's encoder looks at its first layer alone: once that one is in eval mode and needs no gradient, a padding mask
+    turns the batch into a nested tensor, which layers that train do not take, and which has zeros for padded places.
+    """
+
+    def __init__(self, encoder: nn.TransformerEncoder) -> None:
+        self._encoder, self._as_given = encoder, encoder.use_nested_tensor
+        self._handles = [
+            encoder.register_forward_pre_hook(TransientHook(self._before)),
+            encoder.register_forward_hook(TransientHook(self._after), always_call=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._after()
+
+    def _before(self, *_: object) -> None:
+        if is_pinned(self._encoder.layers[0]) and in_training(self._encoder):
+            self._encoder.use_nested_tensor = False
+
+    def _after(self, *_: object) -> None:
+        self._encoder.use_nested_tensor = self._as_given
+
+
+def in_training(module: nn.Module) -> bool:
+    """Whether the module is in training mode, or would be if it were not pinned."""
+    own = module.__dict__.get("train")
+    return own.wanted if isinstance(own, Pin) else module.training
+
+
 class TransientHook:
     """Calls function(*args) and returns nothing; a deepcopy or a pickle of the module holds a hook that does nothing.
 
@@ -96,6 +129,10 @@ class TransientHook:
     """
 
     observes_only = True
+
+    @property
+    def __name__(self) -> str:
+        raise RuntimeError(_NO_SCRIPT)  # torch.jit.script asks for it
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -107,8 +144,14 @@ class TransientHook:
         return _no_hook, ()
 
 
-def _no_hook() -> Callable[..., None]:
-    return _do_nothing
+_NO_SCRIPT = (
+    "torch.jit.script cannot compile the hooks of FreezeOut: script the model within `with freezeout.paused():`, or "
+    "after freezeout.close(); of a copy made before, call clear() on its modules' _forward_hooks and _forward_pre_hooks"
+)
+
+
+def _no_hook() -> "TransientHook":
+    return TransientHook(_do_nothing)
 
 
 def _do_nothing(*_: Any) -> None:

@@ -74,12 +74,21 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise TypeError("optimizer must take several param groups, LBFGS reads only the first")
 
 
+class SchedulerConflict(UserWarning):
+    """An LR scheduler beside a FreezeOut that anneals. An error, unless a filter of `warnings` says "always"."""
+
+
 def refuse_schedulers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    if any(map(_has_scheduler, optimizers)):
-        raise RuntimeError(
-            "an LR scheduler was attached to the optimizer, but FreezeOut sets the learning rates itself: pass "
-            "anneal=False to FreezeOut and keep the scheduler, or remove the scheduler"
-        )
+    if not any(map(_has_scheduler, optimizers)):
+        return
+    message = (
+        "an LR scheduler was attached to the optimizer, but FreezeOut sets the learning rates itself: steps run "
+        "at rates of neither: pass anneal=False to FreezeOut and keep the scheduler, or leave the scheduler out"
+    )
+    filters = [f for f in warnings.filters if issubclass(SchedulerConflict, f[2]) and f[1] is f[3] is None]
+    if not filters or filters[0][0] != "always":
+        raise RuntimeError(message)
+    warnings.warn(message, SchedulerConflict, stacklevel=3)
 
 
 def _has_scheduler(optimizer: torch.optim.Optimizer) -> bool:

@@ -141,7 +141,9 @@ class FreezeOut:
         self._groups = ParamGroups(self.optimizers, self.layers, schedulers)
         self._order = OrderCheck(self.model, in_prefix)
         self._ddp_check = DDPCheck(self.model)
-        self._frozen = FrozenLayers(self.layers, self.optimizers, self._groups, self._prefix, self._ddp_check)
+        self._frozen = FrozenLayers(
+            self.model, self.layers, self.optimizers, self._groups, self._prefix, self._ddp_check
+        )
         self._groups.watch_loads(self._adopt_groups)
         try:
             self._adopt_groups()
@@ -286,13 +288,8 @@ class FreezeOut:
 
         Frozen layers stay frozen, in eval mode. The prefix is captured again in the next forward behind it.
         """
-        in_prefix = self._prefix.num_frozen
-        with self._order.paused(), self._ddp_check.paused():
-            self._prefix.freeze(0)
-            try:
-                yield
-            finally:
-                self._prefix.freeze(in_prefix)
+        with self._order.paused(), self._frozen.paused():
+            yield
 
     # State
 

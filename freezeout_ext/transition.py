@@ -1,14 +1,14 @@
 """The transition: layers freeze or are thawed in the model, the optimizers and the prefix, all of it or nothing."""
 
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .attach import is_pinned, pin, unpin
+from .attach import NoNestedTensors, is_pinned, pin, unpin
 from .checks import DDPCheck
 from .layers import Layer, Layers
 from .memory import nbytes
@@ -50,6 +50,7 @@ class FrozenLayers:
     """Layers 0 .. count-1 are frozen.
 
     Args:
+        model: whose layers they are.
         layers: all of them; those of `layers.given` are frozen from the start and stay so.
         optimizers: where the state of frozen parameters is freed.
         groups: of these optimizers.
@@ -63,6 +64,7 @@ class FrozenLayers:
 
     def __init__(
         self,
+        model: nn.Module,
         layers: Layers,
         optimizers: tuple[torch.optim.Optimizer, ...],
         groups: ParamGroups,
@@ -71,8 +73,36 @@ class FrozenLayers:
     ) -> None:
         self.count = 0
         self.hooks: dict[int, Callable[[Transition], None]] = {}
+        self._model = model
         self._layers, self._optimizers, self._groups = layers, optimizers, groups
         self._prefix, self._ddp_check = prefix, ddp_check
+        self._plain_paths: list[NoNestedTensors] = []
+        self.watch_encoders()
+
+    def watch_encoders(self) -> None:
+        """Keeps torch's encoders from nested tensors while they are half frozen."""
+        self._plain_paths = [
+            NoNestedTensors(module)
+            for module in self._model.modules()
+            if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
+        ]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, no hook and no engine stands on the model. What is frozen stays so."""
+        in_prefix = self._prefix.num_frozen
+        self._remove_hooks()
+        with self._ddp_check.paused():
+            try:
+                yield
+            finally:
+                self.watch_encoders()
+                self._prefix.freeze(in_prefix)
+
+    def _remove_hooks(self) -> None:
+        self._prefix.freeze(0)
+        for path in self._plain_paths:
+            path.remove()
 
     def pin_given(self) -> None:
         """What came with requires_grad=False in front of all layers joins the prefix."""
@@ -117,7 +147,7 @@ class FrozenLayers:
 
     def close(self) -> None:
         """Thaws all layers, those that came frozen too as far as they were switched."""
-        self._prefix.freeze(0)
+        self._remove_hooks()
         with ExitStack() as undo:
             for layer in self._layers[: self.count]:
                 _thaw(layer, undo)

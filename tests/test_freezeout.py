@@ -5,6 +5,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -343,6 +344,10 @@ def test_an_lr_scheduler_beside_annealing_is_an_error_that_says_what_to_pass():
     with pytest.raises(RuntimeError, match=r"LR scheduler was attached .* pass anneal=False"):
         freezeout.step()
     assert freezeout.step_count == 0
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        freezeout.step()
+    assert "anneal=False" in str(said[0].message) and freezeout.step_count == 1
     scheduler.step()
 
 

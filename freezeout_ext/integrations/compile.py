@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +45,15 @@ class CompiledLayers:
         self._arguments = {"fullgraph": True, **arguments}
         freezeout.skip_order_check()
         for layer in freezeout.layers:
-            for name, module in layer.modules.items():
+            for name, module in _whole_sequentials(freezeout.model, layer.modules).items():
                 self._sort(name, module)
+        if not self.blocks:
+            warnings.warn(
+                "no layer holds a block that could be compiled: "
+                + ", ".join(f"{name} ({reason})" for name, reason in list(self.left_out.items())[:3])
+                + "; pass layers=[...] of FreezeOut with the modules that run several others",
+                stacklevel=2,
+            )
         limit = GRAPHS_PER_BLOCK * len(self.blocks)
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             self._arguments.setdefault("recompile_limit", limit)
@@ -96,6 +104,25 @@ class CompiledLayers:
             "step %d: %d graphs compiled so far; the next forward compiles the layers at the frontier anew",
             transition.step, sum(self.graphs.values()),
         )  # fmt: skip
+
+
+def _whole_sequentials(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules of a layer, those that are all children of one nn.Sequential replaced by the Sequential."""
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        parent = name.rpartition(".")[0]
+        block = model.get_submodule(parent)
+        children = [f"{parent}.{child}" for child, _ in block.named_children()]
+        if (
+            parent
+            and type(block) is nn.Sequential
+            and len(children) > 1
+            and all(child in modules for child in children)
+        ):
+            found[parent] = block
+        else:
+            found[name] = module
+    return found
 
 
 def _entry(module: nn.Module) -> Callable:
