@@ -514,7 +514,7 @@ def test_overflows_in_all_warm_up_steps(sgd, device):
         torch.manual_seed(1)
         model = build_model("wrn-10-1", 4, image_size=8).to(device)
         # Eagerly torch's fused step would take unwritten memory for momentum here.
-        options = {} if sgd is FusedSGD or (device == "cpu" and not graphs) else {"fused": True}
+        options = {} if sgd is FusedSGD or not graphs else {"fused": True}
         optimizer = sgd(model.parameters(), lr=0.05 / large, momentum=0.9, **options)
         scaler = torch.amp.GradScaler(device, init_scale=2.0**127)
         step = graphed_step(
