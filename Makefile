@@ -24,14 +24,14 @@ simulate: .venv/test-ready
 lint: .venv/test-ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/clang-format --dry-run -Werror csrc/* tests/simulated_cuda/*.cpp
+	.venv/bin/clang-format --dry-run -Werror csrc/* tests/*.cpp tests/simulated_cuda/*.cpp
 
 # The native tests under AddressSanitizer and UBSan; without what needs nvcc, a clean process or torch.compile.
 sanitize: .venv/test-ready
-	sh scripts/sanitize.sh -q tests/test_csrc_fused_sgd.py tests/test_fused_sgd.py tests/test_fused_sgd_random.py \
+	sh scripts/sanitize.sh -q tests/test_csrc_fused_update.py tests/test_fused_sgd.py tests/test_fused_sgd_random.py \
 	  tests/test_prefix_folding.py::test_affine_relu_reads_and_writes_slices \
 	  tests/test_prefix_folding.py::test_affine_relu_over_several_threads \
-	  -k "not cuda and not openmp and not compiled_code and not option_grid"
+	  -k "not cuda and not on_the_host and not compiled_code and not option_grid"
 
 clean:
 	rm -rf .venv build dist demo-run *.egg-info freezeout_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

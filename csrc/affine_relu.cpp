@@ -1,47 +1,59 @@
 #include "affine_relu.h"
 
-#include <cstdint>
-#include <string>
+#include <algorithm>
 
-#include "affine_relu_cpu.h"
+#include "half_types.h"
 
 namespace freezeout {
 namespace {
 
-namespace py = pybind11;
+// Below this a second thread costs more than it saves.
+constexpr std::int64_t kElementsPerThread = 1 << 15;
 
-void affine_relu(uintptr_t x, uintptr_t y, uintptr_t scale, uintptr_t shift, int64_t rows, int64_t channels,
-                 int64_t x_stride, int64_t y_stride, bool relu, const std::string& dtype, int threads) {
-  if (rows < 0 || channels < 0) {
-    throw py::value_error("rows and channels must be >= 0, got " + std::to_string(rows) + " and " +
-                          std::to_string(channels));
+// Compiled for each width of vector, chosen when the module loads.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#define FREEZEOUT_EACH_VECTOR_WIDTH __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define FREEZEOUT_EACH_VECTOR_WIDTH
+#endif
+
+template <class T>
+FREEZEOUT_HOST_DEVICE void update_rows(const AffineSlices<T>& s, std::int64_t begin, std::int64_t end) {
+  const float* const scale = s.scale;
+  const float* const shift = s.shift;
+  const float floor = s.relu ? 0.0f : -__builtin_inff();
+  for (std::int64_t r = begin; r < end; ++r) {
+    const T* x = s.x + r * s.x_stride;
+    T* y = s.y + r * s.y_stride;
+    for (std::int64_t c = 0; c < s.channels; ++c) {
+      const float value = load(x[c]) * scale[c] + shift[c];
+      y[c] = store<T, float>(value < floor ? floor : value);
+    }
   }
-  if (x_stride < channels || y_stride < channels) {
-    throw py::value_error("x_stride and y_stride must be >= channels=" + std::to_string(channels) + ", got " +
-                          std::to_string(x_stride) + " and " + std::to_string(y_stride));
-  }
-  if (dtype != "float32" && dtype != "bfloat16") {
-    throw py::value_error("dtype must be float32 or bfloat16, got " + dtype);
-  }
-  const AffineSlices slices{reinterpret_cast<const void*>(x),
-                            reinterpret_cast<void*>(y),
-                            reinterpret_cast<const float*>(scale),
-                            reinterpret_cast<const float*>(shift),
-                            rows,
-                            channels,
-                            x_stride,
-                            y_stride,
-                            relu};
-  py::gil_scoped_release release;
-  affine_relu_cpu(slices, dtype == "float32" ? Storage::kFloat32 : Storage::kBFloat16, threads);
 }
+
+FREEZEOUT_EACH_VECTOR_WIDTH
+void rows_float(const AffineSlices<float>& s, std::int64_t begin, std::int64_t end) { update_rows(s, begin, end); }
+FREEZEOUT_EACH_VECTOR_WIDTH
+void rows_bfloat16(const AffineSlices<BFloat16>& s, std::int64_t begin, std::int64_t end) {
+  update_rows(s, begin, end);
+}
+void rows(const AffineSlices<float>& s, std::int64_t begin, std::int64_t end) { rows_float(s, begin, end); }
+void rows(const AffineSlices<BFloat16>& s, std::int64_t begin, std::int64_t end) { rows_bfloat16(s, begin, end); }
 
 }  // namespace
 
-void bind_affine_relu(py::module_& module) {
-  module.def("affine_relu", &affine_relu, py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("shift"), py::kw_only(),
-             py::arg("rows"), py::arg("channels"), py::arg("x_stride"), py::arg("y_stride"), py::arg("relu"),
-             py::arg("dtype"), py::arg("threads"));
+template <class T>
+void affine_relu(const AffineSlices<T>& s, int threads) {
+  const std::int64_t most = std::max<std::int64_t>(1, s.rows * s.channels / kElementsPerThread);
+  const std::int64_t parts = std::min<std::int64_t>({most, std::max(threads, 1), std::max<std::int64_t>(s.rows, 1)});
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+  for (std::int64_t part = 0; part < parts; ++part) {
+    rows(s, s.rows * part / parts, s.rows * (part + 1) / parts);
+  }
 }
+
+template void affine_relu(const AffineSlices<float>&, int);
+template void affine_relu(const AffineSlices<BFloat16>&, int);
 
 }  // namespace freezeout

@@ -11,7 +11,7 @@
 #include <cuda_fp16.h>
 #endif
 
-#include "sgd_update.h"
+#include "param_group.h"
 
 namespace freezeout {
 

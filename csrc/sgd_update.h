@@ -7,52 +7,50 @@
 // result is the same wherever nvcc did contract there: at most 1 ulp of the larger addend per operation.
 #pragma once
 
-#include <cmath>
-
-#ifdef __CUDACC__
-#define FREEZEOUT_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FREEZEOUT_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "param_group.h"
 
 namespace freezeout {
 
-// What the update of a tensor does, one bit each.
-enum Option : unsigned {
-  kWeightDecay = 1,
-  kMaximize = 2,
-  kMomentum = 4,
-  kNesterov = 8,   // with kMomentum only
-  kFirstStep = 16  // with kMomentum only: v = d, the buffer is not read
-};
+struct Sgd {
+  enum Option : unsigned { kMomentum = 4, kNesterov = 8 };  // kNesterov with kMomentum only
+  enum Coefficient { kMomentumOf, kUndamped };  // momentum; 1 - dampening, rounded from double as torch does
 
-// R: float for float, half and bfloat16 tensors; double for double.
-template <class R>
-struct Rates {
-  R lr;
-  R momentum;
-  R undamped;  // 1 - dampening, rounded from double as torch does
-  R weight_decay;
-};
+  static constexpr int kStates = 1;  // momentum_buffer, which starts as zeros
+  static constexpr bool kCounts = false;
 
-template <class R>
-struct Updated {
-  R param;
-  R buffer;
-};
+  // R: float for float, half and bfloat16 tensors; double for double.
+  template <class R>
+  struct Rates {
+    R lr;
+    R momentum;
+    R undamped;
+    R weight_decay;
+  };
 
-// `b` is not used without kMomentum, nor with kFirstStep.
-template <class R>
-FREEZEOUT_HOST_DEVICE Updated<R> sgd_update(R p, R b, R g, const Rates<R>& rates, unsigned options) {
-  R d = options & kMaximize ? -g : g;
-  // Not for a decay of 0: 0 * p is NaN where p is infinite.
-  if (options & kWeightDecay) d = std::fma(rates.weight_decay, p, d);
-  R u = d;
-  if (options & kMomentum) {
-    b = options & kFirstStep ? d : std::fma(rates.undamped, d, rates.momentum * b);
-    u = options & kNesterov ? std::fma(rates.momentum, b, d) : b;
+  FREEZEOUT_HOST_DEVICE static constexpr bool is_valid(unsigned options) {
+    return (options & kMomentum) || !(options & kNesterov);
   }
-  return {std::fma(-rates.lr, u, p), b};
-}
+  FREEZEOUT_HOST_DEVICE static constexpr bool uses_state(int, unsigned options) { return options & kMomentum; }
+
+  template <class R>
+  FREEZEOUT_HOST_DEVICE static Rates<R> rates(const ParamGroup& group, double lr, float /* step */) {
+    return {static_cast<R>(lr), static_cast<R>(group.coefficients[kMomentumOf]),
+            static_cast<R>(group.coefficients[kUndamped]), static_cast<R>(group.weight_decay)};
+  }
+
+  // states[0] is neither read nor written without kMomentum.
+  template <class R>
+  FREEZEOUT_HOST_DEVICE static void update(R& p, R (&states)[kStates], R g, const Rates<R>& rates, unsigned options) {
+    R d = options & kMaximize ? -g : g;
+    // Not for a decay of 0: 0 * p is NaN where p is infinite.
+    if (options & kWeightDecay) d = std::fma(rates.weight_decay, p, d);
+    R u = d;
+    if (options & kMomentum) {
+      states[0] = std::fma(rates.undamped, d, rates.momentum * states[0]);
+      u = options & kNesterov ? std::fma(rates.momentum, states[0], d) : states[0];
+    }
+    p = std::fma(-rates.lr, u, p);
+  }
+};
 
 }  // namespace freezeout

@@ -1,7 +1,7 @@
 """FreezeOut for PyTorch: layers anneal, freeze and leave the backward pass one by one (arXiv 1706.04983)."""
 
 from .freezeout import FreezeOut
-from .fused import FusedSGD
+from .fused import FusedAdam, FusedAdamW, FusedSGD
 from .graphed import GraphedStep
 from .layers import Layer, Layers, find_layers
 from .native import build_info, version
@@ -12,6 +12,8 @@ __version__ = version()
 
 __all__ = [
     "FreezeOut",
+    "FusedAdam",
+    "FusedAdamW",
     "FusedSGD",
     "GraphedStep",
     "Layer",

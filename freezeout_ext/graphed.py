@@ -44,8 +44,8 @@ class GraphedStep:
 
     On CUDA all but the last is one CUDA graph for each (batch shape, number of frozen layers): the first steps of each
     run eagerly, among them those in which the frozen prefix is checked and timed, then it is captured; after a
-    transition all are captured anew. Batches of more than a few shapes run eagerly, and so does
-    everything on CPU. Every call is exactly one optimizer step in either way.
+    transition all are captured anew. Batches of more than a few shapes run eagerly. On a CPU, and with graph=False,
+    nothing is captured and every call is the plain step. Every call is exactly one optimizer step in either way.
 
     After a state of the model or the optimizer was loaded all are captured anew too. Else a captured step holds what it
     was captured with: change no other hyperparameter than the rates, and call model, criterion and optimizer in no
@@ -61,7 +61,7 @@ class GraphedStep:
             FreezeOut or, where there is none (or one with anneal=False), as they are.
         scaler: of the loss, for amp_dtype=torch.float16.
         amp_dtype: autocast's dtype, None for none.
-        backend: instead of CUDA graphs, for tests.
+        graph: False captures nothing: every step is the plain step, also on CUDA, and takes any optimizer.
 
     Raises:
         ValueError: the optimizer cannot be captured, or not with the scaler; cosine beside a FreezeOut that anneals.
@@ -80,7 +80,7 @@ class GraphedStep:
         cosine: Schedule | None = None,
         scaler: torch.amp.GradScaler | None = None,
         amp_dtype: torch.dtype | None = None,
-        backend: Backend | None = None,
+        graph: bool = True,
     ) -> None:
         anneals = freezeout is not None and freezeout.anneal
         if cosine is not None and anneals:
@@ -93,9 +93,7 @@ class GraphedStep:
         self._step_count = freezeout.step_count if freezeout else 0
         # What each kind of step was used for.
         self.captures = self.replays = self.eager_steps = 0
-        if backend is None and self.device.type == "cuda":
-            backend = _CudaGraphs(self.device)
-        self._backend = backend
+        backend = self._backend = _backend_of(self.device) if graph else None
         self._rates = None if backend is None else _device_rates(optimizer, self.device)
         if backend is not None and self.scaler.is_enabled():
             _prepare_for_scaler(optimizer)
@@ -222,6 +220,11 @@ class _Graph:
         loss, outputs = self._run()
         # The next replay, of any graph in the pool, writes there.
         return loss.clone(), outputs.clone()
+
+
+def _backend_of(device: torch.device) -> Backend | None:
+    """What captures steps on `device`; None where nothing does."""
+    return _CudaGraphs(device) if device.type == "cuda" else None
 
 
 class _CudaGraphs:

@@ -7,7 +7,7 @@ mkdir -p build/sanitize
 # Not by CMake, whose -O3 makes the compiler ten times slower here; the code is the same. As there, what includes
 # pybind11 is one translation unit.
 grep -lE 'PYBIND11|py::' csrc/*.cpp | sed 's|.*|#include "../../&"|' >build/sanitize/pybind11_users.cpp
-"${CXX:-g++}" -std=c++17 -O1 -g -ffp-contract=off -fopenmp -fPIC -shared -fvisibility=hidden \
+"${CXX:-g++}" -std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -fopenmp -fPIC -shared -fvisibility=hidden \
   -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer \
   -DFREEZEOUT_VERSION='"sanitized"' -DFREEZEOUT_BUILD_TYPE='"Debug"' \
   $("$PYTHON" -m pybind11 --includes) build/sanitize/pybind11_users.cpp $(grep -LE 'PYBIND11|py::' csrc/*.cpp) -o build/sanitize/_C.so

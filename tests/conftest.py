@@ -16,13 +16,18 @@ import numpy as np
 import pytest
 import torch
 
-from freezeout_ext.native import cuda_unavailable_reason
-
 SIMULATED = os.environ.get("FREEZEOUT_TESTS_CUDA") == "simulated"
 if SIMULATED:
+    import host_module
+
+    host_module.load("freezeout_ext._C")  # before the package looks for its own
+
     import simulated_cuda
 
     simulated_cuda.install()
+
+from freezeout_ext.native import cuda_unavailable_reason  # noqa: E402
+
 # Where tensors are that say nothing else.
 DEVICE = os.environ.get("FREEZEOUT_TESTS_DEVICE", "cpu")
 if DEVICE != "cpu":

@@ -94,6 +94,9 @@ def test_threads_split_tensors_and_change_nothing():
 @pytest.mark.parametrize("options", GRID, ids=str)
 def test_half_types_are_rounded_once(dtype, options):
     ours, _ = twins([(33,), (2000,)], dtype, lr=0.1, **options)
+    if options["momentum"] and options["dampening"]:  # a first step with dampening is torch's, which rounds more often
+        set_gradients(ours)
+        ours.step()
     for _ in range(3):
         # In double from what is stored: nothing but the stores may round (and float inside, 1e-7 of the terms).
         before = [
@@ -318,7 +321,7 @@ def test_frozen_groups_are_neither_read_nor_written():
         theirs.step()
         assert_equal(ours, theirs)
     assert torch.equal(p, frozen) and p not in ours.state
-    assert all(len(update.table()) == 2 * 32 for update, *_ in ours._prepared.updates)
+    assert all(len(batch.table()) == 2 * 64 for batch in ours._prepared.step.batches)
 
     ours.param_groups[0].update(frozen=False, lr=0.1)
     theirs.param_groups[0]["lr"] = 0.1
@@ -375,7 +378,7 @@ def test_several_dtypes_and_many_groups():
             if i % 3 == 0:
                 p.data = p.data.double()
     step_both(ours, theirs, steps=3)
-    assert len(ours._prepared.updates) == 2
+    assert len(ours._prepared.step.batches) == 2
 
 
 def test_several_devices_in_one_optimizer():

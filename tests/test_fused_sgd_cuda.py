@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from freezeout_ext import FusedSGD, native
+from freezeout_ext.fused import compiled
 
 pytestmark = pytest.mark.skipif(native.C is None, reason=f"no compiled half: {native.import_error}")
 
@@ -326,13 +327,14 @@ def test_the_current_stream_is_used():
 
 
 def one_call_or_not(monkeypatch, run):
-    """Whether run() steps in one call: any other step gathers for itself."""
-    gathered = []
-    gather = native.C.Plan.gather
+    """Whether run() steps in one call: nothing is prepared, nothing goes through torch, no stream is new."""
+    more = []
     with monkeypatch.context() as patch:
-        patch.setattr(native.C.Plan, "gather", lambda *args: gathered.append(1) or gather(*args))
+        for owner, name in ((FusedSGD, "_prepare"), (FusedSGD, "_step_by_torch"), (compiled, "use_current_stream")):
+            called = getattr(owner, name)
+            patch.setattr(owner, name, lambda *args, called=called: more.append(1) or called(*args))
         run()
-    return not gathered
+    return not more
 
 
 ONE_CALL = pytest.mark.skipif(
@@ -382,9 +384,9 @@ def test_steps_are_one_call_once_nothing_changes(kind, monkeypatch):
     step()
     assert step() and step(lose) and step()
     if kind != "scheduled":  # which refuses gradients that go through torch
-        assert not step(turn) and not step(turn) and not step() and step()
-    if kind == "scaled":
-        assert not step(scalars_on="cpu") and not step(scale_dtype=torch.float64) and step()
+        assert not step(turn) and not step(turn) and step()
+    if kind == "scaled":  # scalars elsewhere are copied
+        assert step(scalars_on="cpu") and step(scale_dtype=torch.float64) and step()
 
 
 @ONE_CALL
@@ -427,12 +429,12 @@ def test_a_table_lives_as_long_as_a_graph_may_read_it(monkeypatch):
             optimizer.step()
 
     assert all(one_call_or_not(monkeypatch, lambda graph=graph: capture(graph)) for graph in graphs)
-    ((_, _, table),) = optimizer._prepared.updates
+    (table,) = optimizer._prepared.tables
     assert list(optimizer._captured) == [table]  # once, however often it is captured
     table = weakref.ref(table)
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1, device="cuda"))]})
     optimizer.step()
-    assert table() is not None and table() is not optimizer._prepared.updates[0][2]
+    assert table() is not None and table() is not optimizer._prepared.tables[0]
     for graph in graphs:
         graph.replay()
     assert (p == -2).all()
@@ -449,11 +451,8 @@ def test_a_launch_that_fails_counts_no_change_and_holds_no_gradient(monkeypatch)
     optimizer.step()
     version, gradient = p._version, weakref.ref(p.grad)
 
-    def fail(*_):
-        raise RuntimeError("no launch")
-
     with monkeypatch.context() as patch:
-        patch.setattr(native.C.Update, "run_emulated", fail)
+        patch.setattr("simulated_cuda.launches.fails_next", True)
         with pytest.raises(RuntimeError, match="no launch"):
             optimizer.step()
     p.grad = None
@@ -531,7 +530,7 @@ def test_one_kernel_a_step():
     names = [e.name for e in on_device if any(word in e.name for word in ("kernel", "Memcpy", "Memset", "void "))]
     if not names:
         pytest.skip("torch's profiler sees nothing of this device")
-    assert len(names) == 5 and all("fused_sgd_kernel" in name for name in names), names
+    assert len(names) == 5 and all("fused_update_kernel" in name for name in names), names
 
 
 @pytest.mark.native_cuda
@@ -540,12 +539,12 @@ def test_launch_errors_become_exceptions():
     optimizer = FusedSGD([p], lr=0.1)
     p.grad = torch.randn_like(p)
     optimizer.step()
-    bad = native.C.Update(
-        dtype=0, device_type=2, device_index=torch.cuda.device_count(), work=[(64, 0, 64, 1, 0, False)],
-        groups=[(0.1, 0.0, 0.0, 0.0, 1.0, 0.0, 0)],
+    bad = native.C.TensorBatch(
+        formula=0, dtype=0, device_type=2, device_index=torch.cuda.device_count(),
+        work=[(64, (0, 0, 0), 64, 0, 1, 0)], groups=[(0.1, 0.0, 0.0, 0.0, (0.0, 1.0, 0.0), 0)],
     )  # fmt: skip
-    with pytest.raises(RuntimeError, match=r"fused_sgd_cuda: cudaSetDevice failed on cuda:\d+: cudaErrorInvalidDevice"):
-        bad.run_cuda(0, 0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match=r"fused_update_cuda: cudaSetDevice failed on cuda:\d+: cudaErrorInvalidDev"):
+        bad.run(num_threads=1, schedule_step=0, grad_scale=0, found_inf=0)
     optimizer.step()  # and the device is still usable
     torch.cuda.synchronize()
 
@@ -579,17 +578,19 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 def test_the_machine_code_moves_16_bytes_an_access(tmp_path):
     """Two vectors of each operand in flight, by loads that know their memory is global; nothing in local memory."""
     triton = pytest.importorskip("triton", reason="Triton's package carries the disassembler")
-    source = Path(__file__).parent.parent / "csrc" / "fused_sgd_cuda.cu"
+    source = Path(__file__).parent.parent / "csrc" / "fused_update_cuda.cu"
     command = [NVCC, "-O3", "-std=c++17", "-fmad=false", "-arch=sm_90", "-DFREEZEOUT_WITH_CUDA", "-cubin"]
     subprocess.run([*command, str(source), "-o", str(tmp_path / "out.cubin")], check=True, capture_output=True)
     disassembler = triton.knobs.nvidia.cuobjdump.path
     sass = subprocess.run(
         [disassembler, "--dump-sass", str(tmp_path / "out.cubin")], capture_output=True, text=True, check=True
     ).stdout
-    kernels = [part for part in sass.split("Function : ")[1:] if "fused_sgd_kernel" in part.split()[0]]
-    assert len(kernels) == 12
+    kernels = [part for part in sass.split("Function : ")[1:] if "fused_update_kernel" in part.split()[0]]
+    assert len(kernels) == 24
     for kernel in kernels:
-        # 3 operands, 2 vectors each; written: parameter, buffer, and the gradient where it is unscaled.
-        assert len(re.findall(r"\bLDG\.E\.128\b(?!\.CONSTANT)", kernel)) == 6, kernel.split()[0]
-        assert len(re.findall(r"\bSTG\.E\.128\b", kernel)) == 6, kernel.split()[0]
-        assert not re.search(r"\b(LDL|STL|LD\.E|ST\.E)\b", kernel), kernel.split()[0]
+        name = kernel.split()[0]
+        # Parameter, states and gradient; SGD's one state by two vectors in flight, AdamW's three by one.
+        accesses = 3 * 2 if "3Sgd" in name else 5
+        assert len(re.findall(r"\bLDG\.E\.128\b(?!\.CONSTANT)", kernel)) == accesses, name
+        assert len(re.findall(r"\bSTG\.E\.128\b", kernel)) == accesses, name
+        assert not re.search(r"\b(LDL|STL|LD\.E|ST\.E)\b", kernel), name

@@ -13,7 +13,6 @@ OPTIONS = [
     {"momentum": 0.9},
     {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
     {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
-    {"momentum": 0.9, "dampening": 0.3, "first_step": [True, False, True]},
 ]
 
 

@@ -1,6 +1,18 @@
-"""FusedSGD, fused_sgd_ (the torch op) and fused_sgd_reference_: SGD over all active tensors in one call."""
+"""SGD, AdamW and Adam over all active tensors in one call: optimizers, their torch ops, and references of these."""
 
-from freezeout_ext.fused.op import fused_sgd_, fused_sgd_reference_
-from freezeout_ext.fused.optimizer import FusedSGD
+from freezeout_ext.fused.adamw import FusedAdam, FusedAdamW
+from freezeout_ext.fused.adamw_op import fused_adamw_, fused_adamw_reference_
+from freezeout_ext.fused.optimizer import FusedOptimizer
+from freezeout_ext.fused.sgd import FusedSGD
+from freezeout_ext.fused.sgd_op import fused_sgd_, fused_sgd_reference_
 
-__all__ = ["FusedSGD", "fused_sgd_", "fused_sgd_reference_"]
+__all__ = [
+    "FusedAdam",
+    "FusedAdamW",
+    "FusedOptimizer",
+    "FusedSGD",
+    "fused_adamw_",
+    "fused_adamw_reference_",
+    "fused_sgd_",
+    "fused_sgd_reference_",
+]

@@ -1,6 +1,7 @@
-"""What FusedSGD and fused_sgd_ share: which tensors the compiled update takes, and running it on them."""
+"""What the optimizers and their ops share: which tensors the compiled update takes, and running it on them."""
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -9,13 +10,24 @@ from torch import Tensor, nn
 
 from freezeout_ext import native
 
-# The compiled module's numbers for the dtypes, and DLPack's (code, bits).
+# The compiled module's numbers for formulas and dtypes, and DLPack's (code, bits).
+FORMULAS = {"sgd": 0, "adamw": 1}
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-DLPACK_DTYPES = {torch.float32: (2, 32), torch.float64: (2, 64), torch.float16: (2, 16), torch.bfloat16: (4, 16)}
+DLPACK_DTYPES = {
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+    torch.int64: (0, 64),
+}
 # Exactly these: a DTensor or FakeTensor has no address of its own.
 PLAIN = (Tensor, nn.Parameter)
 DEVICE_TYPES = {"cpu": 1, "cuda": 2}
-OPTIONS = {"weight_decay": 1, "maximize": 2, "momentum": 4, "nesterov": 8}
+OPTIONS = {
+    "sgd": {"weight_decay": 1, "maximize": 2, "momentum": 4, "nesterov": 8},
+    "adamw": {"weight_decay": 1, "maximize": 2, "amsgrad": 4, "coupled": 8},
+}
+MAX_STATES = 3
 
 
 @cache
@@ -29,7 +41,7 @@ def missing_half(device: torch.device) -> str | None:
     """Why no compiled update runs on `device`, or None; the first time that it is asked for, a warning too."""
     reason = native.import_error if device.type == "cpu" else native.cuda_unavailable_reason(device)
     if reason is not None:
-        warnings.warn(f"FusedSGD runs on torch's for-loop on {device}: {reason}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"fused optimizers run on torch's for-loop on {device}: {reason}", RuntimeWarning, stacklevel=4)
     return reason
 
 
@@ -70,48 +82,110 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def upload_table(update: Any, device: torch.device) -> Tensor | None:
-    """The update's table on a CUDA device; the CPU needs none."""
-    if device.type == "cpu":
+def device_of(batch: Any) -> torch.device:
+    """Where a TensorBatch's tensors are."""
+    return torch.device("cpu") if batch.device_type == 1 else torch.device("cuda", batch.device_index)
+
+
+def upload_table(batch: Any) -> Tensor | None:
+    """The batch's table on its CUDA device, for the current stream; the CPU needs none."""
+    if batch.device_type == 1:
         return None
-    return torch.frombuffer(bytearray(update.table()), dtype=torch.uint8).to(device)
+    table = torch.frombuffer(bytearray(batch.table()), dtype=torch.uint8).to(device_of(batch))
+    use_current_stream(batch, table)
+    return table
 
 
-def run(
-    update: Any,
-    device: torch.device,
-    *,
-    table: Tensor | None = None,
-    step: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> bool:
-    """Runs `update` on torch's current stream of `device`; returns whether that is being captured into a graph.
+def use_current_stream(batch: Any, table: Tensor) -> None:
+    """Makes torch's current stream of the table's device the one that the batch runs on."""
+    stream = torch.cuda.current_stream(table.device)
+    table.record_stream(stream)
+    batch.set_table(table.data_ptr(), stream.cuda_stream)
 
-    On the CPU found_inf is the caller's to look at.
+
+def check_lists(params: list[Tensor], lists: dict[str, Sequence | None], layer_of: list[int], num_rates: int) -> None:
+    """Raises ValueError unless the lists fit one another and one compiled update takes all tensors.
+
+    lists: name -> one entry for each parameter, or None. "steps" are counters; other tensors are laid out as their
+        parameter.
     """
-    if device.type == "cpu":
-        update.run_cpu(
-            torch.get_num_threads(),
-            step=-1.0 if step is None else float(step),
-            inverse_scale=1.0 if grad_scale is None else float(inverse_of(grad_scale)),
-        )
-        return False
-    dtypes = ((step, torch.int64), (grad_scale, torch.float32), (found_inf, torch.float32))
-    scalars = [None if t is None else t.to(device, dtype, non_blocking=True) for t, dtype in dtypes]
-    addresses = [0 if t is None else t.data_ptr() for t in scalars]
-    stream = torch.cuda.current_stream(device)
-    if table.is_cuda:
-        table.record_stream(stream)
-    return update.run_cuda(
-        table.data_ptr(),
-        step=addresses[0],
-        grad_scale=addresses[1],
-        found_inf=addresses[2],
-        stream=stream.cuda_stream,
+    for name, values in lists.items():
+        if values is not None and len(values) != len(params):
+            raise ValueError(f"{name} must have one entry for each of {len(params)} parameters, got {len(values)}")
+    if list(layer_of) != sorted(layer_of) or layer_of[0] < 0 or layer_of[-1] >= num_rates:
+        raise ValueError(f"layer_of must ascend within 0..{num_rates - 1}, got {layer_of}")
+    if params[0].device.type not in DEVICE_TYPES:
+        raise ValueError(f"params must be on the CPU or a CUDA device, got {params[0].device}")
+    for i, p in enumerate(params):
+        if (p.dtype, p.device) != (params[0].dtype, params[0].device):
+            raise ValueError(f"params must share dtype and device, got {p.dtype} on {p.device} (parameter {i})")
+        if p.dtype not in DTYPES or not is_dense(p):
+            raise ValueError(f"params must be dense and of a floating dtype, got {p.dtype}, strides {p.stride()} ({i})")
+        for name, others in lists.items():
+            if others is None or name == "layer_of":
+                continue
+            if name == "steps":
+                step = others[i]
+                if (step.dtype, step.device, step.numel()) != (torch.float32, p.device, 1):
+                    found = f"{step.dtype} {tuple(step.shape)} on {step.device}"
+                    raise ValueError(f"steps must be one float32 each on {p.device}, got {found} ({i})")
+            elif not same_layout(p, others[i]):
+                raise ValueError(f"{name} must be laid out as their parameters, got strides {others[i].stride()} ({i})")
+
+
+def update_(
+    formula: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[list[Tensor]],  # a list for each state of the formula
+    steps: list[Tensor] | None,
+    layer_of: list[int],
+    groups: list[tuple],  # (lr, weight_decay, coefficients, options) of each layer
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """The compiled update of checked lists, in place.
+
+    Raises:
+        RuntimeError: no compiled half for the device.
+    """
+    device = params[0].device
+    missing = missing_half(device)
+    if missing is not None:
+        raise RuntimeError(f"the fused update has no compiled half for {device}: {missing}")
+    work = []
+    for i, p in enumerate(params):
+        addresses = [tensors[i].data_ptr() for tensors in states]
+        addresses += [0] * (MAX_STATES - len(addresses))
+        # An empty tensor has no address, and none is read.
+        grad = grads[i].data_ptr() or 64
+        step = 0 if steps is None else steps[i].data_ptr()
+        work.append((p.data_ptr(), addresses, grad, step, p.numel(), layer_of[i]))
+    batch = native.C.TensorBatch(
+        formula=FORMULAS[formula],
+        dtype=DTYPES[params[0].dtype],
+        device_type=DEVICE_TYPES[device.type],
+        device_index=device.index or 0,
+        work=work,
+        groups=[(lr, 0.0, 0.0, decay, coefficients, options) for lr, decay, coefficients, options in groups],
     )
+    table = upload_table(batch)  # held until the launch is made
+    scalars = [None if t is None else t.to(device, torch.float32) for t in (grad_scale, found_inf)]
+    addresses = [0 if t is None else t.data_ptr() for t in scalars]
+    batch.run(num_threads=torch.get_num_threads(), schedule_step=0, grad_scale=addresses[0], found_inf=addresses[1])
+    del table
+
+
+def option_bits(formula: str, **on: bool) -> int:
+    """The compiled module's bits for a formula's options."""
+    return sum(OPTIONS[formula][name] for name, is_on in on.items() if is_on)
 
 
 def inverse_of(scale: Tensor) -> Tensor:
     """1 / scale, rounded as torch.amp.GradScaler rounds it."""
     return scale.double().reciprocal().float()
+
+
+def overflowed(found_inf: Tensor | None) -> bool:
+    """Whether a scaler found a gradient that is not finite: a sum over devices, so any number but 0."""
+    return found_inf is not None and found_inf.item() != 0

@@ -1,47 +1,76 @@
-"""FusedSGD: torch.optim.SGD over all active tensors in one call."""
+"""FusedOptimizer: what FusedSGD and FusedAdamW share, which is all but their formula."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from torch.optim.sgd import sgd
 
 from freezeout_ext import native
 from freezeout_ext.fused import compiled
 
+# Another thread may change groups and states while a step is prepared; a step that never finds them still gives up.
+MOST_PREPARATIONS = 8
 
-class FusedSGD(torch.optim.SGD):
-    """v = momentum * v + (1 - dampening) * (grad + weight_decay * p);  p -= lr * v: every active tensor in one call.
 
-    torch.optim.SGD in all that one can observe, bit-equal to its for-loop on a CPU with FMA in float32 and float64:
-    arguments, errors, param groups, `state_dict`, hooks, closures. One call updates the tensors of all param groups of
-    one device and dtype, with each group's own hyperparameters. float16 and bfloat16 are rounded once, when stored.
+class FusedOptimizer(torch.optim.Optimizer):
+    """p, states <- formula(p, states, grad): every active tensor of one dtype and device in one call.
+
+    A mixin before one of torch's optimizers, which stays what one observes: constructor, errors, param groups, state,
+    hooks. One call updates the tensors of all param groups with each group's own hyperparameters. float16 and bfloat16
+    are rounded once, when stored.
 
     Groups with a true "frozen" key are left alone: not read, not written. Addresses are prepared once and
-    compared at each step, so that parameters, states and groups may change at any time.
+    compared at each step, so that parameters, states and groups may change at any time. States start as zeros and are
+    made when a parameter gets its first gradient.
 
-    `foreach` and `fused` are taken for compatibility and change nothing. With torch.amp.GradScaler gradients are
-    unscaled here and written back, and nothing changes where one of them is not finite.
+    With torch.amp.GradScaler gradients are unscaled here and written back. Nothing changes where one is not finite.
+
+    One optimizer must not step in two threads at once: the second one gets a RuntimeError.
 
     What the compiled update does not take (sparse, complex, `differentiable`, tensor subclasses, gradients laid out
     otherwise than their parameter) goes through torch's for-loop, with the same result: see `native_report()`.
-
-    Source: torch.optim.SGD; Sutskever et al. 2013 for Nesterov momentum.
+    Under torch.compile the registered torch op runs, one call for each set of equal hyperparameters.
     """
 
     # On the class: an instance's flag would not survive deepcopy and pickle.
     _step_supports_amp_scaling = True
     _prepared: "_Prepared | None" = None
-    _device_schedule: "tuple[Tensor, list[tuple[float, float, float]]] | None" = None
+    _device_schedule: tuple[Tensor, list[tuple[float, float, float]]] | None = None
     # Tables: a graph reads them for as long as it may be replayed.
     _captured: frozenset[Tensor] = frozenset()
 
+    _formula: str
+
+    def _lacks_state(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether p's states are still to be made."""
+        raise NotImplementedError
+
+    def _make_state(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Makes p's states, of zeros."""
+        raise NotImplementedError
+
+    def _reason_against_state(self, p: Tensor, group: dict[str, Any]) -> str | None:
+        """Why the compiled update does not take p's states, or None."""
+        raise NotImplementedError
+
+    def _reason_against_numbers(self, group: dict[str, Any]) -> str | None:
+        """Why the compiled update does not take the group's hyperparameters, or None."""
+        raise NotImplementedError
+
+    def _torch_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """torch's for-loop over parameters that have a gradient."""
+        raise NotImplementedError
+
+    def _op_update(self, groups: list[dict[str, Any]], params: list[list[Tensor]]) -> None:
+        """The registered op over each group's parameters, all of which have a gradient."""
+        raise NotImplementedError
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; returns the closure's loss, or None."""
-        if type(self).step is not FusedSGD.step:
+        if type(self).step is not FusedOptimizer.step:
             return self._step(closure)  # a subclass's step, which torch has wrapped
         if (
             self._optimizer_step_pre_hooks
@@ -65,48 +94,28 @@ class FusedSGD(torch.optim.SGD):
                 loss = closure()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if native.C is None or torch.compiler.is_compiling():
-            if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._step_by_op()
+        elif native.C is None or self._reason_against_containers() is not None:
+            if native.C is None:
                 compiled.missing_half(torch.device("cpu"))  # warns, once
-            if not _overflowed(found_inf):
-                self._step_by_torch([(group, group["params"]) for group in self.param_groups], grad_scale)
-            return loss
-
-        updated = self._step_in_one_call(grad_scale, found_inf)
-        if updated is not None:
-            torch.autograd.graph.increment_version(updated)
-            return loss
-        prepared = self._gather()
-        plan = prepared.plan
-        try:
-            by_torch = prepared.by_torch + self._leftover(plan.leftover)
-            # Elsewhere the device looks at found_inf. A first step must know: a skipped one leaves no state.
-            if found_inf is not None and (by_torch or prepared.fresh or prepared.has_cpu):
-                if _overflowed(found_inf):
-                    return loss
-                found_inf = None
-            self._run(prepared, grad_scale, found_inf)
-            updated = plan.updated()
-        finally:
-            plan.release()
-        torch.autograd.graph.increment_version(updated)
-        if prepared.fresh:
-            for p in updated:
-                if p in prepared.fresh:
-                    self.state[p]["momentum_buffer"] = prepared.fresh[p]
-            self._prepared = None
-        if by_torch:
-            self._step_by_torch(by_torch, grad_scale)
+            if not compiled.overflowed(found_inf):
+                self._step_by_torch([(group, list(group["params"])) for group in self.param_groups], grad_scale)
+        elif found_inf is None or found_inf.device.type != "cpu":
+            self._step_natively(grad_scale, found_inf)
+        elif not compiled.overflowed(found_inf):
+            self._step_natively(grad_scale, None)
         return loss
 
     def native_report(self) -> dict[str, str]:
         """{"group 0, parameter 2": reason} for each parameter that goes through torch's for-loop."""
-        return {
-            f"group {i}, parameter {j}": reason
-            for i, reasons in enumerate(self._reasons())
-            for j, reason in enumerate(reasons)
-            if reason is not None
-        }
+        report = {}
+        for i, (group, reasons) in enumerate(zip(self.param_groups, self._reasons(), strict=True)):
+            for j, (p, reason) in enumerate(zip(group["params"], reasons, strict=False)):  # [] for a frozen group
+                reason = reason or _reason_against_grad(p)
+                if reason is not None:
+                    report[f"group {i}, parameter {j}"] = reason
+        return report
 
     def set_device_schedule(self, step: Tensor | None, rates: Sequence[tuple[float, float, float]] = ()) -> None:
         """lr = peak * cos^2(pi / 2 * (step - warmup) / (milestone - warmup)), 0 from the milestone on, on the device.
@@ -137,81 +146,76 @@ class FusedSGD(torch.optim.SGD):
             state["_device_schedule"] = self._device_schedule
         return state
 
-    def _step_in_one_call(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor] | None:
-        """A step before which nothing changed: its parameters, updated. None, with nothing done, if it needs more."""
-        prepared = self._prepared
-        if prepared is None:
-            return None
-        if prepared.is_plain and grad_scale is None and found_inf is None:
-            return prepared.plan.step_cpu(self.param_groups, self.state, torch.get_num_threads())
-        if not prepared.tables:
-            return None
-        step = None if self._device_schedule is None else self._device_schedule[0]
-        done = prepared.plan.step_cuda(self.param_groups, self.state, prepared.tables, step, grad_scale, found_inf)
-        if done is None:
-            return None
-        updated, captured = done
+    def _step_natively(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        changed = ""
+        for _ in range(MOST_PREPARATIONS):
+            prepared = self._prepared
+            if prepared is None:
+                prepared = self._prepared = self._prepare()
+            if found_inf is not None and prepared.asks_host:
+                if compiled.overflowed(found_inf):
+                    return
+                found_inf = None
+            done = prepared.run(self, grad_scale, found_inf)
+            if not isinstance(done, str):
+                break
+            changed = done
+            if changed == "another stream is current":
+                prepared.use_current_streams()
+            else:
+                self._prepared = prepared = None  # frees what it holds before anything is allocated
+        else:
+            raise RuntimeError(f"{type(self).__name__} could not prepare its step: {changed}")
+        updated, leftover, captured = done
+        if updated:
+            torch.autograd.graph.increment_version(updated)
         if captured:
-            self._captured = self._captured.union(table for _, _, table in prepared.updates)
-        return updated
-
-    def _gather(self) -> "_Prepared":
-        """What this step needs, its gradients read; prepared anew if anything has changed."""
-        if self._prepared is not None:
-            if self._prepared.plan.gather(self.param_groups, self.state) is None:
-                return self._prepared
-            self._prepared = None  # frees what it holds before anything is allocated
-        prepared = self._prepare()
-        changed = prepared.plan.gather(self.param_groups, self.state)
-        if changed is not None:
-            raise RuntimeError(f"FusedSGD could not prepare its step: {changed}")
-        self._prepared = prepared
-        return prepared
+            self._captured = self._captured.union(table for table in prepared.tables if table is not None)
+        if leftover is None and not prepared.by_torch:
+            return
+        # The device has looked at found_inf for itself.
+        if leftover is not None and not compiled.overflowed(found_inf):
+            self._step_by_torch(
+                [(self.param_groups[i], [self.param_groups[i]["params"][j]]) for i, j in leftover], grad_scale
+            )
+        self._step_by_torch(list(prepared.by_torch_now(self.param_groups)), grad_scale)
 
     def _prepare(self) -> "_Prepared":
-        planned, by_torch, fresh = [], [], {}
-        for group, reasons in zip(self.param_groups, self._reasons(), strict=True):
-            planned.append([reason is None for reason in reasons])
-            rest = []
-            for p, reason in zip(group["params"], reasons, strict=False):  # a frozen group has no reasons
-                if reason is not None:
-                    rest.append(p)
-                elif group["momentum"] != 0 and p.grad is not None and self._buffer(p) is None:
-                    fresh[p] = torch.empty_like(p, requires_grad=False)
-            if rest:
-                by_torch.append((group, rest))
-        schedule = None if self._device_schedule is None else self._device_schedule[1]
-        plan = native.C.Plan(
+        planned: list[list[bool]] = []
+        by_torch: list[tuple[int, list[int] | None]] = []
+        with torch.no_grad():
+            for i, (group, reasons) in enumerate(zip(self.param_groups, self._reasons(), strict=True)):
+                if _reason_against_container(group) is not None:
+                    planned.append([])
+                    by_torch.append((i, None))
+                    continue
+                taken = [reason is None for reason in reasons]
+                for j, p in enumerate(group["params"] if reasons else ()):  # a frozen group has no reasons
+                    if taken[j] and p.grad is not None and self._lacks_state(p, group):
+                        # torch makes the state after such a gradient.
+                        taken[j] = _reason_against_grad(p) is None
+                        if taken[j]:
+                            self._make_state(p, group)
+                planned.append(taken)
+                if not all(taken):
+                    by_torch.append((i, [j for j, native in enumerate(taken) if not native]))
+        step = native.C.PreparedStep(
             compiled.tensor_reader(),
-            self.param_groups,
-            self.state,
+            formula=compiled.FORMULAS[self._formula],
+            groups=self.param_groups,
+            state=self.state,
             native=planned,
-            fresh=fresh,
-            schedule=schedule,
+            schedule=None if self._device_schedule is None else self._device_schedule[1],
         )
-        prepared = _Prepared(plan, by_torch, fresh)
-        for update in plan.updates:
-            device = torch.device("cpu") if update.device_type == 1 else torch.device("cuda", update.device_index)
-            prepared.updates.append((update, device, compiled.upload_table(update, device)))
-            prepared.has_cpu = prepared.has_cpu or device.type == "cpu"
-        only_cpu = all(device.type == "cpu" for _, device, _ in prepared.updates)
-        prepared.is_plain = only_cpu and not by_torch and not fresh and schedule is None
-        return prepared
-
-    def _run(self, prepared: "_Prepared", grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        step = None if self._device_schedule is None else self._device_schedule[0]
-        for update, device, table in prepared.updates:
-            captured = compiled.run(update, device, table=table, step=step, grad_scale=grad_scale, found_inf=found_inf)
-            if captured:
-                self._captured = self._captured | {table}
-        more = prepared.by_torch or prepared.fresh or prepared.has_cpu or prepared.plan.leftover
-        prepared.tables = []
-        if not more and compiled.tensor_reader().exchanges:
-            for _, device, table in prepared.updates:
-                prepared.tables.append((table.data_ptr(), torch.cuda.current_stream(device).cuda_stream))
+        devices = [compiled.device_of(batch) for batch in step.batches]
+        if any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{type(self).__name__} must have made a step like this one before a graph captures it")
+        tables = [compiled.upload_table(batch) for batch in step.batches]
+        asks_host = bool(by_torch) or any(device.type == "cpu" for device in devices)
+        return _Prepared(step, by_torch, devices, tables, asks_host)
 
     def _step_by_torch(self, groups: list[tuple[dict[str, Any], list[Tensor]]], grad_scale: Tensor | None) -> None:
-        """torch.optim.SGD's for-loop over some parameters of some groups, gradients unscaled first."""
+        """torch's for-loop over some parameters of some groups, gradients unscaled first."""
         if self._device_schedule is not None:
             raise RuntimeError(
                 f"set_device_schedule needs the compiled update for all parameters: {self.native_report()}"
@@ -221,77 +225,112 @@ class FusedSGD(torch.optim.SGD):
                 params = [] if group.get("frozen") else [p for p in candidates if p.grad is not None]
                 if grad_scale is not None:
                     _unscale_([p.grad for p in params], grad_scale)
-                has_momentum = group["momentum"] != 0
-                buffers = [self.state[p].get("momentum_buffer") for p in params] if has_momentum else []
-                sgd(
-                    params,
-                    [p.grad for p in params],
-                    buffers,
-                    has_sparse_grad=any(p.grad.is_sparse for p in params),
-                    foreach=False,
-                    fused=False,
-                    **{
-                        key: group[key]
-                        for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-                    },
-                )
-                if has_momentum:
-                    for p, buffer in zip(params, buffers, strict=True):
-                        self.state[p]["momentum_buffer"] = buffer
+                self._torch_update(group, params)
 
-    def _leftover(self, positions: list[tuple[int, int]]) -> list[tuple[dict[str, Any], list[Tensor]]]:
-        groups = self.param_groups
-        return [(groups[i], [groups[i]["params"][j]]) for i, j in positions]
+    def _step_by_op(self) -> None:
+        """What torch.compile traces: the op for what it takes, torch's for-loop for the rest."""
+        if self._device_schedule is not None:
+            raise RuntimeError("set_device_schedule must not be set under torch.compile")
+        with torch.no_grad():
+            groups, native_params = [], []
+            for group in self.param_groups:
+                if group.get("frozen"):
+                    continue
+                params = [p for p in group["params"] if p.grad is not None]
+                taken = [p for p in params if self._op_takes(p, group)]
+                groups.append(group)
+                native_params.append(taken)
+                if len(taken) < len(params):
+                    self._torch_update(group, [p for p in params if not self._op_takes(p, group)])
+            self._op_update(groups, native_params)
+
+    def _op_takes(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return False
 
     def _reasons(self) -> list[list[str | None]]:
-        """For each parameter of each group why it goes through torch's for-loop, or None; [] for a frozen group."""
-        shared = _share_memory([p for group in self.param_groups if not group.get("frozen") for p in group["params"]])
-        return [
-            []
-            if group.get("frozen")
-            else [
-                _reason_against_group(group)
-                or self._reason_against(p, group)
-                or _reason_against_grad(p)
-                or ("shares memory with another parameter" if id(p) in shared else None)
-                for p in group["params"]
-            ]
-            for group in self.param_groups
-        ]
+        """For each parameter of each group why it goes through torch's for-loop, or None; [] for a frozen group.
 
-    def _buffer(self, p: Tensor) -> Tensor | None:
-        # self.state[p] would make an entry.
-        return self.state[p].get("momentum_buffer") if p in self.state else None
+        A gradient that only one step brings is no reason here.
+        """
+        of_all = self._reason_against_containers()
+        active = [group for group in self.param_groups if not group.get("frozen")]
+        shared = _share_memory([p for group in active for p in group["params"]])
+        found = []
+        for group in self.param_groups:
+            if group.get("frozen"):
+                found.append([])
+                continue
+            of_group = of_all or _reason_against_container(group) or self._reason_against_group(group)
+            found.append(
+                [
+                    of_group
+                    or compiled.reason_against(p)
+                    or ("shares memory with another parameter" if id(p) in shared else None)
+                    or self._reason_against_state(p, group)
+                    for p in group["params"]
+                ]
+            )
+        return found
 
-    def _reason_against(self, p: Tensor, group: dict[str, Any]) -> str | None:
-        reason = compiled.reason_against(p)
-        if reason is not None:
-            return reason
-        buffer = self._buffer(p)
-        if group["momentum"] == 0 or buffer is None:
-            return None
-        reason = compiled.reason_against(buffer)
-        if reason is None and not compiled.same_layout(p, buffer):
+    def _reason_against_containers(self) -> str | None:
+        if not isinstance(self.param_groups, list):
+            return f"param_groups is a {type(self.param_groups).__name__}, not a list"
+        if not isinstance(self.state, dict):
+            return f"the optimizer's state is a {type(self.state).__name__}, not a dict"
+        return None
+
+    def _reason_against_group(self, group: dict[str, Any]) -> str | None:
+        if group["differentiable"]:
+            return "its group is differentiable"
+        if isinstance(group["lr"], Tensor) and group["lr"].requires_grad:
+            return "its learning rate requires grad"
+        return self._reason_against_numbers(group)
+
+    def _reason_against_tensor(self, p: Tensor, name: str, state: Tensor) -> str | None:
+        reason = compiled.reason_against(state)
+        if reason is None and not compiled.same_layout(p, state):
             reason = "has another dtype, device, shape or layout than its parameter"
-        return None if reason is None else f"its momentum_buffer {reason}"
+        return None if reason is None else f"its {name} {reason}"
 
 
 # Hooks in torch's order, and the range that profilers show.
-_hooked_step = torch.optim.Optimizer.profile_hook_step(FusedSGD._step)
+_hooked_step = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)
 
 
 @dataclass
 class _Prepared:
     """What stays the same from step to step."""
 
-    plan: Any  # _C.Plan
-    by_torch: list[tuple[dict[str, Any], list[Tensor]]]
-    fresh: dict[Tensor, Tensor]  # momentum buffers of tensors that are at their first step
-    updates: list[tuple[Any, torch.device, Tensor | None]] = field(default_factory=list)
-    has_cpu: bool = False
-    is_plain: bool = False  # compiled, on the CPU, past the first step, at the groups' own rates
-    # Each table's address and the stream that last used it; empty unless all is compiled, on CUDA, past the first step.
-    tables: list[tuple[int, int]] = field(default_factory=list)
+    step: Any  # _C.PreparedStep
+    by_torch: list[tuple[int, list[int] | None]]  # (group, positions); None: whatever the group holds
+    devices: list[torch.device]  # of each batch
+    tables: list[Tensor | None]
+    asks_host: bool  # something looks at found_inf on the host
+
+    def run(self, optimizer: FusedOptimizer, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
+        """_C.PreparedStep.run: what has changed, or (updated parameters, leftover, captured)."""
+        inputs = None
+        schedule = optimizer._device_schedule
+        if schedule is not None or grad_scale is not None or found_inf is not None:
+            step = None if schedule is None else schedule[0]
+            given = ((step, torch.int64), (grad_scale, torch.float32), (found_inf, torch.float32))
+            inputs = [
+                tuple(None if t is None else t.to(device, dtype, non_blocking=True) for t, dtype in given)
+                for device in self.devices
+            ]
+        if not compiled.tensor_reader().exchanges:
+            self.use_current_streams()
+        return self.step.run(optimizer.param_groups, optimizer.state, torch.get_num_threads(), inputs)
+
+    def use_current_streams(self) -> None:
+        for batch, table in zip(self.step.batches, self.tables, strict=True):
+            if table is not None:
+                compiled.use_current_stream(batch, table)
+
+    def by_torch_now(self, groups: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
+        for i, positions in self.by_torch:
+            params = list(groups[i]["params"])
+            yield groups[i], params if positions is None else [params[j] for j in positions]
 
 
 def _share_memory(params: list[Tensor]) -> set[int]:
@@ -310,14 +349,11 @@ def _share_memory(params: list[Tensor]) -> set[int]:
     return shared
 
 
-def _reason_against_group(group: dict[str, Any]) -> str | None:
-    if group["differentiable"]:
-        return "its group is differentiable"
-    if isinstance(group["lr"], Tensor) and group["lr"].requires_grad:
-        return "its learning rate requires grad"
-    for key in ("momentum", "dampening", "weight_decay"):
-        if isinstance(group[key], Tensor):
-            return f"its group's {key} is a tensor"
+def _reason_against_container(group: Any) -> str | None:
+    if not isinstance(group, dict):
+        return f"its group is a {type(group).__name__}, not a dict"
+    if not isinstance(group["params"], list):
+        return f"its group's params are a {type(group['params']).__name__}, not a list"
     return None
 
 
@@ -328,11 +364,6 @@ def _reason_against_grad(p: Tensor) -> str | None:
     if reason is None and not compiled.same_layout(p, p.grad):
         reason = "has another dtype, device or layout than its parameter"
     return None if reason is None else f"its gradient {reason}"
-
-
-def _overflowed(found_inf: Tensor | None) -> bool:
-    # A sum over devices, so any number.
-    return found_inf is not None and found_inf.item() != 0
 
 
 def _unscale_(grads: list[Tensor], grad_scale: Tensor) -> None:

@@ -25,7 +25,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/dlpack_exchange.h"
+#include "../../csrc/torch_tensor.h"
 
 namespace py = pybind11;
 

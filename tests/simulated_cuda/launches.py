@@ -1,14 +1,14 @@
-"""What the simulated device runs in place of kernels: their host twin (FusedSGD's), their references (Triton's)."""
+"""What the simulated device runs in place of kernels: host_kernel.cpp's (the optimizers'), references (Triton's)."""
 
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+import host_module
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from freezeout_ext import native
 from freezeout_ext.kernels import affine, choice, conv
 
 from .graphs import record_launch
@@ -20,9 +20,7 @@ def replace() -> None:
     affine._affine_relu_kernel = _Kernel(affine._affine_relu_kernel, _affine_relu)
     affine._affine_relu_avg_pool2x2_kernel = _Kernel(affine._affine_relu_avg_pool2x2_kernel, _affine_relu_avg_pool2x2)
     choice.LAUNCHES = choice.ROUNDS = 1  # nothing is timed here
-    if native.C is not None:
-        native.C.simulate_cuda(_run_cuda)
-        native.C.cuda_versions = lambda: (13000, 13000)
+    host_module.kernel().freezeout_record(_record_update)
 
 
 class _Kernel:
@@ -84,14 +82,17 @@ def _affine_relu_avg_pool2x2(given: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _run_cuda(update: Any, table: int, step: int, grad_scale: int, found_inf: int, stream: int) -> bool:
-    if update.device_index != 0:
-        device = f"cuda:{update.device_index}"
-        raise RuntimeError(f"fused_sgd_cuda: cudaSetDevice failed on {device}: cudaErrorInvalidDevice, no such device")
+fails_next = False  # a test's wish
+
+
+@host_module.Recorder
+def _record_update(number: int, device: int, stream: int) -> int:
+    """What becomes of an optimizer's launch."""
+    if device != 0:
+        return host_module.NO_DEVICE
     current = torch.cuda.current_stream().cuda_stream
-    assert stream == current, f"stream must be torch's current one, {current}, got {stream}"
-    launch = (table, step, grad_scale, found_inf)
-    if record_launch(update.run_emulated, launch, {}):
-        return True
-    update.run_emulated(*launch)
-    return False
+    # An exception would not leave this function.
+    if fails_next or stream != current:
+        return host_module.FAILS
+    recorded = record_launch(host_module.kernel().freezeout_run, (number,), {})
+    return host_module.RECORDED if recorded else host_module.RUN_NOW

@@ -1,4 +1,5 @@
-// Where a torch tensor's elements are, read from the Python object without any torch header.
+// A torch tensor read without torch: where its elements are, by the parts of DLPack 1.x's C ABI that read a tensor
+// without owning it (https://dmlc.github.io/dlpack/latest/c_api.html).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,13 +7,55 @@
 #include <cstdint>
 #include <vector>
 
-#include "dlpack_exchange.h"
 #include "tensor_table.h"
 
 namespace freezeout {
 
+namespace dlpack {
+
+constexpr const char* kCapsuleName = "dlpack_exchange_api";
+constexpr std::uint32_t kMajorVersion = 1;
+
+enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2 };
+enum TypeCode : std::uint8_t { kIntCode = 0, kFloatCode = 2, kBFloatCode = 4 };
+
+struct Device {
+  std::int32_t type;
+  std::int32_t index;
+};
+
+struct DataType {
+  std::uint8_t code;
+  std::uint8_t bits;
+  std::uint16_t lanes;
+};
+
+struct Tensor {
+  void* data;
+  Device device;
+  std::int32_t ndim;
+  DataType dtype;
+  std::int64_t* shape;
+  std::int64_t* strides;  // in elements
+  std::uint64_t byte_offset;
+};
+
+struct ExchangeApi {
+  std::uint32_t major;
+  std::uint32_t minor;
+  ExchangeApi* older;
+  void* allocate;
+  void* managed_from_object;
+  void* managed_to_object;
+  int (*tensor_from_object)(void* object, Tensor* out);  // may be null; 0 on success, else a Python error is set
+  // 0 on success. torch: at::cuda::getCurrentCUDAStream(device_index).stream(), null for the default stream.
+  int (*current_stream)(std::int32_t device_type, std::int32_t device_index, void** stream);
+};
+
+}  // namespace dlpack
+
 // DLPack's view of a tensor. The slow reader keeps shape and strides here; the fast one points into the tensor.
-struct TensorFacts {
+struct TorchTensor {
   dlpack::Tensor view;
   std::vector<std::int64_t> owned;
 
@@ -22,14 +65,22 @@ struct TensorFacts {
     for (int i = 0; i < view.ndim; ++i) size *= view.shape[i];
     return size;
   }
+  bool is(dlpack::TypeCode code, int bits) const {
+    return view.dtype.code == code && view.dtype.bits == bits && view.dtype.lanes == 1;
+  }
+  // Shape and strides into `owned`, so that the tensor may go.
+  void own_layout();
 };
+
+// Whether b's elements, in memory order, belong to a's: equal dtype, device, shape and strides.
+bool same_layout(const TorchTensor& a, const TorchTensor& b);
 
 // Reads tensors by `torch.Tensor.__dlpack_c_exchange_api__` (torch 2.11 and later), else by attributes.
 class TensorReader {
  public:
   // torch.Tensor, torch.nn.Parameter and {torch.dtype: (DLPack code, bits)}; `exchange` false: by attributes in any
   // case.
-  TensorReader(pybind11::object tensor_type, pybind11::object parameter_type, pybind11::dict dtypes, bool exchange);
+  TensorReader(pybind11::type tensor_type, pybind11::type parameter_type, pybind11::dict dtypes, bool exchange);
 
   bool exchanges() const { return tensor_from_object_ != nullptr; }
 
@@ -52,15 +103,15 @@ class TensorReader {
   bool is_tensor(PyObject* object) const { return PyObject_IsInstance(object, tensor_type_.ptr()) == 1; }
 
   // False, without a Python error, for what has no address: not plain, no strides, a null pointer to elements.
-  bool read(PyObject* object, TensorFacts& facts) const {
+  bool read(PyObject* object, TorchTensor& tensor) const {
     if (!is_plain(object)) return false;
     if (!tensor_from_object_) {
-      if (!read_attributes(object, facts)) return false;
-    } else if (tensor_from_object_(object, &facts.view) != 0) {
+      if (!read_attributes(object, tensor)) return false;
+    } else if (tensor_from_object_(object, &tensor.view) != 0) {
       PyErr_Clear();
       return false;
     }
-    return facts.view.data != nullptr || facts.size() == 0;
+    return tensor.view.data != nullptr || tensor.size() == 0;
   }
 
   // tensor.grad; throws error_already_set.
@@ -74,7 +125,7 @@ class TensorReader {
   bool is_neg(PyObject* object) const;
 
  private:
-  bool read_attributes(PyObject* object, TensorFacts& facts) const;
+  bool read_attributes(PyObject* object, TorchTensor& tensor) const;
 
   pybind11::object tensor_type_;
   pybind11::object parameter_type_;

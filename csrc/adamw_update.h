@@ -1,0 +1,75 @@
+// m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2;
+// p -= lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps), after p *= 1 - lr * weight_decay (AdamW)
+// or with g + weight_decay * p for g (Adam); amsgrad: the largest v so far for v.
+//
+// THE formula of FusedAdamW and FusedAdam for one element, on host and device, in the order of roundings of
+// torch.optim.AdamW's for-loop: see sgd_update.h for how to compile it. On a CPU float and double are bit-equal to that
+// loop but for the square root: torch takes MKL's, which rounds the last place otherwise in 0.6 % of all values. So
+// moments are equal, and a parameter differs by at most 1 ulp of itself or of its change, the larger, in a step.
+#pragma once
+
+#include "param_group.h"
+
+namespace freezeout {
+
+struct AdamW {
+  enum Option : unsigned { kAmsgrad = 4, kCoupled = 8 };  // kCoupled with kWeightDecay only: Adam's decay
+  enum Coefficient { kBeta1, kBeta2, kEps };
+
+  static constexpr int kStates = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr bool kCounts = true;
+
+  template <class R>
+  struct Rates {
+    R decay;  // 1 - lr * weight_decay, or weight_decay where it is coupled
+    R lerp;   // towards g where positive, else back from it: torch's lerp goes from the nearer end
+    R beta2;
+    R rest2;  // 1 - beta2
+    R root_correction2;
+    R eps;
+    R minus_step_size;
+  };
+
+  FREEZEOUT_HOST_DEVICE static constexpr bool is_valid(unsigned options) {
+    return (options & kWeightDecay) || !(options & kCoupled);
+  }
+  FREEZEOUT_HOST_DEVICE static constexpr bool uses_state(int state, unsigned options) {
+    return state < 2 || (options & kAmsgrad);
+  }
+
+  // `step` counts this update too.
+  template <class R>
+  FREEZEOUT_HOST_DEVICE static Rates<R> rates(const ParamGroup& group, double lr, float step) {
+    const double beta1 = group.coefficients[kBeta1];
+    const double beta2 = group.coefficients[kBeta2];
+    const double correction1 = 1 - std::pow(beta1, static_cast<double>(step));
+    const double correction2 = 1 - std::pow(beta2, static_cast<double>(step));
+    const R weight = static_cast<R>(1 - beta1);
+    return {static_cast<R>(group.options & kCoupled ? group.weight_decay : 1 - lr * group.weight_decay),
+            weight < R{0.5} ? weight : weight - R{1},
+            static_cast<R>(beta2),
+            static_cast<R>(1 - beta2),
+            static_cast<R>(std::sqrt(correction2)),
+            static_cast<R>(group.coefficients[kEps]),
+            static_cast<R>(-(lr / correction1))};
+  }
+
+  // states[2] is neither read nor written without kAmsgrad.
+  template <class R>
+  FREEZEOUT_HOST_DEVICE static void update(R& p, R (&states)[kStates], R g, const Rates<R>& rates, unsigned options) {
+    if (options & kMaximize) g = -g;
+    if ((options & kWeightDecay) && (options & kCoupled)) g = std::fma(rates.decay, p, g);
+    if ((options & kWeightDecay) && !(options & kCoupled)) p = p * rates.decay;
+    states[0] = std::fma(rates.lerp, g - states[0], rates.lerp > 0 ? states[0] : g);
+    states[1] = std::fma(rates.rest2 * g, g, rates.beta2 * states[1]);
+    R largest = states[1];
+    if (options & kAmsgrad) {
+      // As torch.maximum: NaN where either is.
+      if (states[2] > largest || states[2] != states[2]) largest = states[2];
+      states[2] = largest;
+    }
+    p = p + rates.minus_step_size * states[0] / (std::sqrt(largest) / rates.root_correction2 + rates.eps);
+  }
+};
+
+}  // namespace freezeout

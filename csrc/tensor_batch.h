@@ -1,0 +1,48 @@
+// Tensors of one dtype on one device, and the update of them all.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "fused_update.h"
+
+namespace freezeout {
+
+struct TensorBatch {
+  Batch batch;
+  int device_type;  // DLPack's
+  int device_index;
+  // On CUDA: where the bytes of table() lie on the device, and the stream that torch's allocator knows to use them.
+  std::uintptr_t table_address = 0;
+  std::uintptr_t stream = 0;
+
+  // The TensorEntry table, for the device.
+  pybind11::bytes table() const;
+  // num_threads: on the CPU. Returns whether the stream is being captured into a graph. Holds the GIL: whoever could
+  // free a tensor meanwhile must wait.
+  bool run(const SharedInputs& inputs, int num_threads) const;
+
+  void set_table(std::uintptr_t address, std::uintptr_t on_stream) {
+    table_address = address;
+    stream = on_stream;
+  }
+  // SharedInputs as addresses, 0 for null.
+  bool run_addresses(int num_threads, std::uintptr_t schedule_step, std::uintptr_t grad_scale,
+                     std::uintptr_t found_inf) const;
+};
+
+// (param, states, grad, step, size, group), with addresses; (lr, milestone, warmup, weight_decay, coefficients,
+// options)
+using WorkTuple = std::tuple<std::uintptr_t, std::array<std::uintptr_t, kMaxStates>, std::uintptr_t, std::uintptr_t,
+                             std::int64_t, std::uint32_t>;
+using GroupTuple = std::tuple<double, double, double, double, std::array<double, 3>, std::uint64_t>;
+
+// Throws std::invalid_argument where the tuples fit neither each other nor the formula.
+TensorBatch make_tensor_batch(int formula, int dtype, int device_type, int device_index,
+                              const std::vector<WorkTuple>& work, const std::vector<GroupTuple>& groups);
+
+}  // namespace freezeout
