@@ -122,9 +122,9 @@ class Task:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
-        """(mean loss over the samples, metric over all batches) of the model in eval mode; without a metric, loss twice.
+        """(mean loss over the samples, metric over all batches) of the model in eval mode.
 
-        The batches are on the model's device. The model stays in eval mode.
+        Without a metric both are the loss. The batches are on the model's device. The model stays in eval mode.
         """
         model.eval()
         count, total, sums = 0, 0.0, 0.0
