@@ -29,6 +29,8 @@ LAW = {
     "planner": {"freezeout", "schedule", "layers", "fused"},
     "integrations": {"freezeout", "schedule", "layers", "prefix", "fused", "attach"},
     "models": set(),
+    "batch": set(),
+    "tasks": {"models", "batch"},
     "training": {
         "schedule", "layers", "kernels", "fused", "prefix", "freezeout", "graphed", "planner", "integrations",
         "models", "native",
