@@ -8,6 +8,8 @@ from itertools import takewhile
 
 from torch import nn
 
+from .text import table
+
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -81,11 +83,7 @@ class Layers(Sequence[Layer]):
             for i, layer in enumerate(self)
         ]
         rows.append(("total", "", f"{sum(layer.num_parameters for layer in self):,}", ""))
-        widths = [max(len(row[c]) for row in rows) for c in range(3)]
-        return "\n".join(
-            f"{i:>{widths[0]}}  {name:<{widths[1]}}  {count:>{widths[2]}}  {modules}".rstrip()
-            for i, name, count, modules in rows
-        )
+        return table(rows, left=[1, 3], rule=False)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -41,6 +42,12 @@ class HostGraphs:
             return tuple(result)
 
         return replay
+
+
+def graphed_step(*args, backend=None, **options):
+    """GraphedStep; what captures is `backend` instead of CUDA graphs, where one is given."""
+    with mock.patch.object(graphed, "_backend_of", (lambda device: backend) if backend else graphed._backend_of):
+        return GraphedStep(*args, **options)
 
 
 def batches(steps=STEPS, odd=None):
@@ -83,7 +90,7 @@ def test_equals_the_plain_loop(backend):
     expected, *rest = make()
     losses = plain_loop(expected, *rest, batches())
     model, optimizer, freezeout = make(fused=True) if backend else make()
-    step = GraphedStep(
+    step = graphed_step(
         model, functional.cross_entropy, optimizer, freezeout, backend=backend() if backend else None
     )  # fmt: skip
     results = [step(*batch) for batch in batches()]
@@ -102,7 +109,7 @@ def test_equals_the_plain_loop(backend):
 def test_one_graph_a_shape_and_frontier_after_some_eager_steps():
     model, optimizer, freezeout = make(fused=True)
     backend = HostGraphs()
-    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
     expected = watched = 0
     seen = {}
     for inputs, targets in batches(odd=4):
@@ -122,7 +129,7 @@ def test_one_graph_a_shape_and_frontier_after_some_eager_steps():
 
 def test_many_shapes_run_eagerly_beyond_the_first_few():
     model, optimizer, _ = make(fused=True, freeze=False)
-    step = GraphedStep(model, functional.cross_entropy, optimizer, backend=HostGraphs())
+    step = graphed_step(model, functional.cross_entropy, optimizer, backend=HostGraphs())
     for size in range(2, 2 + MAX_SHAPES + 2):
         for _ in range(WARM_UP_STEPS + 1):
             step(torch.randn(size, 3, 8, 8), torch.randint(4, (size,)))
@@ -131,7 +138,7 @@ def test_many_shapes_run_eagerly_beyond_the_first_few():
 
 def test_results_outlive_the_next_replay():
     model, optimizer, _ = make(fused=True, freeze=False)
-    step = GraphedStep(model, functional.cross_entropy, optimizer, backend=HostGraphs())
+    step = graphed_step(model, functional.cross_entropy, optimizer, backend=HostGraphs())
     results = [step(*batch) for batch in batches(WARM_UP_STEPS + 3)]
     (loss, outputs), (later, _) = results[-2:]
     *_, (_, targets) = batches(WARM_UP_STEPS + 2)
@@ -149,7 +156,7 @@ def test_a_transition_drops_all_graphs_at_once():
             return super().capture(body, first)
 
     model, optimizer, freezeout = make(fused=True, steps=3 * STEPS)
-    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=Backend())
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=Backend())
     captures = []
     for batch in batches(3 * STEPS, odd=3):
         frozen = freezeout.num_frozen
@@ -212,7 +219,7 @@ def test_the_prefix_is_timed_before_the_capture(monkeypatch):
     model = build_model("wrn-10-1", 4, image_size=8).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)
     freezeout = FreezeOut(model, optimizer, total_steps=100, t_0=0.3, how_scale="linear", max_transitions=2)
-    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=Capturing())
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=Capturing())
     data, frozen = batches(100), set()
     for batch in data:
         step(*batch)
@@ -226,7 +233,7 @@ def test_the_prefix_is_timed_before_the_capture(monkeypatch):
 def test_a_prefix_that_never_settles_does_not_hold_the_capture_up():
     """Its trial is of a shape that does not come again; calls of others are not timed."""
     model, optimizer, freezeout = make(fused=True)
-    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
     model.eval()  # the prefix waits for a forward in training mode
     data = batches(100)
     while freezeout.num_frozen == 0:
@@ -251,7 +258,7 @@ def test_fused_sgd_computes_its_rates_from_the_counter(warmup_steps):
         )  # fmt: skip
         if not graphed:
             return model, plain_loop(model, optimizer, freezeout, batches()), freezeout
-        step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
         losses = []
         for batch in batches():
             # What the host believes must not matter.
@@ -275,7 +282,7 @@ def test_fused_sgd_without_a_schedule_keeps_its_rate_and_refuses_another():
     model, optimizer, _ = make(FusedSGD, freeze=False)
     expected = copy.deepcopy(model)
     reference = torch.optim.SGD(expected.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
-    step = GraphedStep(model, functional.cross_entropy, optimizer, backend=HostGraphs())
+    step = graphed_step(model, functional.cross_entropy, optimizer, backend=HostGraphs())
     for inputs, targets in batches(6):
         step(inputs, targets)
         functional.cross_entropy(expected(inputs), targets).backward()
@@ -296,7 +303,7 @@ def test_one_cosine_for_all_layers(sgd, freeze):
     runs = []
     for backend in (None, HostGraphs()):
         model, optimizer, freezeout = make(sgd, freeze=freeze, anneal=False, **fused)
-        step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, cosine=cosine, backend=backend)
+        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, cosine=cosine, backend=backend)
         assert float(optimizer.param_groups[-1]["lr"]) == pytest.approx(0.05 / 5)
         for batch in batches():
             step(*batch)
@@ -309,7 +316,7 @@ def test_one_cosine_for_all_layers(sgd, freeze):
 def test_a_loaded_state_is_captured_anew():
     def start():
         model, optimizer, freezeout = make(fused=True)
-        return model, optimizer, freezeout, GraphedStep(
+        return model, optimizer, freezeout, graphed_step(
             model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs()
         )  # fmt: skip
 
@@ -341,7 +348,7 @@ def test_a_loaded_state_is_captured_anew():
 def test_loaded_weights_are_captured_anew(whole):
     """A prefix with folded weights of its own would go on with those from before."""
     model, optimizer, freezeout = make(fused=True)
-    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
     data = batches()
     while not (freezeout.num_frozen and step._graphs):
         step(*next(data))
@@ -365,7 +372,7 @@ def test_a_loaded_state_sets_the_counter():
     for graphs in (False, True):
         model, optimizer, freezeout = make(FusedSGD)
         backend = HostGraphs() if graphs else None
-        step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
+        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
         for batch in data[:6]:
             step(*batch)
         state = freezeout.state_dict()
@@ -381,7 +388,7 @@ def test_a_loaded_state_sets_the_counter():
 
 def test_step_count_resumes_where_there_is_no_freezeout():
     model, optimizer, _ = make(fused=True, freeze=False)
-    step = GraphedStep(
+    step = graphed_step(
         model, functional.cross_entropy, optimizer, cosine=Schedule(1, 10, t_0=1.0), backend=HostGraphs()
     )  # fmt: skip
     step.step_count = 5
@@ -395,7 +402,7 @@ def test_mixed_precision_with_a_scaler():
     for backend in (None, HostGraphs()):
         model, optimizer, freezeout = make(fused=True)
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=5)
-        step = GraphedStep(
+        step = graphed_step(
             model, functional.cross_entropy, optimizer, freezeout, scaler=scaler, amp_dtype=torch.bfloat16,
             backend=backend,
         )  # fmt: skip
@@ -409,9 +416,9 @@ def test_mixed_precision_with_a_scaler():
 def test_what_cannot_be_captured_is_refused_by_name():
     model, optimizer, freezeout = make()
     with pytest.raises(ValueError, match=r"must be FusedSGD, or made with fused=True .* got SGD with neither"):
-        GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+        graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
     with pytest.raises(ValueError, match="cosine must be None where freezeout anneals"):
-        GraphedStep(model, functional.cross_entropy, optimizer, freezeout, cosine=Schedule(1, 10))
+        graphed_step(model, functional.cross_entropy, optimizer, freezeout, cosine=Schedule(1, 10))
 
     class Fails(HostGraphs):
         def capture(self, body, first):
@@ -421,7 +428,7 @@ def test_what_cannot_be_captured_is_refused_by_name():
                 raise RuntimeError("capture ended")  # as torch.cuda.graph's end does
 
     model, optimizer, freezeout = make(fused=True)
-    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=Fails())
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=Fails())
     with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph; run it without: operation not perm"):
         for batch in batches():
             step(*batch)
@@ -429,7 +436,7 @@ def test_what_cannot_be_captured_is_refused_by_name():
 
 def test_close_leaves_all_to_others():
     model, optimizer, freezeout = make(fused=True)
-    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
     for batch in batches(6):
         step(*batch)
     step.close()
@@ -452,7 +459,7 @@ def test_replays_equal_eager_steps_bit_for_bit(device, steps, prefix, monkeypatc
         optimizer = FusedSGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
         freezeout = FreezeOut(model, optimizer, total_steps=steps, t_0=0.3, how_scale="linear", prefix=prefix)
         backend = HostGraphs() if device == "cpu" else None
-        step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
+        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
         losses = []
         for inputs, targets in batches(steps, odd=7):
             losses.append(step(inputs.to(device), targets.to(device))[0])
@@ -482,14 +489,9 @@ def test_cuda_graphs_equal_eager_steps(name, amp_dtype):
         # Long enough for captures between the transitions, each with its steps in which the prefix is timed.
         freezeout = FreezeOut(model, optimizer, total_steps=4 * STEPS, t_0=0.3, how_scale="linear")
         scaler = torch.amp.GradScaler("cuda", init_scale=256.0, enabled=amp_dtype == torch.float16)
-        step = GraphedStep(
-            model, functional.cross_entropy, optimizer, freezeout, scaler=scaler, amp_dtype=amp_dtype
+        step = graphed_step(
+            model, functional.cross_entropy, optimizer, freezeout, scaler=scaler, amp_dtype=amp_dtype, graph=graphs
         )  # fmt: skip
-        if not graphs:
-            step._backend = None
-            if name == "fused-sgd":
-                optimizer.set_device_schedule(None)
-            step._rates = None
         losses = [step(inputs.cuda(), targets.cuda())[0].item() for inputs, targets in batches(4 * STEPS, odd=4)]
         runs.append(losses)
         if graphs:
@@ -515,13 +517,10 @@ def test_overflows_in_all_warm_up_steps(sgd, device):
         options = {} if sgd is FusedSGD or (device == "cpu" and not graphs) else {"fused": True}
         optimizer = sgd(model.parameters(), lr=0.05 / large, momentum=0.9, **options)
         scaler = torch.amp.GradScaler(device, init_scale=2.0**127)
-        step = GraphedStep(
+        step = graphed_step(
             model, criterion, optimizer, scaler=scaler, cosine=Schedule(1, STEPS, t_0=1.0),
-            backend=HostGraphs() if graphs and device == "cpu" else None,
+            backend=HostGraphs() if graphs and device == "cpu" else None, graph=graphs,
         )  # fmt: skip
-        if not graphs:
-            step._backend = None
-            step._rates = None
         first = [p.detach().clone() for p in model.parameters()]
         skipped = 0
         losses = []
@@ -539,7 +538,7 @@ def test_an_optimizer_that_asks_the_host_is_refused_with_a_scaler():
     model, _, _ = make(freeze=False)
     optimizer = torch.optim.AdamW(model.parameters(), capturable=True)
     with pytest.raises(ValueError, match=r"optimizer must be FusedSGD, or made with fused=True, .* got AdamW without"):
-        GraphedStep(
+        graphed_step(
             model, functional.cross_entropy, optimizer, scaler=torch.amp.GradScaler("cpu"), backend=HostGraphs()
         )  # fmt: skip
 

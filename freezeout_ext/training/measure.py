@@ -3,8 +3,7 @@
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -100,27 +99,6 @@ class StepTimer:
 
 def _differences(marks: list[float]) -> list[float]:
     return [end - start for start, end in pairwise(marks)]
-
-
-class SavedBytes:
-    """total = bytes of the distinct storages that autograd saved for backward, parameters and buffers not counted."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self.total = 0
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
-            yield
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        # The graph keeps every saved storage alive until backward: no address comes twice.
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        return tensor
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import plot
-from .checkpoint import RunFolder, read_json, write_atomically
 from .compare import curves
-from .compare_report import arms_rows
-from .engagement import engagement_text
-from .report import graphs_text, percent, phases_rows
+from .run_folder import RunFolder, read_json, write_atomically
+from .tables import (
+    arms_rows,
+    engagement_text,
+    graphs_text,
+    metric_of,
+    metric_text,
+    phases_rows,
+    verdict,
+    what_was_trained,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +31,9 @@ h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid var(--line); padding
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { background: var(--soft); }
-figure { margin: 1rem 0; } img { max-width: 100%; background: white; }
+figure { margin: 1rem 0; } img { width: 100%; max-width: 46rem; background: white; }
+.verdict { font-size: 1.1rem; font-weight: 600; }
+@media (max-width: 40rem) { body { margin: .5rem; padding: 0; font-size: 14px; } th, td { padding: .2rem .4rem; } }
 .warning { border-left: 4px solid #d80; padding-left: .7rem; } .quiet { opacity: .75; }
 """
 
@@ -56,11 +65,11 @@ def _section(folder: Path) -> str:
 
 
 def _run(folder: Path, rows: list[dict], config: dict, result: dict | None) -> str:
-    last = rows[-1]
+    last, metric = rows[-1], metric_of(rows[-1])
     parts = [f"<h2>{escape(folder.name)}</h2>", _what(config)]
     end = "" if result else f" (not finished: epoch {last['epoch']})"
     parts.append(
-        f"<p>Test accuracy <b>{percent(last['test_accuracy'])}</b> after {last['step']:,} steps,"
+        f"<p>Test {escape(metric)} <b>{metric_text(metric, last[f'test_{metric}'])}</b> after {last['step']:,} steps,"
         f" {last['train_seconds']:.1f} s of training{end}.</p>"
     )
     parts.append(_chart(plot.plot_run(rows, folder.name), "loss, accuracy, learning rates, frozen layers, time"))
@@ -76,14 +85,15 @@ def _comparison(folder: Path, summary: dict) -> str:
     seeds = ", ".join(map(str, summary["seeds"]))
     parts = [
         f"<h2>{escape(folder.name)}</h2>",
+        f'<p class="verdict">{escape(verdict(summary))}</p>',
         _what({name: config[name] for name in config if name not in ("method", "how_scale", "t_0", "seed")}),
         f"<p>Seeds {seeds}; mean ± sd over them.</p>",
         _where(summary["conditions"]),
-        _table(arms_rows(summary["arms"])),
         _chart(
-            plot.plot_comparison(curves(folder, summary), f"{config['data']}, {config['model']}"),
-            "test accuracy over seconds",
+            plot.plot_comparison(curves(folder, summary), summary, what_was_trained(config)),
+            "above: the metric over seconds; below: the metric over the cost",
         ),
+        _table(arms_rows(summary)),
     ]
     for arm in summary["arms"]:
         if arm["transitions"]:

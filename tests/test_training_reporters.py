@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from freezeout_ext.training import report
-from freezeout_ext.training.report import BarReporter, LineReporter, Reporters, TensorBoardReporter, table
+from freezeout_ext.text import table
+from freezeout_ext.training import reporters, tables
+from freezeout_ext.training.reporters import BarReporter, LineReporter, Reporters, TensorBoardReporter
 
 TRANSITION = {
     "step": 12,
@@ -42,7 +43,7 @@ class FakeTrainer:
     epochs, total_steps, step, layer_names = 10, 60, 6, ("stem", "head")
 
     class config:
-        model = "wrn-10-1"
+        title = "digits, wrn-10-1"
 
 
 def test_line_reporter():
@@ -54,12 +55,12 @@ def test_line_reporter():
     assert stream.getvalue().splitlines() == [
         "step 12: froze stem (1 of 2 layers; 1,440 parameters, 5,760 bytes of optimizer state freed);"
         " 20.00 ms -> - ms a step",
-        "epoch  2/10  loss 0.5123  train 75.00 %  test 81.25 %  frozen 1/2  12.30 ms/step  5,120 images/s  3.0 MiB",
+        "epoch  2/10  loss 0.5123  train 75.00 %  test 81.25 %  frozen 1/2  12.30 ms/step  5,120 samples/s  3.0 MiB",
     ]
 
 
 def test_val_accuracy_is_shown_where_there_is_one():
-    assert "train 75.00 %  val 50.00 %  test" in report.epoch_line(ROW | {"val_accuracy": 0.5}, 10, 2)
+    assert "train 75.00 %  val 50.00 %  test" in tables.epoch_line(ROW | {"val_accuracy": 0.5}, 10, 2)
 
 
 def test_table():
@@ -82,7 +83,7 @@ def test_run_summary_by_hand():
         "total_steps": 14,
         "train_seconds": 1.25,
     }
-    lines = report.run_summary(result).splitlines()
+    lines = tables.run_summary(result).splitlines()
     assert lines[2].split() == ["0", "0", "of", "2", "7", "12.50", "3.0"]
     assert lines[3].split() == ["7", "1", "of", "2", "stem", "7", "-", "3.0"]
     assert lines[4:] == ["peak memory: counted", "test accuracy 50.00 % after 14 steps, 1.2 s of training"]
@@ -94,7 +95,7 @@ class Terminal(io.StringIO):
 
 
 def test_bar_keeps_the_lines_and_shows_where_the_run_is(monkeypatch):
-    monkeypatch.setattr(report, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(reporters, "REFRESH_SECONDS", 0.0)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     stream = Terminal()
@@ -117,11 +118,11 @@ def test_bar_can_leave_out_the_epochs():
 
 
 def test_live_bar_needs_a_terminal_and_rich(monkeypatch, capsys):
-    assert not report.has_live_bar(io.StringIO())
-    assert report.has_live_bar(Terminal())
+    assert not reporters.has_live_bar(io.StringIO())
+    assert reporters.has_live_bar(Terminal())
     assert capsys.readouterr().err == ""
     monkeypatch.setitem(sys.modules, "rich.progress", None)
-    assert not report.has_live_bar(Terminal())
+    assert not reporters.has_live_bar(Terminal())
     assert capsys.readouterr().err == "no live progress without rich: pip install 'freezeout_ext[train]'\n"
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from freezeout_ext import Schedule
-from freezeout_ext.training import cli, plot
-from freezeout_ext.training.checkpoint import RunFolder
+from freezeout_ext.training import cli, commands, plot
 from freezeout_ext.training.config import BadInput, TrainConfig
+from freezeout_ext.training.run_folder import RunFolder
 
 TINY = ["--model", "wrn-10-1", "--steps", "4", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
 
@@ -82,7 +82,7 @@ def test_every_flag_reaches_the_config(tmp_path):
     unset = {
         field.name for field in fields(config) if getattr(config, field.name) == getattr(TrainConfig(), field.name)
     }
-    assert unset == {"data", "epochs", "warmup_epochs", "prefix", "graph", "compile"}
+    assert unset == {"data", "image_size", "weights", "epochs", "warmup_epochs", "prefix", "graph", "compile"}
 
 
 def test_defaults_are_resolved():
@@ -124,6 +124,12 @@ def test_defaults_are_resolved():
         ("--resume {tmp}/nowhere", "resume must name the folder of a run"),
         ("--resume {tmp}/full", "resume must name the folder of a run"),
         ("--resume {tmp}/full --out {tmp}/nowhere", "must name the same folder"),
+        ("--model wrn-10-100000000", "model must fit into memory"),
+        ("--model wrn-10-20000", "model must fit into memory"),
+        ("--model wrn-99999994-1", "model must have a depth <= 10000"),
+        ("--threads 100000000", "threads must be <= 1024"),
+        ("--optimizer task", "--optimizer: invalid choice: 'task'"),
+        ("--out=", "argument --out: must name a file or folder, got ''"),
         ("--optimizer lamb", "argument --optimizer: invalid choice: 'lamb'"),
         ("--fast", "unrecognized arguments: --fast"),
     ],
@@ -214,10 +220,10 @@ def test_compare_end_to_end(tmp_path, capsys):
     for name in ("full", "freezeout linear 0.5", "freezeout linear 0.8", "freezeout linear 0.9"):
         assert f"{name}, seed 1: " in shown and f"\n{name} " in shown
     assert sorted(path.name for path in out.iterdir()) == ["compare.json", "compare.png", "costs.json", "runs"]
-    assert png_size(out / "compare.png") == (1500, 570)
+    assert png_size(out / "compare.png") == (1050, 1380)
     (out / "compare.png").unlink()
     assert cli.main(["plot", str(out)]) == 0
-    assert png_size(out / "compare.png") == (1500, 570)
+    assert png_size(out / "compare.png") == (1050, 1380)
     assert cli.main(["compare", *flags]) == 2
     assert "out must be a new or an empty folder" in capsys.readouterr().err
     assert cli.main(["compare", *flags, "--resume"]) == 0
@@ -240,7 +246,7 @@ def test_arms_of_compare(flags, kinds, tmp_path, monkeypatch):
             asked.extend(arms)
             raise BadInput("enough")
 
-    monkeypatch.setattr(cli, "Comparison", NoComparison)
+    monkeypatch.setattr(commands, "Comparison", NoComparison)
     assert cli.main(["compare", *TINY, *flags.split(), "--out", str(tmp_path)]) == 2
     assert {arm.kind for arm in asked} == kinds
 
@@ -249,6 +255,8 @@ def test_arms_of_compare(flags, kinds, tmp_path, monkeypatch):
     ("flags", "sentence"),
     [
         ("--seeds 0", "seeds must be >= 1, got 0"),
+        ("--seed 3", "unrecognized arguments: --seed 3"),
+        ("--shorter 1.5", "shorter must be parts in (0, 1), got 1.5"),
         ("--arms half", "argument --arms: invalid choice: 'half'"),
         ("--t0 0.5 2", "t_0 must be in (0, 1], got 2.0"),
         ("--model nonesuch", "model must be one of"),
@@ -338,3 +346,35 @@ def test_a_reader_that_has_enough_is_no_error():
         running.stdout.close()
         assert running.stderr.read() == b""
     assert running.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("plot --layers 100000000", "layers must be in 1..10000, got 100000000"),
+        ("plot --lr nan", "lr must be >= 0, got nan"),
+        ("plot --lr inf", "lr must be >= 0, got inf"),
+        ("plot --lr -1", "lr must be >= 0, got -1.0"),
+        ("plot --out {tmp}", "--out must name a file, got the folder"),
+        ("plan --no-measure --rounds 0", "rounds must be >= 1, got 0"),
+        ("plan --no-measure --max-seconds nan", "max_seconds must be >= 0, got nan"),
+        ("plan --no-measure --json {tmp}", "--json must name a file, got the folder"),
+        ("plan --no-measure --png {tmp}", "--png must name a file, got the folder"),
+        ("report {tmp} --out {tmp}", "--out must name a file, got the folder"),
+    ],
+)
+def test_bad_input_of_the_other_commands(flags, sentence, tmp_path, capsys):
+    assert cli.main(flags.replace("{tmp}", str(tmp_path)).split()) == 2
+    shown = capsys.readouterr()
+    assert sentence in shown.err and len(shown.err.splitlines()) == 1 and shown.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stdout_that_is_closed_or_full_is_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "freezeout_ext", "plan", "--no-measure", "--model", "wrn-10-1"]
+    closed = subprocess.run(command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: os.close(1))
+    assert (closed.returncode, closed.stderr) == (0, "")
+    with open("/dev/full", "w") as full:
+        filled = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert filled.returncode == 2 and len(filled.stderr.splitlines()) == 1
+    assert "No space left on device" in filled.stderr

@@ -1,22 +1,25 @@
 """Training runs: what they log, that their config decides the weights, that a stop at any moment loses nothing."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 
 import pytest
 import torch
 
 from freezeout_ext import FreezeOut, FusedSGD, Schedule
-from freezeout_ext.training import checkpoint
-from freezeout_ext.training.checkpoint import RunFolder
+from freezeout_ext.tasks.images import image_task, load_data
+from freezeout_ext.training import run_folder
 from freezeout_ext.training.config import BadInput, TrainConfig
-from freezeout_ext.training.data import load_data
-from freezeout_ext.training.loop import Run
-from freezeout_ext.training.report import Reporter
+from freezeout_ext.training.reporters import Reporter
+from freezeout_ext.training.run import Run
+from freezeout_ext.training.run_folder import RunFolder
 from freezeout_ext.training.trainer import Trainer, TrainingFailed
 
 # 96 images: 6 steps an epoch, 5 layers.
@@ -39,8 +42,16 @@ def small(name, **options):
     return replace(data, train=head(data.train, 96), test=head(data.test, 100))
 
 
+def task_of(config, data):
+    return image_task(data, config.model, augment=config.augment)
+
+
+def trainer_of(config, data):
+    return Trainer(config.resolved(), task_of(config, data))
+
+
 def run(config, out, digits, *, resume=False, reporter=None):
-    return Run.prepare(config, out, resume=resume, data=digits).train(reporter or Reporter())
+    return Run.prepare(config, out, resume=resume, task=task_of(config, digits)).train(reporter or Reporter())
 
 
 def untimed(rows):
@@ -128,12 +139,12 @@ def test_equal_configs_end_in_equal_weights_and_the_seed_matters(whole_run, tmp_
 
 KILLED = """
 import os, signal, sys
-from freezeout_ext.training import cli
+from freezeout_ext.training import cli, commands
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 def step(self, step):
     if step == 5:
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-cli.LineReporter.step = step
+commands.LineReporter.step = step
 sys.exit(cli.main(sys.argv[2:]))
 """
 # 3 steps an epoch.
@@ -200,11 +211,11 @@ def test_a_file_is_old_or_new_never_half(tmp_path):
         file.flush()
         raise Stop
 
-    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
+    run_folder.write_atomically(path, lambda file: file.write(b"old"))
     with pytest.raises(Stop):
-        checkpoint.write_atomically(path, tear)
+        run_folder.write_atomically(path, tear)
     assert path.read_bytes() == b"old"
-    checkpoint.write_atomically(path, lambda file: file.write(b"new"))
+    run_folder.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -274,24 +285,24 @@ def test_steps_ends_within_an_epoch(tmp_path, digits):
 
 
 def test_options_reach_where_they_act(digits):
-    trainer = Trainer(replace(CONFIG, max_transitions=2, channels_last=True, weight_decay=0.01).resolved(), digits)
+    trainer = trainer_of(replace(CONFIG, max_transitions=2, channels_last=True, weight_decay=0.01), digits)
     assert trainer.freezeout.schedule == Schedule(5, 18, t_0=0.6, how_scale="cubic", max_transitions=2)
     # Of more than one channel: else it is in both formats.
     convs = [p for p in trainer.model.parameters() if p.dim() == 4 and p.shape[1] > 1]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convs)
     for group in trainer.optimizer.param_groups:
         assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 0.01)
-    plain = Trainer(replace(CONFIG, optimizer="sgd", momentum=0.0, method="full").resolved(), digits)
+    plain = trainer_of(replace(CONFIG, optimizer="sgd", momentum=0.0, method="full"), digits)
     assert type(trainer.optimizer) is FusedSGD and type(plain.optimizer) is torch.optim.SGD
     assert (plain.optimizer.defaults["momentum"], plain.optimizer.defaults["nesterov"]) == (0.0, False)
-    adam = Trainer(replace(CONFIG, optimizer="adamw", weight_decay=0.01).resolved(), digits)
+    adam = trainer_of(replace(CONFIG, optimizer="adamw", weight_decay=0.01), digits)
     assert (type(adam.optimizer), adam.freezeout.schedule.scale_lr) == (torch.optim.AdamW, False)
     assert adam.optimizer.defaults["weight_decay"] == 0.01
 
 
 def test_augment_moves_the_images(digits):
     def images(augment):
-        trainer = Trainer(replace(CONFIG, augment=augment).resolved(), digits)
+        trainer = trainer_of(replace(CONFIG, augment=augment), digits)
         return torch.cat([inputs for inputs, _ in trainer.train_batches()])
 
     # In another order the same pixels; digits' corners are black, so that shifts lose some of the others.
@@ -302,16 +313,16 @@ def test_augment_moves_the_images(digits):
 
 
 def test_steps_are_of_whole_batches(digits):
-    trainer = Trainer(replace(CONFIG, batch_size=36, epochs=2).resolved(), digits)
+    trainer = trainer_of(replace(CONFIG, batch_size=36, epochs=2), digits)
     assert [len(targets) for _, targets in trainer.train_batches()] == [36, 36]
     assert (trainer.steps_per_epoch, trainer.total_steps) == (2, 4)
-    trainer = Trainer(replace(CONFIG, batch_size=100, epochs=2).resolved(), digits)
+    trainer = trainer_of(replace(CONFIG, batch_size=100, epochs=2), digits)
     assert [len(targets) for _, targets in trainer.train_batches()] == [96]
     assert trainer.total_steps == 2
 
 
 def weights_after(config, digits):
-    trainer = Trainer(config.resolved(), digits)
+    trainer = trainer_of(config, digits)
     while trainer.epoch < trainer.epochs:
         trainer.train_epoch()
     return trainer.model.state_dict()
@@ -324,8 +335,8 @@ def test_full_training_is_freezeout_that_never_freezes(digits):
 
 
 def test_no_anneal_freezes_at_the_milestones_on_one_cosine(digits):
-    trainer = Trainer(replace(CONFIG, method="no-anneal").resolved(), digits)
-    full = Trainer(replace(CONFIG, method="full").resolved(), digits)
+    trainer = trainer_of(replace(CONFIG, method="no-anneal"), digits)
+    full = trainer_of(replace(CONFIG, method="full"), digits)
     assert trainer.learning_rates() == full.learning_rates() == [0.1] * 5
     trainer.train_epoch()
     full.train_epoch()
@@ -335,7 +346,7 @@ def test_no_anneal_freezes_at_the_milestones_on_one_cosine(digits):
 
 
 def test_batches_are_shuffled_anew_in_each_epoch(digits):
-    trainer = Trainer(replace(CONFIG, augment=False).resolved(), digits)
+    trainer = trainer_of(replace(CONFIG, augment=False), digits)
 
     def labels():
         return [label for _, targets in trainer.train_batches() for label in targets.tolist()]
@@ -350,7 +361,7 @@ def test_batches_are_shuffled_anew_in_each_epoch(digits):
 
 def test_random_numbers_of_a_step_depend_on_seed_and_epoch_alone(digits):
     def drawn(seed, disturb):
-        trainer, draws = Trainer(replace(CONFIG, seed=seed).resolved(), digits), []
+        trainer, draws = trainer_of(replace(CONFIG, seed=seed), digits), []
         for _ in range(2):
             torch.rand(disturb)
             trainer.train_epoch(lambda step: draws.append(torch.rand(1).item()))
@@ -363,15 +374,16 @@ def test_random_numbers_of_a_step_depend_on_seed_and_epoch_alone(digits):
 
 
 def test_first_rates_are_those_of_freezeout(digits):
-    trainer = Trainer(replace(CONFIG, warmup_epochs=0.5).resolved(), digits)
+    trainer = trainer_of(replace(CONFIG, warmup_epochs=0.5), digits)
     assert isinstance(trainer.freezeout, FreezeOut)
     assert trainer.freezeout.schedule == Schedule(5, 18, t_0=0.6, how_scale="cubic", warmup_steps=3)
     assert trainer.learning_rates() == [0.1 * trainer.freezeout.schedule.lr_factor(i, 0) for i in range(5)]
 
 
 def test_evaluate_against_one_batch(digits):
-    trainer = Trainer(CONFIG.resolved(), digits)
-    loss, accuracy = trainer.evaluate(digits.test)
+    trainer = trainer_of(CONFIG, digits)
+    found = trainer.evaluate("test", trainer.task.evaluation)
+    loss, accuracy = found["test_loss"], found["test_accuracy"]
     images = (digits.test.images.float() / 255 - digits.test.mean[0]) / digits.test.std[0]
     with torch.no_grad():
         logits = trainer.model.eval()(images)
@@ -398,6 +410,7 @@ def test_resume_refuses_another_config_by_the_field(whole_run, digits):
 def test_checkpoint_of_another_run_and_broken_ones(whole_run, tmp_path, digits):
     folder = RunFolder(tmp_path)
     folder.create(CONFIG.resolved())
+    folder.unlock()
     whole = (whole_run[0] / "checkpoint.pt").read_bytes()
     for content in (b"", b"not a checkpoint", whole[:1000], whole[: len(whole) // 2]):
         folder.checkpoint_path.write_bytes(content)
@@ -416,7 +429,7 @@ def test_deterministic_runs_choose_nothing_by_the_clock(digits, tmp_path, monkey
     weights = []
     try:
         for k in range(2):
-            trained = Run.prepare(config, tmp_path / str(k), data=digits)
+            trained = Run.prepare(config, tmp_path / str(k), task=task_of(config, digits))
             # What it is timed against would seem to take no time.
             monkeypatch.setattr("freezeout_ext.prefix.runtime.median", lambda times: 0.0)
             trained.train(Reporter())
@@ -426,3 +439,104 @@ def test_deterministic_runs_choose_nothing_by_the_clock(digits, tmp_path, monkey
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def damaged(state, change):
+    return {**state, **change(state)} if callable(change) else change
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda state: {"step": -5}, "epoch 3 does not end at step -5"),
+        (lambda state: {"epoch": -1}, "epoch -1 does not end at step 18"),
+        (lambda state: {"epoch": "x"}, "cannot be gone on from: TypeError"),
+        (lambda state: {"model": {}}, "Missing key"),
+        (lambda state: {"optimizer": {"state": {}, "param_groups": []}}, "cannot be gone on from"),
+        (lambda state: {"freezeout": {}}, "cannot be gone on from"),
+        (lambda state: {"phases": state["phases"][1:]}, "its phases do not add up to step 18"),
+        (lambda state: {"phases": [{"odd": 1}]}, "cannot be gone on from: TypeError"),
+        (torch.zeros(3), "it must hold a dict, got Tensor"),
+        ({"config": {}}, "it lacks epoch, freezeout, model"),
+    ],
+)
+def test_a_readable_checkpoint_with_something_wrong_is_one_sentence(change, sentence, whole_run, tmp_path, digits):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "checkpoint.pt")
+    torch.save(damaged(state, change), tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(BadInput, match=f"checkpoint.pt.*{sentence}"):
+        run(CONFIG, tmp_path / "run", digits, resume=True)
+
+
+def test_a_flipped_bit_anywhere_in_the_weights_is_refused(whole_run, tmp_path, digits):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        entries = [info for info in archive.infolist() if "/data/" in info.filename and info.file_size > 8]
+    for info in entries[::3]:
+        blob = bytearray(whole)
+        blob[blob.index(info.filename.encode()) + len(info.filename) + 64 + info.file_size // 2] ^= 0x10
+        path.write_bytes(blob)
+        with pytest.raises(BadInput, match="not a checkpoint that can be read"):
+            run(CONFIG, tmp_path / "run", digits, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]\n{}\n", b"[" * 100_000])
+def test_a_damaged_log_is_one_sentence(content, whole_run, tmp_path, digits):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    (tmp_path / "run" / "log.jsonl").write_bytes(content)
+    with pytest.raises(BadInput, match="must have a row for each of the checkpoint's 3 epochs, it has 0"):
+        run(CONFIG, tmp_path / "run", digits, resume=True)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == content
+
+
+def test_a_folder_in_use_is_refused_and_free_again_after_a_kill(tmp_path, digits):
+    out = tmp_path / "run"
+    prepared = Run.prepare(CONFIG, out, task=task_of(CONFIG, digits))
+    with pytest.raises(BadInput, match="out must not be in use, another process is training"):
+        run(CONFIG, out, digits, resume=True)
+    prepared.train(Reporter())
+    run(CONFIG, out, digits, resume=True)
+    # A child of fork, such as a loader's worker that outlives a killed process, does not hold the lock.
+    code = (
+        "import os, signal, sys, time\n"
+        "from freezeout_ext.training.run_folder import RunFolder\n"
+        "folder = RunFolder(sys.argv[1])\n"
+        "folder.lock()\n"
+        "if os.fork() == 0:\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
+        "    os._exit(0)\n"
+        "time.sleep(0.5)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
+    child = int(killed.stdout.readline())
+    try:
+        assert killed.wait(timeout=60) == -signal.SIGKILL
+        os.kill(child, 0)  # it lives
+        folder = RunFolder(out)
+        folder.lock()
+        folder.unlock()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_what_cannot_be_written_leaves_nothing_half_and_goes_on_later(tmp_path, digits, monkeypatch):
+    out = tmp_path / "run"
+    save = torch.save
+
+    def no_room(state, file):
+        file.write(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0") from OSError(
+            errno.ENOSPC, "No space left on device"
+        )
+
+    monkeypatch.setattr(torch, "save", no_room)
+    with pytest.raises(OSError, match="No space left on device"):
+        run(CONFIG, out, digits)
+    monkeypatch.setattr(torch, "save", save)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "log.jsonl"]
+    run(CONFIG, out, digits, resume=True)
+    assert [row["epoch"] for row in RunFolder(out).read_log()] == [1, 2, 3]

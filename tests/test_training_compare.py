@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from load_script import BENCH, load_script
 
-from freezeout_ext.training.checkpoint import RunFolder
+from freezeout_ext.tasks import built_in
 from freezeout_ext.training.compare import (
     Arm,
     Comparison,
@@ -16,11 +16,13 @@ from freezeout_ext.training.compare import (
     spread,
     undisturbed_seconds,
 )
-from freezeout_ext.training.compare_report import comparison_tables
 from freezeout_ext.training.config import BadInput, TrainConfig
-from freezeout_ext.training.report import Reporter
+from freezeout_ext.training.reporters import Reporter
+from freezeout_ext.training.run_folder import RunFolder
+from freezeout_ext.training.tables import comparison_tables
 
 BASE = TrainConfig(model="wrn-10-1", steps=8, batch_size=16, t_0=0.6, threads=1, device="cpu")
+TASK = built_in("digits", "wrn-10-1")
 FULL, FREEZEOUT, NO_ANNEAL = Arm("full"), Arm("freezeout", 0.6, "cubic"), Arm("no-anneal", 0.6, "cubic")
 
 
@@ -31,7 +33,7 @@ def compare(out, arms, seeds=(0, 1), **options):
         titles.append(title)
         return Reporter()
 
-    comparison = Comparison(options.pop("base", BASE), out, arms=arms, seeds=seeds, **options)
+    comparison = Comparison(options.pop("base", BASE), out, arms=arms, seeds=seeds, task=TASK, **options)
     return comparison.run(make_reporter, say=lambda text: None), titles
 
 
@@ -127,7 +129,7 @@ def test_other_programs_do_not_count_where_that_is_known():
 
 
 def test_matched_arms_take_the_other_arms_seconds(tmp_path):
-    comparison = Comparison(BASE, tmp_path / "out", arms=[FULL, FREEZEOUT], seeds=[0, 1, 2])
+    comparison = Comparison(BASE, tmp_path / "out", arms=[FULL, FREEZEOUT], seeds=[0, 1, 2], task=TASK)
     results = {
         FULL: {s: took(t) for s, t in enumerate((10.0, 10.0, 20.0))},
         FREEZEOUT: {s: took(t) for s, t in enumerate((8.0, 9.0, 14.0))},

@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
+from freezeout_ext.tasks.images import image_task, load_data
 from freezeout_ext.training.compare import Comparison, make_arms
 from freezeout_ext.training.config import TrainConfig
-from freezeout_ext.training.data import load_data
-from freezeout_ext.training.loop import Run
 from freezeout_ext.training.measure import COUNTED_MEMORY, CUDA_MEMORY
-from freezeout_ext.training.report import Reporter
+from freezeout_ext.training.reporters import Reporter
+from freezeout_ext.training.run import Run
 
 
 def on_gpu(*values):
@@ -49,8 +49,8 @@ def data_on(device, digits):
 
 
 def train(config, out, digits, *, resume=False, reporter=None):
-    data = data_on(config.device, digits)
-    return Run.prepare(config, out, resume=resume, data=data).train(reporter or Reporter())
+    task = image_task(data_on(config.device, digits), config.model)
+    return Run.prepare(config, out, resume=resume, task=task).train(reporter or Reporter())
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,8 @@ def test_a_stopped_run_ends_in_the_same_weights(graph, prefix, device, digits, t
 def test_compare_on_a_gpu(tmp_path):
     base = replace(CONFIG, device="cuda", epochs=3)
     arms = make_arms(["full", "freezeout", "short"], [0.5], ["cubic"])
-    summary = Comparison(base, tmp_path / "out", arms=arms, seeds=[0]).run(
+    task = image_task(load_data("digits", device="cuda"), base.model)
+    summary = Comparison(base, tmp_path / "out", arms=arms, seeds=[0], task=task).run(
         lambda title: Reporter(), say=lambda text: None
     )
     assert [arm["kind"] for arm in summary["arms"]] == ["full", "freezeout", "short"]

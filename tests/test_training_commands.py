@@ -6,8 +6,8 @@ import pytest
 
 from freezeout_ext.planner import Plan
 from freezeout_ext.training import cli
-from freezeout_ext.training.cli_plan import saving
-from freezeout_ext.training.plan_report import plot_plan
+from freezeout_ext.training.cli import saving
+from freezeout_ext.training.plot import plot_plan
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from freezeout_ext.planner import SavedBytes
 from freezeout_ext.training import measure
 from freezeout_ext.training.measure import (
     Phase,
-    SavedBytes,
     StepTimer,
     conditions,
     held_bytes,

@@ -6,20 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from freezeout_ext import find_layers
 from freezeout_ext.planner import StepCosts
+from freezeout_ext.tasks.images import image_task, load_data
 from freezeout_ext.training.config import TrainConfig
 from freezeout_ext.training.costing import kept_costs, run_costs
-from freezeout_ext.training.data import load_data
 from freezeout_ext.training.engagement import (
     engaged,
-    engagement_text,
     judged,
     over_runs,
     warnings_of,
     whole_run,
     with_engagement,
 )
-from freezeout_ext.training.report import phases_rows
+from freezeout_ext.training.tables import engagement_text, phases_rows
 
 # A whole step of 10, of 8 with one layer frozen and of 5 with two.
 COSTS = StepCosts(
@@ -202,7 +202,7 @@ def test_table_and_text():
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_data("digits")
+    return image_task(load_data("digits"), BASE.model)
 
 
 BASE = TrainConfig(model="wrn-10-1", batch_size=16, steps=300, threads=1, device="cpu")
@@ -228,5 +228,30 @@ def test_a_run_too_short_to_measure_gets_flop(digits):
 
 def test_costs_are_kept(digits, tmp_path):
     config = replace(BASE, steps=20).resolved()
-    costs = kept_costs(tmp_path / "costs.json", config, digits)
-    assert kept_costs(tmp_path / "costs.json", replace(config, model="vgg-16"), digits) == costs
+    names = [layer.name for layer in find_layers(digits.make_model())]
+    costs = kept_costs(tmp_path / "costs.json", config, digits, names)
+    assert kept_costs(tmp_path / "costs.json", replace(config, lr=0.5), digits, names) == costs
+    with pytest.raises(ValueError, match=r"costs\.json must hold this net's costs: its layers are stem, .*; delete it"):
+        kept_costs(tmp_path / "costs.json", config, digits, names[1:])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "[" * 100_000,
+        lambda text: text.replace("0", "NaN", 1),
+        lambda text: text.replace('"loss"', '"lost"'),
+        lambda text: text.replace('"forward": [', '"forward": ["x", '),
+    ],
+)
+def test_damaged_costs_are_one_sentence(digits, tmp_path, change):
+    names = [layer.name for layer in find_layers(digits.make_model())]
+    path = tmp_path / "costs.json"
+    kept_costs(path, replace(BASE, steps=20).resolved(), digits, names)
+    path.write_text(change(path.read_text()))
+    with pytest.raises(
+        ValueError, match=r"costs\.json must hold this net's costs: .*; delete it, they are measured anew"
+    ):
+        kept_costs(path, BASE.resolved(), digits, names)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from ..integrations.distributed import LostRank, lost_rank_explained
 from ..planner import StepCosts
-from .checkpoint import RunFolder
+from ..tasks import Task, faults_of
 from .config import TrainConfig, faults_of_input
-from .data import DataSplits, load_data
 from .engagement import with_engagement
 from .measure import COUNTED_MEMORY, CUDA_MEMORY, conditions, transitions_measured
 from .ranks import Ranks
-from .report import Reporter
+from .reporters import Reporter
+from .run_folder import RunFolder
 from .trainer import Trainer, TrainingFailed
 
 
@@ -27,15 +27,14 @@ class Run:
         config: TrainConfig,
         out: str | Path,
         *,
+        task: Task,
         resume: bool = False,
-        data_dir: str | Path | None = None,
-        download: bool = False,
-        data: DataSplits | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008, frozen
     ) -> "Run":
-        """Loads the data, builds the model and finds the checkpoint to go on from.
+        """Makes the model and finds the checkpoint to go on from.
 
-        With `resume` the run in `out` goes on, or starts where there is none. `data`: loaded already.
+        With `resume` the run in `out` goes on, or starts where there is none. The folder is this run's own until it
+        has been trained.
 
         Raises:
             BadInput: one sentence on what is wrong with the input.
@@ -44,23 +43,21 @@ class Run:
         folder = RunFolder(out)
         state = None
         if resume and folder.holds_run():
+            if ranks.is_first:
+                folder.lock()
             if difference := folder.load_config().difference(config):
                 raise ValueError(f"the run in {folder.path} is another one: {difference}")
             state = folder.load_checkpoint(config)
         else:
             folder.check_free()
-        if data is None:
-            data = load_data(
-                config.data,
-                data_dir,
-                download=download,
-                val_fraction=config.val_fraction,
-                seed=config.seed,
-                device=config.device,
-            )
-        trainer = Trainer(config, data, ranks)
+        with faults_of(task.file):
+            trainer = Trainer(config, task, ranks)
         if state is not None:
-            trainer.load_state_dict(state)
+            try:
+                trainer.load_state_dict(state)
+            except ValueError as error:
+                raise ValueError(f"{folder.checkpoint_path}: {error}") from None
+            folder.check_log(trainer.epoch)
         ranks.wait_for_all()  # before the first one writes what the others look for
         if ranks.is_first and not folder.holds_run():
             folder.create(config)
@@ -73,10 +70,12 @@ class Run:
         """
         trainer = self.trainer
         try:
-            with lost_rank_explained(lambda: trainer.step):
+            with lost_rank_explained(lambda: trainer.step), faults_of(trainer.task.file):
                 return self._train_first(reporter, costs) if trainer.ranks.is_first else self._train_other()
         except LostRank as error:
             raise TrainingFailed(f"{error}: add --resume") from error
+        finally:
+            self.folder.unlock()
 
     def _train_other(self) -> dict:
         while self.trainer.epoch < self.trainer.epochs:
@@ -85,17 +84,19 @@ class Run:
         return {}
 
     def _train_first(self, reporter: Reporter, costs: StepCosts | None) -> dict:
-        trainer, folder = self.trainer, self.folder
+        trainer, folder, task = self.trainer, self.folder, self.trainer.task
+        sign = 1 if task.higher_is_better else -1
         folder.cut_log(trainer.epoch)
-        best = max((row["val_accuracy"] for row in folder.read_log() if "val_accuracy" in row), default=-1.0)
+        judge = f"val_{task.metric_name}"
+        best = max((sign * row[judge] for row in folder.read_log() if judge in row), default=float("-inf"))
         reporter.start(trainer)
         while trainer.epoch < trainer.epochs:
             row = trainer.train_epoch(reporter.step)
-            if trainer.data.val is not None:
-                row["val_loss"], row["val_accuracy"] = trainer.evaluate(trainer.data.val)
-            row["test_loss"], row["test_accuracy"] = trainer.evaluate(trainer.data.test)
-            if row.get("val_accuracy", -1.0) > best:
-                best = row["val_accuracy"]
+            if task.validation is not None:
+                row |= trainer.evaluate("val", task.validation)
+            row |= trainer.evaluate("test", task.evaluation)
+            if judge in row and sign * row[judge] > best:
+                best = sign * row[judge]
                 folder.save_best({"epoch": trainer.epoch, "model": trainer.model.state_dict()})
             folder.append_log(row)
             folder.save_checkpoint(trainer.state_dict())
@@ -111,6 +112,7 @@ class Run:
         trainer = self.trainer
         return {
             **{name: last[name] for name in last if name.startswith(("train_", "val_", "test_"))},
+            "metric": {"name": trainer.task.metric_name, "higher_is_better": trainer.task.higher_is_better},
             "total_steps": trainer.total_steps,
             "steps_per_epoch": trainer.steps_per_epoch,
             "layers": trainer.layer_names,
