@@ -25,6 +25,7 @@ LAW = {
     "transition": {"layers", "attach", "param_groups", "prefix", "checks", "memory"},
     "state": {"schedule", "layers", "transition"},
     "freezeout": {"schedule", "layers", "prefix", "param_groups", "checks", "memory", "transition", "state"},
+    "features": set(),
     "graphed": {"freezeout", "schedule", "param_groups", "fused", "native", "attach", "cuda_graphs"},
     "planner": {"freezeout", "schedule", "layers", "fused"},
     "integrations": {"freezeout", "schedule", "layers", "prefix", "fused", "attach"},
@@ -33,7 +34,7 @@ LAW = {
         "schedule", "layers", "kernels", "fused", "prefix", "freezeout", "graphed", "planner", "integrations",
         "models", "native",
     },
-    "__init__": {"schedule", "layers", "freezeout", "fused", "native", "prefix", "graphed", "transition"},
+    "__init__": {"schedule", "layers", "freezeout", "fused", "native", "prefix", "graphed", "transition", "features"},
     "__main__": {"training"},
 }  # fmt: skip
 STANDARD_LIBRARY_ONLY = {"schedule"}

@@ -30,9 +30,14 @@ logger = logging.getLogger("freezeout_ext")
 MOST_UNCHECKED = 256
 
 
-class LayerLike(Protocol):
-    name: str
-    modules: dict[str, nn.Module]
+class FreezeOutLike(Protocol):
+    """Layers have a name and `modules`: name -> module; `layers.given` came frozen and lie in front of all."""
+
+    model: nn.Module
+    layers: Any
+
+    @property
+    def num_frozen(self) -> int: ...
 
 
 @dataclass
@@ -88,8 +93,8 @@ class FeatureCache:
         self.views = Views(dataset, views, seed)
         self.store, self.dtype, self.limit, self.measure = store, dtype, limit, measure
         self._folder = None if store in ("device", "host") else Path(store)
+        self._freezeout: FreezeOutLike | None = None
         self._model: nn.Module | None = None
-        self._layers: Sequence[LayerLike] = ()
         self._paused: Callable[[], AbstractContextManager] = nullcontext
         self._num_frozen = 0
         self._generations: list[Generation] = []
@@ -222,20 +227,30 @@ class FeatureCache:
 
     # For FreezeOut
 
-    def attach(
-        self, model: nn.Module, layers: Sequence[LayerLike], paused: Callable[[], AbstractContextManager] = nullcontext
-    ) -> None:
-        """The model whose layers freeze. paused: a context in which frozen modules run as they are."""
-        if self._model is not None and self._model is not model:
-            raise ValueError("cache must be of one model: it is another FreezeOut's; close() that one first")
-        self._model, self._layers, self._paused = model, layers, paused
+    def attach(self, freezeout: FreezeOutLike) -> None:
+        """Whose frozen layers' outputs are kept. How many are frozen is read where it matters, so nothing is missed.
+
+        Raises:
+            ValueError: the cache is another FreezeOut's.
+        """
+        if self._freezeout is not None:
+            raise ValueError("cache must be of one FreezeOut: close() the other one first, or make another cache")
+        self._freezeout, self._model = freezeout, freezeout.model
+        # Within, the frozen modules run as they are.
+        self._paused = getattr(freezeout, "prefix_paused", nullcontext)
 
     def detach(self) -> None:
+        """FreezeOut was closed: nothing is frozen any more."""
         self._drop(self._generations)
-        self._model, self._num_frozen, self._refused = None, 0, None
+        self._freezeout, self._model, self._num_frozen, self._refused = None, None, 0, None
 
-    def freeze(self, num_frozen: int) -> None:
-        """The first `num_frozen` layers are frozen from now on: more than before, or fewer."""
+    def _follow(self) -> None:
+        """Notices that layers were frozen or thawed."""
+        if self._freezeout is None:
+            return
+        num_frozen = len(self._freezeout.layers.given) + self._freezeout.num_frozen
+        if num_frozen == self._num_frozen:
+            return
         stale = [g for g in self._generations if g.frontier.num_frozen > num_frozen]
         if stale:
             self._note(f"thawed to {num_frozen} layers: what was kept behind more was dropped")
@@ -245,13 +260,19 @@ class FeatureCache:
         self._watches.clear()
         self._next_check, self._next_plan = self._cached_steps, self._cached_plans
 
+    def _frozen_modules(self) -> dict[str, nn.Module]:
+        layers = [*self._freezeout.layers.given, *self._freezeout.layers][: self._num_frozen]
+        return {name: module for layer in layers for name, module in layer.modules.items()}
+
     # For the loader
 
     def keys(self, samples: Tensor, epoch: int) -> Tensor:
         """-> keys of the views that this epoch shows: fresh ones as long as none can be kept."""
+        self._follow()
         return self.views.keys(samples, epoch) if self._can_keep else -1 - samples
 
     def skippable(self, keys: Tensor) -> Tensor:
+        self._follow()
         now, found = self._current(), torch.zeros(len(keys), dtype=torch.bool)
         if now is None or self._gave_up or now.guard.changed() is not None:
             return found
@@ -295,6 +316,7 @@ class FeatureCache:
     # One forward
 
     def _forward(self, name: str, model: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:
+        self._follow()
         if not (model.training and torch.is_grad_enabled() and self._num_frozen):
             return original(*args, **kwargs)
         self._ran += 1
@@ -339,31 +361,46 @@ class FeatureCache:
     def _filling(self, now, original, args, kwargs, keys, have, absent) -> Any:
         """Some views are new: their rows are computed and kept, as far as there is room."""
         frontier, length = now.frontier, _length(args, kwargs, now.frontier)
-        missing = (~have).nonzero().squeeze(1)
-        base = self._base(keys[missing])
-        if base is None and not frontier.sliceable or not bool(have.any()):
-            return self._whole(now, base if not bool(have.any()) else None, original, args, kwargs, keys, absent)
-        if base is None:
-            self._need_inputs(absent[missing])
-        some = sliced((args, kwargs), missing, len(keys))
-        with self._from(base, keys[missing], length):
-            watch = self._watch_of("prefix")
-            watch.start()
-            computed = frontier.computed(original, *some)
-            watch.stop(len(missing))
-        self._misses += len(missing)
-        self._keep(now, keys[missing], computed, some[1], missing)
-        rows = computed
+        groups = self._groups(now, keys, have)
+        if not bool(have.any()) and len(groups) == 1:
+            return self._whole(now, groups[0][0], original, args, kwargs, keys, absent)
+        if not frontier.sliceable:
+            return self._whole(now, None, original, args, kwargs, keys, absent)
+        parts = []
+        for base, places in groups:
+            if base is None:
+                self._need_inputs(absent[places])
+            some = sliced((args, kwargs), places, len(keys))
+            with self._from(base, keys[places], length):
+                watch = self._watch_of("prefix")
+                watch.start()
+                computed = frontier.computed(original, *some)
+                watch.stop(len(places) if base is None else 0)
+            self._misses += len(places)
+            self._keep(now, keys[places], computed, some[1], places)
+            parts.append((places, computed))
         if bool(have.any()):
             here = have.nonzero().squeeze(1)
-            gathered = now.store.gather(keys[here], self._device(), length=length)
-            rows = [_merged(len(keys), (here, a), (missing, b)) for a, b in zip(gathered, computed, strict=True)]
+            parts.insert(0, (here, now.store.gather(keys[here], self._device(), length=length)))
             self._hits += len(here)
+        rows = [_merged(len(keys), [(places, of[i]) for places, of in parts]) for i in range(len(frontier.columns))]
         with self._paused(), frontier.replaced(rows, length):
             return original(*args, **kwargs)
 
+    def _groups(self, now: Generation, keys: Tensor, have: Tensor) -> list[tuple[Generation | None, Tensor]]:
+        """The places of keys that are missing, by the latest earlier generation that holds them."""
+        missing, found = ~have, []
+        for base in reversed(self._generations[: self._generations.index(now)]):
+            here = missing & base.store.has(keys)
+            if bool(here.any()):
+                found.append((base, here.nonzero().squeeze(1)))
+                missing = missing & ~here
+        if bool(missing.any()):
+            found.append((None, missing.nonzero().squeeze(1)))
+        return found
+
     def _whole(self, now, base, original, args, kwargs, keys, absent) -> Any:
-        """The forward as ever, from kept rows of fewer layers where there are some; its frontier is kept."""
+        """The forward as ever, from kept rows of fewer layers where `base` has them; its frontier is kept."""
         if base is None:
             self._need_inputs(absent)
         watch = self._watch_of("prefix")
@@ -388,9 +425,8 @@ class FeatureCache:
                 return self._as_ever(original, args, kwargs, absent)
             return self._filling(now, original, args, kwargs, keys, now.store.has(keys), absent)
         length = None if base is None else _length(args, kwargs, base.frontier)
-        frozen = {name: m for layer in self._layers[: self._num_frozen] for name, m in layer.modules.items()}
         forward = Forward(
-            self._model, original, args, kwargs, frozen, len(keys), self._lengths_of(kwargs),
+            self._model, original, args, kwargs, self._frozen_modules(), len(keys), self._lengths_of(kwargs),
             lambda part: self._from(base, keys if part is None else keys[part], length),
         )  # fmt: skip
         output, frontier = forward.watched(self._num_frozen, self.dtype, aliases=self._aliases)
@@ -462,11 +498,8 @@ class FeatureCache:
         return self._generations[-1] if self._generations else None
 
     def _base(self, keys: Tensor) -> Generation | None:
-        """The latest generation before the current number of layers that holds all of these keys."""
-        before = [g for g in self._generations if g.frontier.num_frozen < self._num_frozen]
-        if self._refused is not None:
-            before = before[:-1]
-        return next((g for g in reversed(before) if bool(g.store.has(keys).all())), None)
+        """The latest generation that holds all of these keys."""
+        return next((g for g in reversed(self._generations) if bool(g.store.has(keys).all())), None)
 
     @contextmanager
     def _from(self, base: Generation | None, keys: Tensor, length: int | None) -> Iterator[None]:
@@ -622,12 +655,12 @@ def _length(args: tuple, kwargs: Mapping, frontier: Frontier) -> int | None:
     return None if frontier.length is None else padded_length(args, kwargs)
 
 
-def _merged(batch_size: int, *parts: tuple[Tensor, Tensor]) -> Tensor:
+def _merged(batch_size: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """One batch of rows from parts (places [b], rows [b, ...]), with the strides of the first."""
     like = parts[0][1]
-    whole = like.new_empty((batch_size, *like.shape[1:])) if not like.dim() else torch.empty_like(
-        like[:1].expand(batch_size, *like.shape[1:]), memory_format=torch.preserve_format
-    )
+    order = sorted(range(1, like.dim()), key=lambda d: -like.stride(d))
+    whole = like.new_empty((batch_size, *(like.shape[d] for d in order)))
+    whole = whole.permute(0, *(1 + order.index(d) for d in range(1, like.dim())))
     for places, rows in parts:
         whole[places.to(whole.device)] = rows
     return whole
