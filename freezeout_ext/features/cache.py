@@ -106,7 +106,7 @@ class FeatureCache:
         self._refused: str | None = None
         self._aliases = self._gave_up = self._closed = False
         self._notes: list[str] = []
-        self._hits = self._misses = self._read = self._skipped = self._checks = self._ran = 0
+        self._hits = self._pushed = self._misses = self._read = self._skipped = self._checks = self._ran = 0
         self._difference = 0.0
         self._cached_steps = self._next_check = self._cached_plans = self._next_plan = 0
         self._watches: dict[str, Stopwatch] = {}
@@ -172,7 +172,9 @@ class FeatureCache:
     def report(self) -> CacheReport:
         """-> what is kept, saved and refused."""
         now = self._current()
-        prefix, gather = (self._watch_of(name).median() if name in self._watches else None for name in ("prefix", "gather"))
+        prefix, gather = (
+            self._watch_of(name).median() if name in self._watches else None for name in ("prefix", "gather")
+        )
         owned = self.views.num_samples // self._world_size * self.views.count
         return CacheReport(
             num_frozen=now.frontier.num_frozen if now else 0,
@@ -183,6 +185,7 @@ class FeatureCache:
             bytes=self.bytes,
             where=str(self.store),
             hits=self._hits,
+            pushed=self._pushed,
             misses=self._misses,
             samples_read=self._read,
             samples_skipped=self._skipped,
@@ -325,7 +328,7 @@ class FeatureCache:
         self._check_weights()
         absent = self._absent[keys.clamp(min=0)] & (keys >= 0)
         now = self._current()
-        if self._gave_up or bool((keys < 0).any()):
+        if (self._gave_up and not bool(absent.any())) or bool((keys < 0).any()):
             return self._as_ever(original, args, kwargs, absent)
         if (now is None or now.frontier.num_frozen != self._num_frozen) and self._refused is None:
             return self._watched(original, args, kwargs, keys, absent)
@@ -348,6 +351,8 @@ class FeatureCache:
         if self._cached_steps > self._next_check and not bool(absent.any()):
             self._next_check = self._cached_steps + min(self._cached_steps, MOST_UNCHECKED)
             self._spot_check(now, original, args, kwargs, keys)
+            if now not in self._generations:
+                return self._forward("", self._model, original, args, kwargs)
         watch = self._watch_of("gather")
         watch.start()
         rows = now.store.gather(keys, self._device(), length=length)
@@ -376,7 +381,7 @@ class FeatureCache:
                 watch.start()
                 computed = frontier.computed(original, *some)
                 watch.stop(len(places) if base is None else 0)
-            self._misses += len(places)
+            self._count(base, len(places))
             self._keep(now, keys[places], computed, some[1], places)
             parts.append((places, computed))
         if bool(have.any()):
@@ -408,7 +413,7 @@ class FeatureCache:
             watch.start()
             with now.frontier.recorded(on_last=lambda: watch.stop(len(keys) if base is None else 0)) as rows:
                 output = original(*args, **kwargs)
-        self._misses += len(keys)
+        self._count(base, len(keys))
         if rows:
             self._keep(now, keys, rows, kwargs)
         return output
@@ -438,7 +443,7 @@ class FeatureCache:
         else:
             self._begin(frontier)
             self._keep(self._generations[-1], keys, forward.rows, kwargs)
-            self._misses += len(keys)
+            self._count(base, len(keys))
         return output
 
     # Weights, inputs, batches
@@ -447,7 +452,9 @@ class FeatureCache:
         for generation in list(self._generations):
             changed = generation.guard.changed(thorough=thorough)
             if changed is not None:
-                self._note(f"{changed} was changed: what was kept behind {generation.frontier.num_frozen} layers is dropped")
+                self._note(
+                    f"{changed} was changed: what was kept behind {generation.frontier.num_frozen} layers is dropped"
+                )
                 generation.store.clear()  # a folder must not bring it back
                 self._drop([generation])
 
@@ -478,8 +485,8 @@ class FeatureCache:
     def _need_inputs(self, absent: Tensor) -> None:
         if bool(absent.any()):
             raise RuntimeError(
-                f"{int(absent.sum())} samples of this batch were not read, since their features were kept, and these were "
-                "dropped in between: let the loader make batches no more than one ahead"
+                f"{int(absent.sum())} samples of this batch were not read, since their features were kept, and cannot be used "
+                f"in this forward: {self._notes[-1] if self._notes else 'they were dropped since'}"
             )
 
     def _lengths_of(self, kwargs: Mapping) -> Tensor | None:
@@ -529,7 +536,9 @@ class FeatureCache:
             ensure_room(rows * row_bytes, room, device, self._folder, self)
         elif room < rows * row_bytes:
             rows = room // row_bytes
-            self._note(f"limit: {rows:,} of {self._owned():,} views fit ({self._owned() * row_bytes:,} bytes would hold all)")
+            self._note(
+                f"limit: {rows:,} of {self._owned():,} views fit ({self._owned() * row_bytes:,} bytes would hold all)"
+            )
         modules = dict(frontier.modules)
         guard = Guard(modules, {name: _table(self._model, name) for name in frontier.states})
         folder = None if self._folder is None else self._part() / f"frozen-{frontier.num_frozen}"
@@ -538,7 +547,11 @@ class FeatureCache:
             fingerprint=self._fingerprint(frontier, guard),
         )  # fmt: skip
         if store.files is not None and store.files.was_emptied is not None:
-            what = "is of other weights or layers, and was emptied" if store.files.was_emptied else f"holds {len(store):,} rows"
+            what = (
+                "is of other weights or layers, and was emptied"
+                if store.files.was_emptied
+                else f"holds {len(store):,} rows"
+            )
             self._note(f"the folder {folder.name} {what}")
         self._generations.append(Generation(frontier, store, guard))
         logger.info(
@@ -590,7 +603,9 @@ class FeatureCache:
         computed = now.frontier.computed(original, args, kwargs)
         kept = now.store.gather(keys, self._device(), length=length)
         lengths = now.store.lengths(keys) if now.frontier.length is not None else None
-        for column, a, b, allowed in zip(now.store.columns, kept, computed, now.store.allowed(keys, computed), strict=True):
+        for column, a, b, allowed in zip(
+            now.store.columns, kept, computed, now.store.allowed(keys, computed), strict=True
+        ):
             if column.padded:
                 valid = torch.arange(b.shape[1]) < lengths[:, None]
                 b = b.masked_fill(~valid.to(b.device).view(*valid.shape, *[1] * (b.dim() - 2)), 0)
@@ -608,6 +623,12 @@ class FeatureCache:
                     "model by chance; or the frozen layers are no function of their input. The cache is closed"
                 )
         self._checks += 1
+
+    def _count(self, base: Generation | None, samples: int) -> None:
+        if base is None:
+            self._misses += samples
+        else:
+            self._pushed += samples
 
     def _watch_of(self, name: str) -> Stopwatch:
         if name not in self._watches:

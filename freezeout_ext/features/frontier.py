@@ -94,15 +94,15 @@ class Frontier:
 
     def needless(self, place: Any) -> bool:
         """Whether the model's inputs by this name are not needed; place 0: none of the inputs that have no name."""
-        chosen = {i for i, name in enumerate(self.input_names) if name == place or (place == 0 and isinstance(name, int))}
+        chosen = {
+            i for i, name in enumerate(self.input_names) if name == place or (place == 0 and isinstance(name, int))
+        }
         if place == 0:
             return not self.inputs_needed
         return bool(chosen) and not chosen & self.inputs_needed
 
     @contextmanager
-    def replaced(
-        self, rows: Sequence[Tensor], length: int | None = None, *, whole: bool = True
-    ) -> Iterator[None]:
+    def replaced(self, rows: Sequence[Tensor], length: int | None = None, *, whole: bool = True) -> Iterator[None]:
         """Inside, frozen modules do not run: calls give the rows [B, ...] that are kept, and poison for the rest.
 
         whole: the forward inside runs to its end.
@@ -182,7 +182,9 @@ class Frontier:
 
 def sliced(tree: Any, rows: Tensor, batch_size: int) -> Any:
     """The inputs of some samples of a batch: each tensor [B, ...] of them cut to its rows."""
-    return tree_map(lambda x: x[rows.to(x.device)] if isinstance(x, Tensor) and x.dim() and len(x) == batch_size else x, tree)
+    return tree_map(
+        lambda x: x[rows.to(x.device)] if isinstance(x, Tensor) and x.dim() and len(x) == batch_size else x, tree
+    )
 
 
 def _names(inputs: tuple | Mapping) -> list[Any]:

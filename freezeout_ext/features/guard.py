@@ -22,7 +22,9 @@ class Guard:
     def __init__(self, modules: Mapping[str, nn.Module], states: Mapping[str, tuple[dict, str]]) -> None:
         self.modules = dict(modules)
         inside = [
-            (f"{name}.{inner}" if inner else name, m) for name, top in modules.items() for inner, m in top.named_modules()
+            (f"{name}.{inner}" if inner else name, m)
+            for name, top in modules.items()
+            for inner, m in top.named_modules()
         ]
         self._tables = [(name, table) for name, m in inside for table in (m._parameters, m._buffers)]
         self._links = [m._modules for _, m in inside]

@@ -290,7 +290,9 @@ class _Items:
             return None
         leaves, spec = self.template
         tree = tree_unflatten(list(range(len(leaves))), spec)
-        entries = tree.items() if isinstance(tree, Mapping) else enumerate(tree if isinstance(tree, tuple | list) else ())
+        entries = (
+            tree.items() if isinstance(tree, Mapping) else enumerate(tree if isinstance(tree, tuple | list) else ())
+        )
         return {leaf for place, entry in entries if is_needless(place) for leaf in tree_flatten(entry)[0]}
 
     def _without(self, kept: list[int] | None) -> set[int]:

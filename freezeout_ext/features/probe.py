@@ -89,6 +89,8 @@ class Forward:
         for name, seen, row in zip(_kept_names(frontier), frontier.columns, rows, strict=True):
             if row.dtype != seen.dtype:
                 raise Refused(f"{name} gives {row.dtype} in one forward and {seen.dtype} in another")
+            if row.is_floating_point() and not bool(row.isfinite().all()):
+                raise Refused(f"{name} gives values that are not finite")
         self._check_halves(frontier, rows)
         length = frontier.length
         given = [self._without_padding(column.padded, row) for column, row in zip(frontier.columns, rows, strict=True)]
@@ -190,7 +192,9 @@ def right_padded(kwargs: Mapping, lengths: Tensor) -> None:
     if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point():
         expected = torch.arange(mask.shape[1]) < lengths[:, None]
         if not torch.equal(expected, mask.cpu().bool()):
-            raise Refused("attention_mask has padding in front of a sample or inside it: pad behind (padding_side='right')")
+            raise Refused(
+                "attention_mask has padding in front of a sample or inside it: pad behind (padding_side='right')"
+            )
 
 
 def autocast_state(args: tuple, kwargs: Mapping) -> tuple:

@@ -10,7 +10,8 @@ class CacheReport:
     num_frozen: layers whose outputs are kept now, 0 if none are.
     kept: the modules whose outputs are kept.
     views: of each sample. rows: views that are kept. of_rows: how many there are. bytes: what the rows take.
-    hits: samples whose prefix did not run. misses: samples whose prefix ran while features were kept.
+    hits: samples of which no frozen layer ran. pushed: samples of which only the layers ran that froze since they were
+    kept. misses: samples whose whole prefix ran although features are kept.
     samples_read, samples_skipped: read from the data set, and not read since their features were kept.
     seconds_saved: prefix minus gathering over all hits, by medians; None before both were measured.
     gather_ms, prefix_ms: of a sample, medians.
@@ -26,6 +27,7 @@ class CacheReport:
     bytes: int
     where: str
     hits: int
+    pushed: int
     misses: int
     samples_read: int
     samples_skipped: int
@@ -41,7 +43,8 @@ class CacheReport:
         lines = [
             f"features: {what}; {self.rows:,} of {self.of_rows:,} rows ({self.views} views a sample), "
             f"{self.bytes / 2**20:.1f} MiB on {self.where}",
-            f"prefix not run for {self.hits:,} samples, run for {self.misses:,}; "
+            f"prefix not run for {self.hits:,} samples, its new layers alone for {self.pushed:,}, run for "
+            f"{self.misses:,}; "
             f"{self.samples_skipped:,} samples not decoded, {self.samples_read:,} read; {self.checks} spot checks",
         ]
         if self.gather_ms is not None and self.prefix_ms is not None:

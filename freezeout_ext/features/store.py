@@ -89,7 +89,9 @@ class Store:
         # Of each row: where its positions start, and how many there are.
         self._spans = torch.zeros((rows if self._padded else 0, 2), dtype=torch.int64)
         self._used = self._used_positions = 0
-        self._rounding = [Rounding(c.unit, channel_first=not c.padded) if c.kept is torch.int8 else None for c in columns]
+        self._rounding = [
+            Rounding(c.unit, channel_first=not c.padded) if c.kept is torch.int8 else None for c in columns
+        ]
         sizes = [(positions if c.padded else rows, *c.unit) for c in columns]
         self.files: Files | None = None
         if folder is None:
@@ -97,7 +99,9 @@ class Store:
             self._factors = [torch.empty(rows if r else 0, device=device) for r in self._rounding]
         else:
             factors = [((rows if r else 0,), torch.float32) for r in self._rounding]
-            self.files = Files(folder, [*((s, c.stored) for s, c in zip(sizes, columns, strict=True)), *factors], fingerprint)
+            self.files = Files(
+                folder, [*((s, c.stored) for s, c in zip(sizes, columns, strict=True)), *factors], fingerprint
+            )
             self._buffers, self._factors = self.files.tensors[: len(columns)], self.files.tensors[len(columns) :]
             self._restore()
 
@@ -175,9 +179,7 @@ class Store:
     def allowed(self, keys: Tensor, batches: Sequence[Tensor]) -> list[Tensor]:
         """-> for each column the largest difference [B] that rounding explains between kept rows and computed ones."""
         rows, found = self._row_of[keys].to(torch.int64), []
-        for column, batch, rounding, factors in zip(
-            self.columns, batches, self._rounding, self._factors, strict=True
-        ):
+        for column, batch, rounding, factors in zip(self.columns, batches, self._rounding, self._factors, strict=True):
             largest = batch.abs().flatten(1).amax(1).to(torch.float32) if batch.dim() > 1 else batch.abs()
             bound = BOUNDS[column.kept] if column.dtype.is_floating_point else 0.0
             if column.kept is torch.int8:

@@ -7,8 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import IterableDataset
 
 try:
     import numpy

@@ -86,7 +86,7 @@ class Watch(TorchDispatchMode):
         self._versions = {name: t._version for name, t in self._state_tensors.items() if not t.is_inference()}
         for name, t in self._state_tensors.items():
             self._mark(t, Taint({ACTIVE} if t.requires_grad else {("state", name)}))
-        self.inputs = [x for x in tree_leaves((args, kwargs))]
+        self.inputs = list(tree_leaves((args, kwargs)))
         for i, x in enumerate(self.inputs):
             if isinstance(x, Tensor):
                 self._mark(x, Taint({("input", i)}))
@@ -174,7 +174,9 @@ class Watch(TorchDispatchMode):
         return output
 
     def _check_changed(self, name: str, given: list, versions: list) -> None:
-        changed = [x for x, v in zip((x for x in given if isinstance(x, Tensor)), versions, strict=True) if _version(x) != v]
+        changed = [
+            x for x, v in zip((x for x in given if isinstance(x, Tensor)), versions, strict=True) if _version(x) != v
+        ]
         if any(_address(x) in self._input_storages for x in changed):
             self._refuse(f"{name} changes an input of the model in place")
 
@@ -183,7 +185,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         packet = getattr(func, "overloadpacket", func)
-        tensors = [x for x in _tensors(args, kwargs)]
+        tensors = list(_tensors(args, kwargs))
         # Before the call, whose results may overwrite an operand.
         taint = NONE if packet in SHAPE_ONLY else self._of(tensors)
         seeded = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
