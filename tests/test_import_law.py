@@ -27,6 +27,7 @@ LAW = {
     "transition": {"layers", "attach", "param_groups", "prefix", "checks", "memory"},
     "state": {"schedule", "layers", "transition"},
     "freezeout": {"schedule", "layers", "prefix", "param_groups", "checks", "memory", "transition", "state"},
+    "features": set(),
     "graphed": {"freezeout", "schedule", "param_groups", "fused", "native", "attach", "cuda_graphs", "batch"},
     "planner": {"schedule", "layers", "fused", "batch", "text"},
     "integrations": {"freezeout", "attach"},
@@ -34,10 +35,10 @@ LAW = {
     "batch": set(),
     "tasks": {"models", "batch"},
     "training": {
-        "batch", "freezeout", "fused", "graphed", "integrations", "layers", "models", "planner", "prefix", "schedule",
+        "batch", "features", "freezeout", "fused", "graphed", "integrations", "layers", "models", "planner", "prefix", "schedule",
         "tasks", "text",
     },
-    "__init__": {"schedule", "layers", "freezeout", "fused", "native", "graphed", "transition"},
+    "__init__": {"schedule", "layers", "freezeout", "fused", "native", "graphed", "transition", "features"},
     "__main__": {"training"},
 }  # fmt: skip
 STANDARD_LIBRARY_ONLY = {"schedule"}

@@ -16,11 +16,10 @@ from ..tasks import DATA
 from ..tasks.nets import net_names
 from . import commands
 from .compare import KINDS
-from .config import AMP_DTYPES, OPTIMIZERS, BadInput, TrainConfig
+from .config import AMP_DTYPES, CACHE_DTYPES, OPTIMIZERS, BadInput, TrainConfig
 from .trainer import TrainingFailed
 
 BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
-DEFAULT_ARMS = [kind for kind in KINDS if kind != "const-time"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,6 +84,10 @@ def _how_scale(text: str) -> str | float:
         return text
 
 
+def _count_or_name(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 def _file(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("must name a file or folder, got ''")
@@ -137,9 +140,10 @@ def _parser() -> Parser:
         help="add full training on cosines of these parts of its steps, such as 0.25 0.5: the line to lie above",
     )  # fmt: skip
     compare.add_argument(
-        "--arms", nargs="+", default=DEFAULT_ARMS, choices=KINDS, metavar="ARM",
-        help=f"of {', '.join(KINDS)} (all but const-time); short: full training on a cosine as short as FreezeOut's"
-        " seconds; no-anneal: one cosine, layers freeze all the same",
+        "--arms", nargs="+", default=None, choices=KINDS, metavar="ARM",
+        help=f"of {', '.join(KINDS)} (all but const-time; cached with --cache or --start-frozen); short: full"
+        " training on a cosine as short as the seconds of FreezeOut, or of cached; no-anneal: one cosine, layers freeze"
+        " all the same; cached: the same with kept features",
     )  # fmt: skip
     compare.add_argument(
         "--const-time", action="store_const", const=["const-time"], default=[],
@@ -242,6 +246,18 @@ def _add_freezeout_options(parser: argparse.ArgumentParser, *, lists: bool = Fal
         **several,
     )
     parser.add_argument("--scale-lr", action=argparse.BooleanOptionalAction, help="rates times 1/t_i (yes; adamw: no)")
+    parser.add_argument(
+        "--start-frozen",
+        type=_count_or_name,
+        metavar="LAYER",
+        help="this layer and all before it, or so many, never train",
+    )
+    parser.add_argument(
+        "--cache", nargs="?", const="device", metavar="device|host|DIR", help="keep what the frozen layers give (off)"
+    )
+    parser.add_argument("--views", type=int, metavar="K", help=f"of each sample, that are kept ({TrainConfig.views})")
+    dtypes = [name for name in CACHE_DTYPES if name]
+    parser.add_argument("--cache-dtype", choices=dtypes, help="of what is kept (as computed)")
     parser.add_argument("--max-transitions", type=int, metavar="K", help="freeze at no more than K moments")
     parser.add_argument("--prefix", choices=MODES, help="how the frozen layers run")
 

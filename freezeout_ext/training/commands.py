@@ -15,7 +15,7 @@ from ..schedule import POWERS, Schedule
 from ..tasks import Task, built_in, load_task
 from ..tasks.images import SETS, image_task, random_images
 from . import plot
-from .compare import Comparison, curves, make_arms
+from .compare import KINDS, Comparison, curves, make_arms
 from .config import OWN_MODEL, TrainConfig, faults_of_input
 from .costing import kept_costs, training_costs
 from .html import write_report
@@ -52,7 +52,7 @@ def _train_as(args: argparse.Namespace, ranks: Ranks) -> None:
         there = folder.load_config() if args.resume and folder.holds_run() else None
         if there is not None and there.model == OWN_MODEL and own is None:
             raise ValueError(f"the run in {out} is of {there.data}: name that file too")
-        config = replace(there or _base(own), **given(args))
+        config = replace(there or _base(own, args), **given(args))
         reporters: list[Reporter] = []
         if ranks.is_first:
             reporters.append(BarReporter() if has_live_bar(sys.stdout) else LineReporter())
@@ -74,6 +74,8 @@ def _train_as(args: argparse.Namespace, ranks: Ranks) -> None:
     if not ranks.is_first:
         return
     print(run_summary(result))
+    if result["features"]:
+        print(f"\n{result['features']['text']}")
     if result["traffic"]:
         print(f"\n{traffic_table(result)}")
     if text := engagement_text(result):
@@ -87,7 +89,7 @@ def _train_folder(args: argparse.Namespace, own: Task | None) -> Path:
             raise ValueError(f"--resume and --out must name the same folder, got {args.resume} and {args.out}")
         RunFolder(args.resume).load_config()  # it must hold a run
         return args.resume
-    return args.out or Path("runs") / folder_name(replace(_base(own), **given(args)))
+    return args.out or Path("runs") / folder_name(replace(_base(own, args), **given(args)))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -95,8 +97,8 @@ def compare(args: argparse.Namespace) -> None:
         if args.seeds < 1:
             raise ValueError(f"seeds must be >= 1, got {args.seeds}")
         own = own_task(args)
-        base = replace(_base(own), **given(args)).resolved()
-        kinds = [*args.arms, *args.const_time]
+        base = replace(_base(own, args), **given(args)).resolved()
+        kinds = [*(args.arms or default_arms(base)), *args.const_time]
         arms = make_arms(kinds, args.t0s or [base.t_0], args.how_scales or [base.how_scale], args.shorter)
         task = own or task_of(args, base)
     out = args.out or Path("runs") / f"compare-{folder_name(base)}"
@@ -108,6 +110,12 @@ def compare(args: argparse.Namespace) -> None:
     print("\n" + comparison_tables(summary))
     plot.save(_comparison_chart(out, summary), out / "compare.png")
     print(f"\nwritten to {out}: compare.json, compare.png; a page: freezeout report {out}")
+
+
+def default_arms(base: TrainConfig) -> list[str]:
+    """All but const-time; `cached` only where features are to be kept, or layers are frozen from the start."""
+    cached = base.cache is not None or base.start_frozen
+    return [kind for kind in KINDS if kind != "const-time" and (kind != "cached" or cached)]
 
 
 def run_reporter(title: str) -> Reporter:
@@ -155,7 +163,7 @@ def plan(args: argparse.Namespace) -> None:
     if not (args.max_seconds >= 0 and math.isfinite(args.max_seconds)):
         raise ValueError(f"max_seconds must be >= 0, got {args.max_seconds}")
     own = own_task(args)
-    config = replace(_base(own), **given(args)).resolved()
+    config = replace(_base(own, args), **given(args)).resolved()
     if args.measure:
         plans, where = [_measured(args, config, own)], conditions(torch.device(config.device))
     else:
@@ -283,8 +291,12 @@ def given(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name in names}
 
 
-def _base(own: Task | None) -> TrainConfig:
-    return TrainConfig() if own is None else TrainConfig.of_task(own)
+def _base(own: Task | None, args: argparse.Namespace) -> TrainConfig:
+    if own is not None:
+        return TrainConfig.of_task(own)
+    # A pretrained net wants a smaller rate than a fresh one, and fewer epochs.
+    pretrained = {"optimizer": "adamw", "weight_decay": 0.01, "epochs": 10, "batch_size": 50}
+    return TrainConfig(**(pretrained if getattr(args, "weights", None) else {}))
 
 
 def folder_name(config: TrainConfig) -> str:

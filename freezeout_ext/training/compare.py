@@ -21,8 +21,11 @@ from .tables import in_percent, metric_text
 from .trainer import Trainer
 
 # short: full training on a cosine as long as FreezeOut's seconds; const-time: FreezeOut as long as full training's.
-KINDS = ("full", "freezeout", "no-anneal", "short", "const-time")
+# no-anneal: one cosine, layers freeze all the same; cached: the same with kept features, whose filling counts.
+KINDS = ("full", "freezeout", "no-anneal", "cached", "short", "const-time")
 MATCHED = ("short", "const-time")
+# Those for which a `short` runs.
+RATED = ("freezeout", "cached")
 WARMUP_STEPS = 20
 
 
@@ -33,23 +36,26 @@ class Arm:
     Attributes:
         t_0, how_scale: of the FreezeOut that it is, or whose seconds it is matched to.
         part: of the steps that the run takes; below 1 with full training on a shorter cosine.
+        of: kind of the arm whose seconds a `short` takes.
     """
 
     kind: str
     t_0: float | None = None
     how_scale: str | float | None = None
     part: float = 1.0
+    of: str = "freezeout"
 
     @property
     def name(self) -> str:
         if self.kind == "full":
             return "full" if self.part == 1 else f"full x{self.part:g}"
-        return f"{self.kind} {self.how_scale} {self.t_0:g}"
+        of = "" if self.of == "freezeout" else f" {self.of}"
+        return f"{self.kind}{of} {self.how_scale} {self.t_0:g}"
 
     @property
     def rival(self) -> "Arm | None":
         """The arm that takes as many seconds without freezing."""
-        return Arm("short", self.t_0, self.how_scale) if self.kind == "freezeout" else None
+        return Arm("short", self.t_0, self.how_scale, of=self.kind) if self.kind in RATED else None
 
     @property
     def freezes(self) -> bool:
@@ -61,9 +67,13 @@ class Arm:
 
     def config(self, base: TrainConfig, seed: int, steps: int | None = None) -> TrainConfig:
         """The config of this arm's run; `steps` is the length of a matched arm."""
-        method = {"short": "full", "const-time": "freezeout"}.get(self.kind, self.kind)
-        config = replace(base, method=method, seed=seed, steps=steps or base.steps)
-        if method != "full":
+        method = {"short": "full", "const-time": "freezeout", "cached": "no-anneal"}.get(self.kind, self.kind)
+        config = replace(base, method=method, seed=seed, steps=steps or base.steps, cache=None)
+        if self.kind == "cached":
+            config = replace(config, cache=base.cache or "device")
+        if method == "full":
+            config = replace(config, start_frozen=0)
+        else:
             config = replace(config, t_0=self.t_0, how_scale=self.how_scale)
         return config.resolved()
 
@@ -85,12 +95,15 @@ def make_arms(
         if kind not in KINDS:
             raise ValueError(f"arms must be of {', '.join(KINDS)}, got {kind!r}")
     if any(kind in MATCHED for kind in kinds):
-        kinds += ["full", "freezeout"]
+        kinds += ["full"] + [kind for kind in ("freezeout",) if "const-time" in kinds or "cached" not in kinds]
     variants = list(dict.fromkeys((t_0, how_scale) for how_scale in how_scales for t_0 in t_0s))
     arms = []
     for kind in KINDS:
         if kind in kinds:
-            arms += [Arm(kind)] if kind == "full" else [Arm(kind, *variant) for variant in variants]
+            if kind == "short":
+                arms += [Arm(kind, *variant, of=of) for of in RATED if of in kinds for variant in variants]
+            else:
+                arms += [Arm(kind)] if kind == "full" else [Arm(kind, *variant) for variant in variants]
             arms += [Arm("full", part=part) for part in parts] if kind == "full" else []
     return arms
 
@@ -133,6 +146,8 @@ class Comparison:
         with faults_of(task.file):
             for arm in self.arms:
                 trainer = Trainer(arm.config(self.base, self.seeds[0]), task)
+                if trainer.cache is not None:
+                    trainer.cache.close()
         self._layers, self._steps = trainer.layer_names, trainer.steps_per_epoch * self.base.epochs
         self._lock = RunFolder(self.out)
         make_folder(self.out)
@@ -185,7 +200,7 @@ class Comparison:
 
     def _warm_up(self) -> None:
         """Some steps that do not count: the first run must not pay for what the process does once."""
-        Trainer(replace(self.base, method="full", steps=WARMUP_STEPS), self.task).train_epoch()
+        Trainer(replace(Arm("full").config(self.base, 0), steps=WARMUP_STEPS), self.task).train_epoch()
 
     def _matched_steps(self, arm: Arm, results: dict[Arm, dict[int, dict]]) -> int | None:
         """How many steps an arm takes, None for the base's; what an earlier call decided for a matched arm stays."""
@@ -197,7 +212,7 @@ class Comparison:
             folder = self._folder(arm, seed)
             if folder.holds_run():
                 return folder.load_config().steps
-        full, freezeout = results[Arm("full")], results[Arm("freezeout", arm.t_0, arm.how_scale)]
+        full, freezeout = results[Arm("full")], results[Arm(arm.of, arm.t_0, arm.how_scale)]
         ratio = median(undisturbed_seconds(freezeout[s]) / undisturbed_seconds(full[s]) for s in self.seeds)
         total = full[self.seeds[0]]["total_steps"]
         return max(1, round(total * ratio if arm.kind == "short" else total / ratio))
@@ -238,7 +253,9 @@ def undisturbed_seconds(result: dict) -> float:
 
     Not of a compiled run, whose compiler works elsewhere.
     """
-    cpu = [phase.get("cpu_seconds_per_step") for phase in result["phases"]]
+    # Steps that fill a cache are not like those that read from it: their median is not their sum.
+    name = "cpu_seconds_per_step_mean" if result.get("features") else "cpu_seconds_per_step"
+    cpu = [phase.get(name) for phase in result["phases"]]
     if None in cpu or result["graphs_compiled"]:
         return result["train_seconds"]
     return sum(phase["steps"] * seconds for phase, seconds in zip(result["phases"], cpu, strict=True))
@@ -261,6 +278,7 @@ def _arm_summary(arm: Arm, results: dict[Arm, dict[int, dict]], judge: str, sign
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs.values()),
         "phases": _over_runs([run["phases"] for run in runs.values()]),
         "transitions": first["transitions"],
+        "features": first.get("features"),
         "runs": [{"seed": seed, **{name: run[name] for name in shown}} for seed, run in runs.items()],
     }
     if full is not None and arm != Arm("full"):

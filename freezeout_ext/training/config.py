@@ -20,7 +20,9 @@ COMPILED_TRANSITIONS = 4
 # The model of a user's own task has no name.
 OWN_MODEL = "own"
 # Fields that finished runs of earlier versions lack.
-LATER_FIELDS = ("image_size", "weights", "fingerprint")
+LATER_FIELDS = ("image_size", "weights", "fingerprint", "start_frozen", "cache", "views", "cache_dtype")
+# Of kept features.
+CACHE_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 MOST_THREADS = 1024
 
 
@@ -62,6 +64,10 @@ class TrainConfig:
             momentum > 0.
         warmup_epochs: instead of warmup_steps.
         t_0, how_scale, scale_lr, max_transitions: see `Schedule`.
+        start_frozen: layers that are frozen from the first step on, see `FreezeOut`.
+        cache: where the frozen layers' outputs are kept: "device", "host" or a folder; None runs the layers each time.
+        views: of each sample, see `FeatureCache`.
+        cache_dtype: of what is kept: "bf16", "fp16", "int8"; None: as computed.
         prefix: how the frozen layers run, see `FreezeOut`.
         deterministic: nothing is chosen by the clock, and CUDA's kernels add in a fixed order; slower.
         graph: the step as a CUDA graph, see `GraphedStep`; eager on CPU.
@@ -89,6 +95,10 @@ class TrainConfig:
     how_scale: str | float = "cubic"
     scale_lr: bool | None = None
     max_transitions: int | None = None
+    start_frozen: int | str = 0
+    cache: str | None = None
+    views: int = 4
+    cache_dtype: str | None = None
     prefix: str | None = None
     graph: bool = False
     compile: bool = False
@@ -179,7 +189,13 @@ def _check(config: TrainConfig) -> None:
         _check_choice("amp", config.amp, tuple(AMP_DTYPES))
     if config.prefix is not None:
         _check_choice("prefix", config.prefix, MODES)
-    for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_steps", 0), ("seed", 0)):
+    if config.cache_dtype is not None:
+        _check_choice("cache_dtype", config.cache_dtype, tuple(name for name in CACHE_DTYPES if name))
+    if config.cache is not None and config.method == "full":
+        raise ValueError("cache must be None where no layer freezes, method is full")
+    if config.cache is not None and config.graph:
+        raise ValueError("cache must be None with graph: the captured step would run the frozen layers")
+    for name, least in (("epochs", 1), ("batch_size", 1), ("views", 1), ("warmup_steps", 0), ("seed", 0)):
         _check_least(name, getattr(config, name), least)
     for name in ("steps", "threads", "max_transitions", "image_size"):
         if getattr(config, name) is not None:

@@ -48,6 +48,7 @@ class Phase:
             "seconds_per_step_mean": fmean(self.seconds) if self.seconds else None,
             "seconds_error": steps_error(self.seconds),
             "cpu_seconds_per_step": median(self.cpu_seconds) if self.cpu_seconds else None,
+            "cpu_seconds_per_step_mean": fmean(self.cpu_seconds) if self.cpu_seconds else None,
             "cpu_seconds_error": steps_error(self.cpu_seconds),
             "memory_bytes": self.memory,
         }
@@ -120,7 +121,7 @@ def transitions_measured(transitions: list[dict], phases: list[Phase]) -> list[d
     for transition in transitions:
         # A transition opens the phase of its num_frozen, unless it came with the last step of the run.
         k = next((k for k, phase in enumerate(phases) if phase.num_frozen == transition["num_frozen"]), len(phases))
-        before, after = phases[k - 1], phases[k] if k < len(phases) else None
+        before, after = phases[max(k - 1, 0)], phases[k] if k < len(phases) else None
         rows.append(
             {
                 **transition,

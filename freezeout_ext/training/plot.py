@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 DOTS_PER_INCH = 150
 # By the kind of an arm; its color says which FreezeOut it belongs to.
-LINES = {"full": "-", "freezeout": "-", "no-anneal": ":", "short": "--", "const-time": "-."}
-FILLED = ("full", "freezeout")
+LINES = {"full": "-", "freezeout": "-", "no-anneal": ":", "cached": "-", "short": "--", "const-time": "-."}
+FILLED = ("full", "freezeout", "cached")
 
 
 def plot_schedules(schedules: dict[str, Schedule], *, base_lr: float = 0.1) -> "Figure":

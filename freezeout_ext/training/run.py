@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..features import FeatureCache
 from ..integrations.distributed import LostRank, lost_rank_explained
 from ..planner import StepCosts
 from ..tasks import Task, faults_of
@@ -110,15 +111,20 @@ class Run:
 
     def _result(self, last: dict) -> dict:
         trainer = self.trainer
+        phases = [phase.summary() for phase in trainer.phases]
+        if trainer.cache is not None and trainer.device.type == "cpu":  # there memory is counted
+            for phase in phases:
+                phase["memory_bytes"] += trainer.cache.bytes * (phase["num_frozen"] > 0)
         return {
             **{name: last[name] for name in last if name.startswith(("train_", "val_", "test_"))},
             "metric": {"name": trainer.task.metric_name, "higher_is_better": trainer.task.higher_is_better},
             "total_steps": trainer.total_steps,
             "steps_per_epoch": trainer.steps_per_epoch,
             "layers": trainer.layer_names,
-            "phases": [phase.summary() for phase in trainer.phases],
+            "phases": phases,
             "transitions": transitions_measured(trainer.transitions, trainer.phases),
-            "peak_memory_bytes": max(phase.memory for phase in trainer.phases),
+            "peak_memory_bytes": max(phase["memory_bytes"] for phase in phases),
+            "features": None if trainer.cache is None else features_kept(trainer.cache),
             "memory_measured": CUDA_MEMORY if trainer.device.type == "cuda" else COUNTED_MEMORY,
             "graphs_compiled": trainer.compiled.graphs if trainer.compiled else None,
             "processes": trainer.ranks.world,
@@ -126,3 +132,11 @@ class Run:
             "config": trainer.config.to_dict(),
             "conditions": conditions(trainer.device),
         }
+
+
+def features_kept(cache: FeatureCache) -> dict:
+    """What a run's cache of features did, for result.json."""
+    report = cache.report()
+    names = ("num_frozen", "views", "rows", "of_rows", "bytes", "where", "hits", "pushed", "misses")
+    names += ("samples_read", "samples_skipped", "seconds_saved", "largest_difference", "notes")
+    return {name: getattr(report, name) for name in names} | {"text": str(report)}

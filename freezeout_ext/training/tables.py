@@ -20,6 +20,8 @@ def comparison_tables(summary: dict) -> str:
         table(arms_rows(summary), left=[0]),
     ]
     for arm in summary["arms"]:
+        if arm.get("features"):
+            parts.append(f"{arm['name']}:\n{arm['features']['text']}")
         if arm["kind"] == "freezeout" and arm["transitions"]:
             rows = phases_rows(arm["phases"], arm["transitions"], arm["num_layers"])
             text = "\n".join(filter(None, (graphs_text(arm), engagement_text(arm))))

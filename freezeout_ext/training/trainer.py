@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, part, size, to
+from ..features import FeatureCache
 from ..freezeout import FreezeOut
 from ..fused import FusedSGD
 from ..graphed import GraphedStep
@@ -18,7 +20,8 @@ from ..layers import find_layers
 from ..planner import SavedBytes
 from ..schedule import Schedule
 from ..tasks import Task, batches
-from .config import AMP_DTYPES, TrainConfig
+from ..tasks.batches import as_batch
+from .config import AMP_DTYPES, CACHE_DTYPES, TrainConfig
 from .malloc import keep_freed_memory
 from .measure import Phase, StepTimer, held_bytes, transitions_measured
 from .ranks import Ranks
@@ -54,6 +57,7 @@ class Trainer:
         self.optimizer = make_optimizer(config, task, [p for p in self.model.parameters() if p.requires_grad])
         warmup_steps = config.warmup_steps or round(config.warmup_epochs * self.steps_per_epoch)
         self.freezeout = cosine = None
+        self.cache = self._make_cache() if config.cache else None
         if config.method != "freezeout":
             cosine = Schedule(1, self.total_steps, t_0=1.0, warmup_steps=warmup_steps)
         if config.method != "full":
@@ -67,6 +71,8 @@ class Trainer:
                 layers=layers,
                 warmup_steps=warmup_steps,
                 max_transitions=config.max_transitions,
+                start_frozen=config.start_frozen,
+                cache=self.cache,
                 anneal=config.method == "freezeout",
                 measure_prefix=not config.deterministic,
                 **({} if config.prefix is None else {"prefix": config.prefix}),
@@ -117,8 +123,9 @@ class Trainer:
         timer, phase_of, samples = StepTimer(self.device), [], 0
         self._reset_peak_memory()  # evaluation's
         timer.mark()
-        for inputs, targets in islice(self.train_batches(), self.total_steps - self.step):
-            phase_of.append(self._train_step(inputs, targets, totals))
+        for inputs, targets, kept in islice(self._keyed_batches(), self.total_steps - self.step):
+            with kept:
+                phase_of.append(self._train_step(inputs, targets, totals))
             samples += size(targets) * self.ranks.world
             timer.mark()
             on_step(self.step)
@@ -203,6 +210,43 @@ class Trainer:
         options = {"shuffle": True, "drop_last": whole, "seed": self.config.seed, "epoch": self.epoch}
         for batch in self._on_device(self._batches(self.task.train, self.config.batch_size, **options)):
             yield tuple(part(each, self.ranks.rank, self.ranks.world) for each in batch)
+
+    def _keyed_batches(self) -> Iterator[tuple[Batch, Batch, AbstractContextManager]]:
+        """train_batches, each with the context in which its step runs: where features are kept it names the samples."""
+        if self.cache is None:
+            for inputs, targets in self.train_batches():
+                yield inputs, targets, nullcontext()
+            return
+        for found in self.loader.batches(self.epoch):
+            if isinstance(found, Mapping):
+                keys = found["keys"]
+                batch = as_batch({name: value for name, value in found.items() if name != "keys"})
+            else:
+                *batch, keys = found
+                batch = as_batch(tuple(batch))
+            (batch,) = self._on_device([batch])
+            yield *batch, self.cache.samples(keys)
+
+    def _make_cache(self) -> FeatureCache:
+        config, task = self.config, self.task
+        cache = FeatureCache(
+            task.train,
+            views=config.views,
+            store=config.cache,
+            dtype=CACHE_DTYPES[config.cache_dtype],
+            seed=config.seed,
+            measure=not config.deterministic,
+        )
+        loads = {} if cache.views.batched else {"num_workers": task.workers, "pin_memory": self.device.type == "cuda"}
+        self.loader = cache.loader(
+            config.batch_size // self.ranks.world,
+            drop_last=len(task.train) >= config.batch_size,
+            collate_fn=task.collate,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world,
+            **loads,
+        )
+        return cache
 
     def _batches(self, dataset: Any, batch_size: int, **options) -> Iterator[tuple[Batch, Batch]]:
         options |= {"collate": self.task.collate, "workers": self.task.workers}
