@@ -15,11 +15,11 @@ import argparse
 from pathlib import Path
 
 from freezeout_ext.training import plot
-from freezeout_ext.training.checkpoint import read_json, write_json
 from freezeout_ext.training.compare import Arm, Comparison, curves
-from freezeout_ext.training.compare_report import comparison_tables
 from freezeout_ext.training.config import TrainConfig
-from freezeout_ext.training.report import Reporter
+from freezeout_ext.training.reporters import Reporter
+from freezeout_ext.training.run_folder import read_json, write_json
+from freezeout_ext.training.tables import comparison_tables
 
 # So many that the first takes as long as the other two: a full run 100, 70 and 35 s, and each net 18 times that.
 EPOCHS = {"densenet-10-12": 7, "wrn-10-1": 6, "vgg-11-x0.125": 10}

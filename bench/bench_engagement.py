@@ -23,10 +23,10 @@ from freezeout_ext import FreezeOut, FusedSGD
 from freezeout_ext.models import build_model
 from freezeout_ext.planner import median_error
 from freezeout_ext.planner.measuring import LayerBench, cpu_clock
+from freezeout_ext.text import table
 from freezeout_ext.training.engagement import judged
 from freezeout_ext.training.malloc import keep_freed_memory
 from freezeout_ext.training.measure import conditions
-from freezeout_ext.training.report import table
 
 NETS = ("wrn-16-1", "densenet-22-12", "vgg-11-x0.25")
 LEAST_REPETITIONS = 5

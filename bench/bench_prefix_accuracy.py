@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from freezeout_ext import FreezeOut, FusedSGD
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix.cpu import unsupported_dtype
-from freezeout_ext.training.checkpoint import write_json
-from freezeout_ext.training.data import DataSplits, batches, load_data
+from freezeout_ext.tasks.images import DataSplits, batches, load_data
 from freezeout_ext.training.measure import conditions
+from freezeout_ext.training.run_folder import write_json
 
 
 def train(data: DataSplits, mode: str, seed: int, args: argparse.Namespace) -> tuple[float, dict, dict]:

@@ -39,7 +39,7 @@ from freezeout_ext.attach import pin
 from freezeout_ext.graphed import GraphedStep
 from freezeout_ext.layers import find_layers
 from freezeout_ext.models import build_model
-from freezeout_ext.training.data import Split, batches
+from freezeout_ext.tasks.images import Split, batches
 from freezeout_ext.training.measure import conditions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

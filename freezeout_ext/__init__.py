@@ -1,5 +1,6 @@
 """FreezeOut for PyTorch: layers anneal, freeze and leave the backward pass one by one (arXiv 1706.04983)."""
 
+from .features import FeatureCache
 from .freezeout import FreezeOut
 from .fused import FusedAdam, FusedAdamW, FusedSGD
 from .graphed import GraphedStep
@@ -11,6 +12,7 @@ from .transition import Transition
 __version__ = version()
 
 __all__ = [
+    "FeatureCache",
     "FreezeOut",
     "FusedAdam",
     "FusedAdamW",

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import native
 from .attach import TransientHook
+from .batch import Batch, call, detached, layout, mapped, tensors
 from .cuda_graphs import own_stream
 from .freezeout import FreezeOut
 from .fused import FusedSGD
@@ -22,7 +23,7 @@ MOST_UNSETTLED_STEPS = 16
 # Graphs of one frontier; batches of further shapes run eagerly.
 MAX_SHAPES = 4
 
-Result = tuple[Tensor, Tensor]  # loss, outputs
+Result = tuple[Tensor, Any]  # loss, outputs
 Body = Callable[[], Result]
 
 
@@ -41,6 +42,8 @@ class Backend(Protocol):
 
 class GraphedStep:
     """loss = criterion(model(inputs), targets); backward; optimizer.step(); zero_grad(); freezeout.step().
+
+    Inputs that are a dict are given to the model as keywords, a tuple or list as positions.
 
     On CUDA all but the last is one CUDA graph for each (batch shape, number of frozen layers): the first steps of each
     run eagerly, among them those in which the frozen prefix is checked and timed, then it is captured; after a
@@ -73,7 +76,7 @@ class GraphedStep:
     def __init__(
         self,
         model: nn.Module,
-        criterion: Callable[[Tensor, Tensor], Tensor],
+        criterion: Callable[[Any, Batch], Tensor],
         optimizer: torch.optim.Optimizer,
         freezeout: FreezeOut | None = None,
         *,
@@ -119,7 +122,7 @@ class GraphedStep:
         self._forget()
         self._set_rates()
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Result:
+    def __call__(self, inputs: Batch, targets: Batch) -> Result:
         """One optimizer step on one batch. Returns (loss, outputs), detached, in memory of their own."""
         if self.freezeout is not None and self.freezeout.step_count != self._step_count:
             self.step_count = self.freezeout.step_count  # a state was loaded
@@ -146,8 +149,8 @@ class GraphedStep:
         if isinstance(self.optimizer, FusedSGD):
             self.optimizer.set_device_schedule(None)
 
-    def _step_on_device(self, backend: Backend, inputs: Tensor, targets: Tensor) -> Result:
-        key = (_layout(inputs), _layout(targets))
+    def _step_on_device(self, backend: Backend, inputs: Batch, targets: Batch) -> Result:
+        key = (layout(inputs), layout(targets))
         if key not in self._graphs:
             if not self._is_warm(key) or len(self._graphs) == MAX_SHAPES:
                 self.eager_steps += 1
@@ -169,9 +172,9 @@ class GraphedStep:
         self._seen[key] = seen + 1
         return seen >= WARM_UP_STEPS
 
-    def _step(self, inputs: Tensor, targets: Tensor) -> Result:
+    def _step(self, inputs: Batch, targets: Batch) -> Result:
         with self._autocast():
-            outputs = self.model(inputs)
+            outputs = call(self.model, inputs)
             loss = self.criterion(outputs, targets)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -180,7 +183,7 @@ class GraphedStep:
         self.optimizer.zero_grad(set_to_none=True)
         if isinstance(self._rates, _ScheduledRates):
             self._rates.counter.add_(1)
-        return loss.detach(), outputs.detach()
+        return loss.detach(), detached(outputs)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
@@ -205,8 +208,8 @@ class GraphedStep:
 class _Graph:
     """A captured step and the tensors that it reads."""
 
-    def __init__(self, backend: Backend, step: Callable[[Tensor, Tensor], Result], *batch: Tensor, first: bool) -> None:
-        self._inputs = [torch.empty_like(tensor).copy_(tensor) for tensor in batch]
+    def __init__(self, backend: Backend, step: Callable[[Batch, Batch], Result], *batch: Batch, first: bool) -> None:
+        self._inputs = mapped(batch, lambda tensor: torch.empty_like(tensor).copy_(tensor))
         try:
             self._run = backend.capture(lambda: step(*self._inputs), first=first)
         except RuntimeError as error:
@@ -214,12 +217,17 @@ class _Graph:
             reason = error.__context__ or error
             raise RuntimeError(f"the step cannot be captured as a CUDA graph; run it without: {reason}") from error
 
-    def replay(self, *batch: Tensor) -> Result:
-        for mine, given in zip(self._inputs, batch, strict=True):
+    def replay(self, *batch: Batch) -> Result:
+        for mine, given in zip(tensors(self._inputs), tensors(batch), strict=True):
             mine.copy_(given, non_blocking=True)
         loss, outputs = self._run()
         # The next replay, of any graph in the pool, writes there.
-        return loss.clone(), outputs.clone()
+        return loss.clone(), mapped(outputs, torch.clone)
+
+
+def _backend_of(device: torch.device) -> Backend | None:
+    """What captures steps on `device`; None where nothing does."""
+    return _CudaGraphs(device) if device.type == "cuda" else None
 
 
 def _backend_of(device: torch.device) -> Backend | None:
@@ -351,7 +359,3 @@ def _lacks_momentum(optimizer: FusedSGD) -> bool:
         for group in optimizer.param_groups
         for p in group["params"]
     )
-
-
-def _layout(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.dtype, tensor.stride()

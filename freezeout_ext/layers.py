@@ -8,6 +8,7 @@ from itertools import takewhile
 from torch import nn
 
 from .structure import Unit, find_units, is_repeated, main_module, named_units, timm_units
+from .text import table
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +75,7 @@ class Layers(Sequence[Layer]):
             for i, layer in enumerate(self)
         ]
         rows.append(("total", "", f"{sum(layer.num_parameters for layer in self):,}", ""))
-        widths = [max(len(row[c]) for row in rows) for c in range(3)]
-        return "\n".join(
-            f"{i:>{widths[0]}}  {name:<{widths[1]}}  {count:>{widths[2]}}  {modules}".rstrip()
-            for i, name, count, modules in rows
-        )
+        return table(rows, left=[1, 3], rule=False)
 
 
 def find_layers(model: nn.Module, layers: Sequence | None = None) -> Layers:

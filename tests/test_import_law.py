@@ -1,6 +1,7 @@
 """Who may import whom inside the package: read from the source, so that a lazy import counts too."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ LAW = {
     "native": set(),
     "source_order": set(),
     "structure": {"source_order"},
-    "layers": {"structure"},
+    "text": set(),
+    "layers": {"structure", "text"},
     "attach": set(),
     "cuda_graphs": set(),
     "kernels": {"cuda_graphs"},
@@ -28,15 +30,18 @@ LAW = {
     "transition": {"layers", "attach", "param_groups", "prefix", "checks", "memory"},
     "state": {"schedule", "layers", "transition"},
     "freezeout": {"schedule", "layers", "prefix", "param_groups", "checks", "memory", "transition", "state", "order"},
-    "graphed": {"freezeout", "schedule", "param_groups", "fused", "native", "attach", "cuda_graphs"},
-    "planner": {"freezeout", "schedule", "layers", "fused"},
-    "integrations": {"freezeout", "schedule", "layers", "prefix", "fused", "attach"},
+    "features": set(),
+    "graphed": {"freezeout", "schedule", "param_groups", "fused", "native", "attach", "cuda_graphs", "batch"},
+    "planner": {"schedule", "layers", "fused", "batch", "text"},
+    "integrations": {"freezeout", "attach"},
     "models": set(),
+    "batch": set(),
+    "tasks": {"models", "batch"},
     "training": {
-        "schedule", "layers", "kernels", "fused", "prefix", "freezeout", "graphed", "planner", "integrations",
-        "models", "native",
+        "batch", "features", "freezeout", "fused", "graphed", "integrations", "layers", "models", "planner", "prefix", "schedule",
+        "tasks", "text",
     },
-    "__init__": {"schedule", "layers", "freezeout", "fused", "native", "prefix", "graphed", "transition"},
+    "__init__": {"schedule", "layers", "freezeout", "fused", "native", "graphed", "transition", "features"},
     "__main__": {"training"},
 }  # fmt: skip
 STANDARD_LIBRARY_ONLY = {"schedule"}
@@ -80,6 +85,50 @@ def test_a_part_imports_only_what_it_may(path):
     assert inside <= allowed
     if part in STANDARD_LIBRARY_ONLY:
         assert "torch" not in outside
+
+
+def test_the_law_allows_nothing_that_is_not_used():
+    used = {part: set() for part in LAW}
+    for path in sources():
+        used[part_of(path)] |= imports(path)[0] - {"_C"}
+    assert used == LAW
+
+
+@pytest.mark.parametrize("package", sorted({path.parent for path in sources()} - {PACKAGE}), ids=lambda path: path.name)
+def test_there_is_no_circle_inside_a_package(package):
+    if package.name == "prefix":
+        pytest.xfail("cuda and runtime import each other")
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    graph = {}
+    for name in sorted(modules):
+        found = set()
+        for node in ast.walk(ast.parse((package / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                targets = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+                found |= modules.intersection(targets)
+        graph[name] = found - {name}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+
+
+def test_benchmarks_and_tests_do_not_import_each_other():
+    tests = Path(__file__).parent
+    bench = tests.parent / "bench"
+    names = {folder: {path.stem for path in folder.rglob("*.py")} for folder in (tests, bench)}
+    for folder, others in ((tests, names[bench]), (bench, names[tests])):
+        for path in folder.rglob("*.py"):
+            if path.name == "machine_code.py":  # compiles the kernels as their test does
+                continue
+            assert not imports_of_a_file(path) & (others - names[folder]), path
+
+
+def imports_of_a_file(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
 
 
 def test_the_law_sees_lazy_and_relative_imports(tmp_path):

@@ -192,21 +192,6 @@ def test_vgg_pools_while_the_image_is_larger_than_a_pixel(size, pools, last):
     assert model.features(torch.randn(2, 3, size, size)).shape[2:] == (last, last)
 
 
-@pytest.mark.parametrize(
-    ("net", "where"),
-    [
-        (WideResNet(10, 1, dropout=0.3), [f"blocks.{i}.dropout" for i in range(3)]),
-        (DenseNet(10, 2, dropout=0.3), [f"blocks.{i}.dropout" for i in (0, 2, 4)]),
-        (VGG(11, 0.1, dropout=0.3), ["classifier.3", "classifier.8"]),
-    ],
-)
-def test_dropout_only_where_asked_for(net, where):
-    assert {name: m.p for name, m in net.named_modules() if isinstance(m, nn.Dropout)} == dict.fromkeys(where, 0.3)
-    plain = type(net)(*{WideResNet: (10, 1), DenseNet: (10, 2), VGG: (11, 0.1)}[type(net)])
-    assert not [module for module in plain.modules() if isinstance(module, nn.Dropout)]
-    assert count(plain) == count(net)
-
-
 def test_every_example_of_the_help_is_a_model():
     examples = [word.strip(",:") for line in model_names() for word in line.split(": ", 2)[-1].split(", ")]
     assert "densenet-76-12" in examples and len(examples) == 9

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from freezeout_ext.tasks.images import image_task, load_data
 from freezeout_ext.training.config import TrainConfig
-from freezeout_ext.training.data import load_data
-from freezeout_ext.training.loop import Run
-from freezeout_ext.training.report import Reporter, run_summary
+from freezeout_ext.training.reporters import Reporter
+from freezeout_ext.training.run import Run
+from freezeout_ext.training.tables import run_summary
 from freezeout_ext.training.trainer import Trainer, make_optimizer
 
 BASE = TrainConfig(model="wrn-10-1", steps=14, batch_size=128, t_0=0.4, threads=1, device="cpu")
@@ -18,6 +19,10 @@ BASE = TrainConfig(model="wrn-10-1", steps=14, batch_size=128, t_0=0.4, threads=
 @pytest.fixture(scope="module")
 def digits():
     return load_data("digits")
+
+
+def task_of(data):
+    return image_task(data, BASE.model)
 
 
 def weights(trainer):
@@ -34,27 +39,27 @@ def assert_equal(a, b):
 def test_a_graphed_step_is_the_same_step_on_a_cpu(digits, method, tmp_path):
     runs = []
     for graph in (False, True):
-        run = Run.prepare(replace(BASE, method=method, graph=graph), tmp_path / str(graph), data=digits)
+        run = Run.prepare(replace(BASE, method=method, graph=graph), tmp_path / str(graph), task=task_of(digits))
         result = run.train(Reporter())
         runs.append((weights(run.trainer), [phase["num_frozen"] for phase in result["phases"]], result["test_loss"]))
         assert [phase["memory_bytes"] > 0 for phase in result["phases"]]
     assert runs[1][1:] == runs[0][1:] and (len(runs[0][1]) > 1) == (method != "full")
     assert_equal(runs[1][0], runs[0][0])
-    assert run.trainer.graphed.eager_steps == 14
+    assert run.trainer.train_step.eager_steps == 14
 
 
 @pytest.mark.parametrize("method", ["freezeout", "full", "no-anneal"])
 def test_a_graphed_run_resumes_to_the_same_weights(digits, method):
     config = replace(BASE, method=method, graph=True).resolved()
-    whole = Trainer(config, digits)
+    whole = Trainer(config, task_of(digits))
     whole.train_epoch()
     state = whole.state_dict()
     state = {**state, "model": weights(whole), "optimizer": json_like(state["optimizer"])}
     whole.train_epoch()
-    resumed = Trainer(config, digits)
+    resumed = Trainer(config, task_of(digits))
     resumed.load_state_dict(state)
     resumed.train_epoch()
-    assert resumed.graphed.step_count == 14
+    assert resumed.step == 14
     assert_equal(weights(resumed), weights(whole))
 
 
@@ -78,7 +83,7 @@ def json_like(value):
 def test_optimizers_of_a_graph_on_cuda_keep_their_rates_on_the_device(name, place, expected, monkeypatch):
     made = {}
     monkeypatch.setattr(place, lambda parameters, **options: made.update(options))
-    make_optimizer(replace(BASE, graph=True, lr=0.1, device="cuda", optimizer=name), [])
+    make_optimizer(replace(BASE, graph=True, lr=0.1, device="cuda", optimizer=name), None, [])
     assert {key: made[key] for key in ("fused", "capturable") if key in made} == expected
 
 
@@ -91,9 +96,9 @@ def test_compiled_runs_have_few_transitions_and_say_how_many_graphs(digits, tmp_
     torch._dynamo.reset()
     for method in ("freezeout", "full"):
         config = replace(BASE, method=method, compile=True, max_transitions=2)
-        run = Run.prepare(config, tmp_path / method, data=digits)
+        run = Run.prepare(config, tmp_path / method, task=task_of(digits))
         result = run.train(Reporter())
-        expected = Run.prepare(replace(config, compile=False), tmp_path / f"{method}-eager", data=digits)
+        expected = Run.prepare(replace(config, compile=False), tmp_path / f"{method}-eager", task=task_of(digits))
         expected.train(Reporter())
         assert_equal(weights(run.trainer), weights(expected.trainer))
         graphs = json.loads((tmp_path / method / "result.json").read_text())["graphs_compiled"]

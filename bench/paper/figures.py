@@ -23,12 +23,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
+from freezeout_ext.tasks.images import DataSplits, load_data
+from freezeout_ext.text import table
 from freezeout_ext.training import plot
-from freezeout_ext.training.checkpoint import RunFolder, make_folder, write_json
 from freezeout_ext.training.config import TrainConfig
-from freezeout_ext.training.data import DataSplits, load_data
-from freezeout_ext.training.loop import Run
-from freezeout_ext.training.report import LineReporter, table
+from freezeout_ext.training.reporters import LineReporter
+from freezeout_ext.training.run import Run
+from freezeout_ext.training.run_folder import RunFolder, make_folder, write_json
 
 MORE_TO_DO = 75  # EX_TEMPFAIL of sysexits.h
 FIGURES = {

@@ -5,7 +5,7 @@ import re
 from torch import nn
 
 from .densenet import DenseNet
-from .init import check_count
+from .parts import check_count
 from .resnet import ResNet
 from .vgg import VGG
 from .wide_resnet import WideResNet
@@ -18,6 +18,7 @@ _FORMS = {
     "vgg-DEPTH[-xWIDTH]": "VGG with batch norm, DEPTH 11, 13, 16 or 19: vgg-16, vgg-11-x0.25",
     "resnet-DEPTH[-xWIDTH]": "ResNet, DEPTH 18 or 34: resnet-18, resnet-18-x0.25",
 }
+MOST_LAYERS = 10_000
 _NAME = re.compile(r"(wrn|densenet)-(\d+)-(\d+)|(vgg|resnet)-(\d+)(?:-x(\d+(?:\.\d+)?))?", re.ASCII)
 
 
@@ -45,6 +46,8 @@ def build_model(name: str, num_classes: int = 10, in_channels: int = 3, image_si
     found = _NAME.fullmatch(name)
     if not found:
         raise ValueError(f"model must be one of {', '.join(_FORMS)} (such as wrn-16-2, vgg-16), got {name!r}")
+    if int(found[2] or found[5]) > MOST_LAYERS:
+        raise ValueError(f"model must have a depth <= {MOST_LAYERS}, got {name!r}")
     try:
         if found[1]:
             net = WideResNet if found[1] == "wrn" else DenseNet

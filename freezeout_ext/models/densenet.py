@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .head import pre_activation_head
-from .init import check_count, init_weights
+from .parts import check_count, init_weights, pre_activation_head
 
 
 class Bottleneck(nn.Module):
@@ -13,19 +12,18 @@ class Bottleneck(nn.Module):
     Shapes: [N, C, H, W] -> [N, C + growth, H, W]; the inner 1x1 has 4 * growth channels.
     """
 
-    def __init__(self, channels: int, growth: int, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, growth: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv1 = nn.Conv2d(channels, 4 * growth, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(4 * growth)
         self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
         self.relu = nn.ReLU()
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(self.relu(self.bn1(x)))
         out = self.conv2(self.relu(self.bn2(out)))
-        return torch.cat((x, self.dropout(out)), 1)
+        return torch.cat((x, out), 1)
 
 
 class Transition(nn.Module):
@@ -56,7 +54,6 @@ class DenseNet(nn.Module):
     Args:
         depth: convolutions and fc, with the two transitions: 6n + 4.
         growth: channels that each bottleneck adds; the stem has twice as many.
-        dropout: probability, after each bottleneck's second conv.
 
     Raises:
         ValueError, TypeError: depth not 6n + 4 with n >= 1, a count below 1.
@@ -64,9 +61,7 @@ class DenseNet(nn.Module):
     Parameters for (76, 12): 486,730 with 10 classes.
     """
 
-    def __init__(
-        self, depth: int = 76, growth: int = 12, *, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, depth: int = 76, growth: int = 12, *, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         check_count("depth", depth, 10)
         check_count("growth", growth)
@@ -80,7 +75,7 @@ class DenseNet(nn.Module):
                 blocks.append(Transition(channels, channels // 2))
                 channels //= 2
             for _ in range((depth - 4) // 6):
-                blocks.append(Bottleneck(channels, growth, dropout))
+                blocks.append(Bottleneck(channels, growth))
                 channels += growth
         self.blocks = nn.Sequential(*blocks)
         self.head = pre_activation_head(channels, num_classes)

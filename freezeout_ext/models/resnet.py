@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from .init import check_width, init_weights
+from .parts import check_width, init_weights
 
 # Blocks in each of the four stages.
 STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}

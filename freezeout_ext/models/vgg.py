@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .init import check_count, check_width, init_weights
+from .parts import check_count, check_width, init_weights
 
 # Convolutions in each of the five stages.
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -38,7 +38,6 @@ class VGG(nn.Module):
     Args:
         depth: 11, 13, 16 or 19.
         width: multiplies all channels and the hidden size, for small nets.
-        dropout: probability, before each linear layer but the first; the authors use 0.5.
 
     Raises:
         ValueError, TypeError: another depth, a width that leaves no channel, a count below 1.
@@ -54,7 +53,6 @@ class VGG(nn.Module):
         num_classes: int = 10,
         in_channels: int = 3,
         image_size: int = 32,
-        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if depth not in STAGES:
@@ -73,9 +71,7 @@ class VGG(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         hidden = [nn.Linear(channels, channels), nn.BatchNorm1d(channels), nn.ReLU()]
-        hidden += [nn.Dropout(dropout)] if dropout else []
         hidden += [nn.Linear(channels, channels), nn.BatchNorm1d(channels), nn.ReLU(), nn.BatchNorm1d(channels)]
-        hidden += [nn.Dropout(dropout)] if dropout else []
         self.classifier = nn.Sequential(*hidden, nn.Linear(channels, num_classes))
         init_weights(self)
 

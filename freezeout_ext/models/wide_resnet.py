@@ -2,24 +2,22 @@
 
 from torch import Tensor, nn
 
-from .head import pre_activation_head
-from .init import check_count, init_weights
+from .parts import check_count, init_weights, pre_activation_head
 
 
 class WideBlock(nn.Module):
-    """y = shortcut + conv3x3(dropout(relu(bn(conv3x3(a))))), a = relu(bn(x)).
+    """y = shortcut + conv3x3(relu(bn(conv3x3(a)))), a = relu(bn(x)).
 
     The shortcut is x, or a 1x1 conv of a where the channels change.
 
     Shapes: [N, C, H, W] -> [N, C', ceil(H / stride), ceil(W / stride)].
     """
 
-    def __init__(self, channels: int, out_channels: int, stride: int = 1, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.relu = nn.ReLU()
         changes = stride != 1 or channels != out_channels
@@ -28,7 +26,7 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        out = self.dropout(self.relu(self.bn2(self.conv1(out))))
+        out = self.relu(self.bn2(self.conv1(out)))
         return shortcut + self.conv2(out)
 
 
@@ -42,7 +40,6 @@ class WideResNet(nn.Module):
     Args:
         depth: convolutions, with the 1x1 shortcuts as in the paper's counting: 6n + 4.
         width: the widening factor k.
-        dropout: probability, between a block's two convs.
 
     Raises:
         ValueError, TypeError: depth not 6n + 4 with n >= 1, a count below 1.
@@ -50,9 +47,7 @@ class WideResNet(nn.Module):
     Parameters for (40, 4): 8,949,210 with 10 classes, 8.9 M in the paper.
     """
 
-    def __init__(
-        self, depth: int = 40, width: int = 4, *, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, depth: int = 40, width: int = 4, *, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         check_count("depth", depth, 10)
         check_count("width", width)
@@ -64,7 +59,7 @@ class WideResNet(nn.Module):
         for out_channels in (16 * width, 32 * width, 64 * width):
             for k in range((depth - 4) // 6):
                 stride = 2 if k == 0 and blocks else 1
-                blocks.append(WideBlock(channels, out_channels, stride, dropout))
+                blocks.append(WideBlock(channels, out_channels, stride))
                 channels = out_channels
         self.blocks = nn.Sequential(*blocks)
         self.head = pre_activation_head(channels, num_classes)

@@ -1,5 +1,6 @@
 """StepCosts: what a training step costs with k layers frozen; predict: what a schedule then saves."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -12,7 +13,7 @@ LEAST_T_0 = 0.01
 @dataclass(frozen=True)
 class StepCosts:
     """T(k) = sum_{i<k} frozen_forward_i + sum_{i>=k} forward_i + loss + backward_first_k + sum_{i>k} backward_i
-    + optimizer_k + other: the step with layers 0 .. k-1 frozen, in `unit`.
+    + optimizer_k: the step with layers 0 .. k-1 frozen, in `unit`.
 
     A loader that works ahead hides behind T(k) where it is faster; one that does not is added to it.
 
@@ -24,7 +25,6 @@ class StepCosts:
         optimizer: the update with k layers frozen, k = 0 .. L.
         loss: the criterion's forward; its backward counts with layer L.
         loader: to fetch one batch with nothing else going on; `loader_ahead`: it works while the step runs.
-        other: what freezing does not shorten, such as communication.
         memory: bytes at the peak with k layers frozen: parameters, buffers, gradients, optimizer state and tensors
             saved for backward, counted (no workspaces); None where not measured.
         whole_step: the step with nothing frozen, measured whole and without instruments; None where counted.
@@ -42,7 +42,6 @@ class StepCosts:
     loss: float = 0.0
     loader: float = 0.0
     loader_ahead: bool = False
-    other: float = 0.0
     memory: tuple[int, ...] | None = None
     whole_step: float | None = None
     saving_error: tuple[float, ...] | None = None
@@ -59,7 +58,7 @@ class StepCosts:
         """T(num_frozen) with the loader's wait; `free_prefix`: were the frozen layers' forward free."""
         k = num_frozen
         prefix = 0.0 if free_prefix else sum(self.frozen_forward[:k])
-        compute = prefix + sum(self.forward[k:]) + self.loss + self.optimizer[k] + self.other
+        compute = prefix + sum(self.forward[k:]) + self.loss + self.optimizer[k]
         compute += self.backward_first[k] + sum(self.backward[k + 1 :])
         return max(compute, self.loader) if self.loader_ahead else compute + self.loader
 
@@ -69,7 +68,7 @@ class StepCosts:
 
     @property
     def closure_error(self) -> float | None:
-        """(sum of the parts - the whole step) / the whole step, nothing frozen, loader and `other` left out."""
+        """(sum of the parts - the whole step) / the whole step, nothing frozen, the loader left out."""
         if self.whole_step is None:
             return None
         parts = sum(self.forward) + self.loss + self.backward_first[0] + sum(self.backward[1:]) + self.optimizer[0]
@@ -80,7 +79,20 @@ class StepCosts:
 
     @classmethod
     def from_dict(cls, values: dict) -> "StepCosts":
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        """Raises ValueError where `values` are not what to_dict returned."""
+        try:
+            known = {name: value for name, value in values.items() if name != "other"}  # always 0 in earlier versions
+            costs = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+            numbers = [costs.loss, costs.loader, *costs.forward, *costs.frozen_forward, *costs.backward]
+            numbers += [*costs.backward_first, *costs.optimizer, *(costs.saving_error or ()), *(costs.memory or ())]
+            whole = all(isinstance(name, str) for name in costs.layers)
+            whole &= all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+            whole &= len(costs.layers) > 0 and costs.step(0) > 0
+        except TypeError as error:
+            raise ValueError(f"costs cannot be read: {error}") from None
+        if not whole:
+            raise ValueError("costs must be finite numbers for each of one or more named layers")
+        return costs
 
 
 @dataclass(frozen=True)

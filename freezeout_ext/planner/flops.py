@@ -1,16 +1,17 @@
 """flop_costs: the cost of each layer counted, not measured."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..batch import Batch, call
 from ..layers import Layers, find_layers
 from .costs import StepCosts
 from .marks import LayerMarks
 
 
 def flop_costs(
-    model: nn.Module, example_inputs: Tensor, *, backward: float = 2.0, layers: Layers | None = None
+    model: nn.Module, example_inputs: Batch, *, backward: float = 2.0, layers: Layers | None = None
 ) -> StepCosts:
     """forward_i = FLOP of layer i's convolutions and products; backward_i = `backward` * forward_i; all else free.
 
@@ -33,7 +34,7 @@ def flop_costs(
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter, LayerMarks(model, layers, counter.get_total_flops) as marks:
             start = marks.now()
-            model(example_inputs)
+            call(model, example_inputs)
             end = marks.now()
     finally:
         for module in training:

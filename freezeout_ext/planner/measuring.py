@@ -9,11 +9,13 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from ..batch import Batch, call, detached, size
 from ..fused import FusedSGD
 from ..layers import Layers, find_layers
 from .costs import StepCosts
 from .marks import LayerMarks
 from .median_error import median_error
+from .saved import SavedBytes
 
 WARM_UP_STEPS = 2  # of each copy
 FULL_STEPS = 3  # whole steps a round, with instruments and without
@@ -24,9 +26,9 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 def measure_costs(
     model: nn.Module,
-    example_inputs: Tensor,
-    targets: Tensor,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    example_inputs: Batch,
+    targets: Batch,
+    criterion: Callable[..., Tensor],
     *,
     layers: Layers | None = None,
     make_optimizer: MakeOptimizer | None = None,
@@ -35,7 +37,7 @@ def measure_costs(
     max_seconds: float = 60.0,
     loader: float = 0.0,
     loader_ahead: bool = False,
-    other: float = 0.0,
+    on_round: Callable[[int, int], None] = lambda done, rounds: None,
 ) -> StepCosts:
     """StepCosts in seconds: medians over `rounds` rounds, in each of which every layer is the first active one.
 
@@ -48,16 +50,19 @@ def measure_costs(
     On a CPU with one thread the clock is that thread's CPU time, which stands still while other programs have the core.
 
     Args:
-        example_inputs, targets: one batch of the size to train with.
+        example_inputs, targets: one batch of the size to train with; for inputs that are no tensor see `batch.call`.
         criterion: (outputs, targets) -> scalar loss.
         layers: of `model`, as find_layers gives them.
         make_optimizer: parameters -> optimizer (FusedSGD with Nesterov momentum).
         amp_dtype: autocast's dtype, None for none.
         max_seconds: no further round begins after it; the first is always whole.
-        loader, loader_ahead, other: seconds a step, see `StepCosts` and `measure_loader`.
+        loader, loader_ahead: seconds a step, see `StepCosts` and `measure_loader`.
+        on_round: called with (rounds done, rounds) before each.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be >= 1, got {rounds}")
+    if not max_seconds >= 0:
+        raise ValueError(f"max_seconds must be >= 0, got {max_seconds}")
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         bench = LayerBench(
@@ -75,12 +80,13 @@ def measure_costs(
         bench.forget()
         begin = time.perf_counter()
         while bench.rounds < rounds and (bench.rounds == 0 or time.perf_counter() - begin < max_seconds):
+            on_round(bench.rounds, rounds)
             bench.round()
         memory = bench.memory()
     what = f"medians of {bench.rounds} round{'s' * (bench.rounds != 1)}"
     clock = " of CPU time" if device.type == "cpu" and bench.clock == time.thread_time else ""
-    source = f"measured on {_device_name(device)}, batch {len(example_inputs)}, {what}{clock}"
-    return bench.costs(loader=loader, loader_ahead=loader_ahead, other=other, memory=memory, source=source)
+    source = f"measured on {_device_name(device)}, batch {size(example_inputs)}, {what}{clock}"
+    return bench.costs(loader=loader, loader_ahead=loader_ahead, memory=memory, source=source)
 
 
 def measure_loader(loader: Iterable, *, batches: int = LOADER_BATCHES) -> tuple[float, bool]:
@@ -107,9 +113,9 @@ class LayerBench:
     def __init__(
         self,
         model: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
-        criterion: Callable[[Tensor, Tensor], Tensor],
+        inputs: Batch,
+        targets: Batch,
+        criterion: Callable[..., Tensor],
         *,
         layers: Layers | None = None,
         make_optimizer: MakeOptimizer | None = None,
@@ -118,8 +124,8 @@ class LayerBench:
         self.clock = cpu_clock()  # CUDA has events
         self._original = model, layers or find_layers(model)
         self._make_optimizer = make_optimizer or _make_optimizer
-        self.inputs, self.targets, self.criterion = inputs.detach(), targets, criterion
-        self.amp_dtype, self.device = amp_dtype, inputs.device
+        self.inputs, self.targets, self.criterion = detached(inputs), targets, criterion
+        self.amp_dtype, self.device = amp_dtype, next(model.parameters()).device
         self._copy()
         self.forget()
 
@@ -174,7 +180,7 @@ class LayerBench:
         with LayerMarks(self.model, self.layers, self._now, self._difference) as marks:
             start = self._now()
             with self._autocast():
-                outputs = self.model(self.inputs)
+                outputs = call(self.model, self.inputs)
                 called = self._now()
                 loss = self.criterion(outputs, self.targets)
             forwarded = self._now()
@@ -227,24 +233,13 @@ class LayerBench:
     def memory(self) -> tuple[int, ...]:
         """Bytes with k layers frozen, counted: what a storage holds counts to the last layer that saved it."""
         self._freeze(0)
-        owner = {t.untyped_storage().data_ptr(): -1 for t in (*self.model.parameters(), *self.model.buffers())}
         held = sum(_bytes(t) for t in (*self.model.parameters(), *self.model.buffers()))
-        saved = [0] * len(self.layers)
-        size: dict[int, int] = {}
         with LayerMarks(self.model, self.layers, lambda: 0) as marks:
-
-            def pack(tensor: Tensor) -> Tensor:
-                # The graph keeps every saved storage alive until backward: no address comes twice.
-                storage = tensor.untyped_storage()
-                if owner.get(storage.data_ptr()) != -1:
-                    owner[storage.data_ptr()], size[storage.data_ptr()] = marks.current, storage.nbytes()
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            watched = SavedBytes(self.model, lambda: marks.current)
+            with watched.watch():
                 loss = self._loss()
         del loss
-        for address, nbytes in size.items():
-            saved[owner[address]] += nbytes
+        saved = [watched.by_owner.get(i, 0) for i in range(len(self.layers))]
         for i, layer in enumerate(self.layers):
             for p in layer.parameters.values():
                 state = self.optimizer.state.get(p, {}).values()
@@ -261,7 +256,7 @@ class LayerBench:
 
     def _loss(self) -> Tensor:
         with self._autocast():
-            return self.criterion(self.model(self.inputs), self.targets)
+            return self.criterion(call(self.model, self.inputs), self.targets)
 
     def _update(self) -> None:
         self.optimizer.step()

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from ..batch import Batch
 from ..layers import Layers
 from ..schedule import POWERS, Schedule
+from ..text import table
 from .costs import Prediction, StepCosts, Suggestion, predict, suggest_t_0
 from .measuring import MakeOptimizer, measure_costs, measure_loader
 
@@ -45,9 +47,9 @@ class Plan:
 
 def plan(
     model: nn.Module,
-    example_inputs: Tensor,
-    targets: Tensor,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    example_inputs: Batch,
+    targets: Batch,
+    criterion: Callable[..., Tensor],
     *,
     total_steps: int,
     t_0s: Iterable[float] = T_0S,
@@ -58,7 +60,6 @@ def plan(
     make_optimizer: MakeOptimizer | None = None,
     amp_dtype: torch.dtype | None = None,
     loader: Iterable | None = None,
-    other_seconds: float = 0.0,
     rounds: int = 3,
     max_seconds: float = 60.0,
 ) -> Plan:
@@ -70,7 +71,6 @@ def plan(
         total_steps, warmup_steps, max_transitions: the run, see `Schedule`.
         layers, make_optimizer, amp_dtype, rounds, max_seconds: see `measure_costs`.
         loader: the batches to train with, whose wait is measured (None: already on the device).
-        other_seconds: a step's time that freezing does not shorten, such as communication.
     """
     wait, ahead = measure_loader(loader) if loader is not None else (0.0, False)
     costs = measure_costs(
@@ -85,7 +85,6 @@ def plan(
         max_seconds=max_seconds,
         loader=wait,
         loader_ahead=ahead,
-        other=other_seconds,
     )
     schedule = {"total_steps": total_steps, "warmup_steps": warmup_steps, "max_transitions": max_transitions}
     return plan_from_costs(costs, schedule, t_0s, how_scales)
@@ -113,8 +112,8 @@ def layers_table(costs: StepCosts) -> str:
         whole = costs.forward[i] + costs.backward[i]
         parts = (costs.forward[i], costs.frozen_forward[i], costs.backward[i], costs.backward_first[i])
         rows.append((str(i), name, *(f"{factor * part:.3f}" for part in parts), f"{100 * whole / full:.1f} %"))
-    lines = [_aligned(rows, left=1)]
-    rest = {"loss": costs.loss, "optimizer": costs.optimizer[0], "loader": costs.loader, "other": costs.other}
+    lines = [table(rows, left=[1], rule=False)]
+    rest = {"loss": costs.loss, "optimizer": costs.optimizer[0], "loader": costs.loader}
     lines += [
         f"{name}: {factor * value:.3f} {unit} ({100 * value / full:.1f} %)" for name, value in rest.items() if value
     ]
@@ -139,7 +138,7 @@ def predictions_table(predictions: Iterable[Prediction], unit: str = "s") -> str
         runs = (_duration(cost) if unit == "s" else f"{cost:.3g} {unit}" for cost in (p.cost, p.full_cost))
         rows.append((str(p.how_scale), f"{p.t_0:g}", *percents, *runs, *memory))
     note = "saving: of the whole run, ± its standard deviation; ceiling: were the frozen layers' forward free"
-    return f"{_aligned(rows, left=0)}\n{note}"
+    return f"{table(rows, left=[0], rule=False)}\n{note}"
 
 
 def suggestions_text(suggestions: Iterable[Suggestion]) -> str:
@@ -156,16 +155,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _aligned(rows: list[tuple[str, ...]], left: int) -> str:
-    """Columns to the right, but for the one called `left`."""
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [
-            cell.ljust(w) if c == left else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(map(line, rows))

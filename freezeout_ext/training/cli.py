@@ -1,192 +1,80 @@
 """freezeout train | compare | plan | plot | report.
 
-Exit status 0; 2 for bad input, with one sentence on stderr; 130 for Ctrl-C.
+Exit status 0; 2 for bad input, and where nothing more can be written, with one sentence on stderr; 130 for Ctrl-C.
 """
 
 import argparse
+import contextlib
+import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 
-from ..layers import find_layers
-from ..models import build_model, model_names
-from ..schedule import Schedule
-from . import plot
-from .checkpoint import RunFolder, make_folder, read_json
-from .cli_plan import add_plan_options, run_plan
-from .compare import KINDS, Comparison, curves, make_arms
-from .compare_report import comparison_tables
-from .config import AMP_DTYPES, OPTIMIZERS, PREFIXES, BadInput, TrainConfig, faults_of_input
-from .costing import kept_costs
-from .data import NAMES
-from .engagement import engagement_text
-from .html_report import write_report
-from .loop import Run
-from .ranks import Ranks, ranks_of_torchrun, traffic_table
-from .report import BarReporter, LineReporter, Reporter, Reporters, TensorBoardReporter, has_live_bar, run_summary
+from ..prefix import MODES
+from ..tasks import DATA
+from ..tasks.nets import net_names
+from . import commands
+from .compare import KINDS
+from .config import AMP_DTYPES, CACHE_DTYPES, OPTIMIZERS, BadInput, TrainConfig
 from .trainer import TrainingFailed
 
 BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
 
 
-DEFAULT_ARMS = [kind for kind in KINDS if kind != "const-time"]
-
-
 class Parser(argparse.ArgumentParser):
+    """Options are written out: --seed is not --seeds."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
     def error(self, message: str) -> None:
         self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
+    if sys.stdout is None:  # closed: whoever started this does not want to read
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for the rest of the process
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # of what a terminal's encoding lacks
     args = _parser().parse_args(argv)
     try:
         args.command(args)
-    except BadInput as error:
-        print(f"freezeout: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except TrainingFailed as error:
-        print(f"freezeout: {error}", file=sys.stderr)
-        return FAILED
+        sys.stdout.flush()
     except BrokenPipeError:
-        # Who read it has enough; what Python still flushes at its exit must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return BROKEN_PIPE
+    except TrainingFailed as error:
+        return _failed(error, FAILED)
+    except OSError as error:  # no room, no rights, a full pipe
+        _drop_output()
+        return _failed(f"{' '.join(str(error).split())}; what is done is kept, --resume goes on", BAD_INPUT)
+    except (BadInput, ValueError, ImportError) as error:
+        return _failed(" ".join(str(error).split()), BAD_INPUT)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _failed(f"out of memory: {str(error).splitlines()[0]}; a smaller batch or net needs less", BAD_INPUT)
     except KeyboardInterrupt:
-        print("\nfreezeout: interrupted; with --resume it goes on from the last epoch's end", file=sys.stderr)
-        return INTERRUPTED
+        return _failed("interrupted; with --resume it goes on from the last epoch's end", INTERRUPTED, "\n")
     return 0
 
 
-def _train(args: argparse.Namespace) -> None:
-    with ranks_of_torchrun(_given(args).get("device")) as ranks:
-        _train_as(args, ranks)
+def _failed(sentence: object, status: int, before: str = "") -> int:
+    print(f"{before}freezeout: {sentence}", file=sys.stderr)
+    return status
 
 
-def _train_as(args: argparse.Namespace, ranks: Ranks) -> None:
-    with faults_of_input():
-        out = _train_folder(args)
-        folder = RunFolder(out)
-        config = folder.load_config() if args.resume and folder.holds_run() else TrainConfig()
-        reporters: list[Reporter] = []
-        if ranks.is_first:
-            reporters.append(BarReporter() if has_live_bar(sys.stdout) else LineReporter())
-        if args.tensorboard and ranks.is_first:
-            reporters.append(TensorBoardReporter(out / "tensorboard"))
-        config = replace(config, **_given(args))
-    run = Run.prepare(
-        config, out, resume=bool(args.resume), data_dir=args.data_dir, download=args.download, ranks=ranks
-    )
-    reporter = Reporters(*reporters)
-    costs = None
-    if run.trainer.freezeout and ranks.world == 1:  # the costs of one process know no communication
-        costs = kept_costs(out / "costs.json", run.trainer.config, run.trainer.data)
-    try:
-        result = run.train(reporter, costs)
-    finally:
-        reporter.close()
-    if not ranks.is_first:
-        return
-    print(run_summary(result))
-    if result["traffic"]:
-        print(f"\n{traffic_table(result)}")
-    if text := engagement_text(result):
-        print(f"\n{text}")
-    print(f"\nwritten to {out}; its curves: freezeout plot {out}; a page: freezeout report {out}")
+def _drop_output() -> None:
+    """What Python still flushes at its exit must not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _train_folder(args: argparse.Namespace) -> Path:
-    if args.resume and args.resume is not True:
-        if args.out not in (None, args.resume):
-            raise ValueError(f"--resume and --out must name the same folder, got {args.resume} and {args.out}")
-        RunFolder(args.resume).load_config()  # it must hold a run
-        return args.resume
-    given = _given(args)
-    data, model = given.get("data", TrainConfig.data), given.get("model", TrainConfig.model)
-    return args.out or Path("runs") / f"{data}-{model}"
-
-
-def _compare(args: argparse.Namespace) -> None:
-    with faults_of_input():
-        if args.seeds < 1:
-            raise ValueError(f"seeds must be >= 1, got {args.seeds}")
-        base = replace(TrainConfig(), **_given(args))
-        arms = make_arms([*args.arms, *args.const_time], args.t0s or [base.t_0], args.how_scales or [base.how_scale])
-    out = args.out or Path("runs") / f"compare-{base.data}-{base.model}"
-    comparison = Comparison(
-        base,
-        out,
-        arms=arms,
-        seeds=range(args.seeds),
-        resume=args.resume,
-        data_dir=args.data_dir,
-        download=args.download,
-        accuracies=args.accuracies,
-    )
-    bar = has_live_bar(sys.stdout)
-    summary = comparison.run(lambda title: BarReporter(title=title, epochs=False) if bar else Reporter())
-    print("\n" + comparison_tables(summary))
-    plot.save(_comparison_chart(out, summary), out / "compare.png")
-    print(f"\nwritten to {out}: compare.json, compare.png")
-
-
-def _comparison_chart(out: Path, summary: dict) -> "plot.Figure":
-    return plot.plot_comparison(curves(out, summary), f"{summary['config']['data']}, {summary['config']['model']}")
-
-
-@faults_of_input()
-def _plot(args: argparse.Namespace) -> None:
-    if args.run is None:
-        figure, out = plot.plot_schedules(_schedules(args), base_lr=args.lr), args.out or Path("schedule.png")
-    elif (args.run / "compare.json").exists():
-        figure = _comparison_chart(args.run, read_json(args.run / "compare.json"))
-        out = args.out or args.run / "compare.png"
-    else:
-        rows = RunFolder(args.run).read_log()
-        if not rows:
-            raise ValueError(f"run must be the folder of a run with at least one epoch, {args.run} has no log")
-        figure, out = plot.plot_run(rows, args.run.name), args.out or args.run / "curves.png"
-    make_folder(out.parent)
-    plot.save(figure, out)
-    print(f"written: {out}")
-
-
-def _plan(args: argparse.Namespace) -> None:
-    with faults_of_input():
-        config = replace(TrainConfig(), **_given(args)).resolved()
-        run_plan(args, config)
-
-
-@faults_of_input()
-def _report(args: argparse.Namespace) -> None:
-    out = args.out or args.runs[0] / "report.html"
-    write_report(args.runs, out)
-    print(f"written: {out}")
-
-
-def _schedules(args: argparse.Namespace) -> dict[str, Schedule]:
-    num_layers = len(find_layers(build_model(args.model))) if args.model else args.layers
-    return {
-        f"{how_scale}, t_0 = {t_0:g}{'' if args.scale_lr else ', not scaled'}": Schedule(
-            num_layers,
-            args.steps,
-            t_0=t_0,
-            how_scale=how_scale,
-            scale_lr=args.scale_lr,
-            warmup_steps=args.warmup_steps,
-            max_transitions=args.max_transitions,
-        )
-        for how_scale in args.how_scales or [TrainConfig.how_scale]
-        for t_0 in args.t0s or [TrainConfig.t_0]
-    }
-
-
-def _given(args: argparse.Namespace) -> dict:
-    """The config's fields that were given on the command line."""
-    names = {field.name for field in fields(TrainConfig)}
-    return {name: value for name, value in vars(args).items() if name in names}
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _how_scale(text: str) -> str | float:
@@ -196,15 +84,37 @@ def _how_scale(text: str) -> str | float:
         return text
 
 
+def _count_or_name(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _file(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or folder, got ''")
+    return Path(text)
+
+
+def saving(text: str) -> float:
+    """20% or 0.2 -> 0.2."""
+    number = text.strip().removesuffix("%").strip()
+    try:
+        value = float(number) / (100 if "%" in text else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"a saving must lie between 0% and 100% (20% or 0.2), got {text!r}")
+    return value
+
+
 # The parser
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="freezeout", description="Train image classifiers with FreezeOut, and measure what it saves.")
-    commands = parser.add_subparsers(required=True, metavar="{train,compare,plan,plot,report}")
+    parser = Parser(prog="freezeout", description="Train any task with FreezeOut, and measure what it saves.")
+    parts = parser.add_subparsers(required=True, metavar="{train,compare,plan,plot,report}")
 
-    train = commands.add_parser("train", help="train one net", argument_default=argparse.SUPPRESS)
-    train.set_defaults(command=_train)
+    train = parts.add_parser("train", help="train one net", argument_default=argparse.SUPPRESS)
+    train.set_defaults(command=commands.train)
     _add_run_options(train)
     train.add_argument("--seed", type=int, help="of weights, data order and augmentation (0)")
     train.add_argument("--val-fraction", type=float, help="share of the training images held out (0)")
@@ -215,20 +125,25 @@ def _parser() -> Parser:
         ("--no-anneal", "no-anneal", "one cosine, layers freeze all the same"),
     ):
         method.add_argument(flag, dest="method", action="store_const", const=value, help=text)
-    resume = train.add_argument("--resume", nargs="?", type=Path, const=True, default=None, metavar="DIR")
+    resume = train.add_argument("--resume", nargs="?", type=_file, const=True, default=None, metavar="DIR")
     resume.help = "go on with the run in DIR, or in --out"
     train.add_argument("--tensorboard", action="store_true", default=False, help="also write OUT/tensorboard")
 
-    compare = commands.add_parser(
+    compare = parts.add_parser(
         "compare", help="train with and without FreezeOut, same net and seeds", argument_default=argparse.SUPPRESS
     )
-    compare.set_defaults(command=_compare)
+    compare.set_defaults(command=commands.compare)
     _add_run_options(compare)
     compare.add_argument("--seeds", type=int, default=3, help="how many (3)")
     compare.add_argument(
-        "--arms", nargs="+", default=DEFAULT_ARMS, choices=KINDS, metavar="ARM",
-        help=f"of {', '.join(KINDS)} (all but const-time); short: full training on a cosine as short as FreezeOut's"
-        " seconds; no-anneal: one cosine, layers freeze all the same",
+        "--shorter", type=float, nargs="+", default=[], metavar="PART",
+        help="add full training on cosines of these parts of its steps, such as 0.25 0.5: the line to lie above",
+    )  # fmt: skip
+    compare.add_argument(
+        "--arms", nargs="+", default=None, choices=KINDS, metavar="ARM",
+        help=f"of {', '.join(KINDS)} (all but const-time; cached with --cache or --start-frozen); short: full"
+        " training on a cosine as short as the seconds of FreezeOut, or of cached; no-anneal: one cosine, layers freeze"
+        " all the same; cached: the same with kept features",
     )  # fmt: skip
     compare.add_argument(
         "--const-time", action="store_const", const=["const-time"], default=[],
@@ -239,18 +154,18 @@ def _parser() -> Parser:
 
     compare.add_argument(
         "--accuracy", type=float, nargs="+", default=[], dest="accuracies", metavar="A",
-        help="report the time to these test accuracies, in (0, 1] (one point below full training's last)",
+        help="report the time to these values of the metric; accuracies in (0, 1] (a point below full training's last)",
     )  # fmt: skip
 
-    plan = commands.add_parser("plan", help="predict what FreezeOut would save", argument_default=argparse.SUPPRESS)
-    plan.set_defaults(command=_plan)
+    plan = parts.add_parser("plan", help="predict what FreezeOut would save", argument_default=argparse.SUPPRESS)
+    plan.set_defaults(command=commands.plan)
     _add_run_options(plan, out=False)
     _add_freezeout_options(plan, lists=True)
-    add_plan_options(plan)
+    _add_plan_options(plan)
 
-    draw = commands.add_parser("plot", help="draw a run, a comparison or schedules as PNG")
-    draw.set_defaults(command=_plot)
-    draw.add_argument("run", nargs="?", type=Path, help="folder of a train or a compare; none: the schedules")
+    draw = parts.add_parser("plot", help="draw a run, a comparison or schedules as PNG")
+    draw.set_defaults(command=commands.draw)
+    draw.add_argument("run", nargs="?", type=_file, help="folder of a train or a compare; none: the schedules")
     draw.add_argument("--layers", type=int, default=20, help="number of layers (20)")
     draw.add_argument("--model", metavar="NAME", help="take the number of layers from this net")
     draw.add_argument("--steps", type=int, default=1000, help="length of the run (1000)")
@@ -258,27 +173,38 @@ def _parser() -> Parser:
     draw.add_argument("--warmup-steps", type=int, default=0)
     _add_freezeout_options(draw, lists=True)
     draw.set_defaults(scale_lr=True, max_transitions=None)
-    draw.add_argument("--out", type=Path, metavar="PNG")
+    draw.add_argument("--out", type=_file, metavar="PNG")
 
-    report = commands.add_parser("report", help="one HTML page of runs and comparisons, readable offline")
-    report.set_defaults(command=_report)
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a train or a compare")
-    report.add_argument("--out", type=Path, metavar="HTML", help="(report.html in the first folder)")
+    report = parts.add_parser("report", help="one HTML page of runs and comparisons, readable offline")
+    report.set_defaults(command=commands.report)
+    report.add_argument("runs", nargs="+", type=_file, metavar="RUN", help="folder of a train or a compare")
+    report.add_argument("--out", type=_file, metavar="HTML", help="(report.html in the first folder)")
     return parser
 
 
 def _add_run_options(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
     add = parser.add_argument
-    add("--data", choices=NAMES, help=f"({TrainConfig.data})")
-    add("--data-dir", type=Path, default=None, metavar="DIR", help="where the official CIFAR folder lies")
-    add("--download", action="store_true", default=False, help="fetch it there first")
-    add("--model", metavar="NAME", help="; ".join(model_names()) + f" ({TrainConfig.model})")
+    add("task", nargs="?", default=None, metavar="TASK.py[:NAME]", help="your own task; none: a built-in one")
+    add("--data", choices=DATA, help=f"({TrainConfig.data})")
+    add(
+        "--data-dir",
+        type=_file,
+        default=None,
+        metavar="DIR",
+        help="the folder of images, or that of the official CIFAR",
+    )
+    add("--download", action="store_true", default=False, help="fetch CIFAR there first")
+    add("--image-size", type=int, metavar="N", help="side of the inputs (imagefolder 224, else that of the images)")
+    add("--skip-broken", action="store_true", default=False, help="leave out images that cannot be read")
+    add("--workers", type=int, default=None, help="processes that read images (one a core but one, at most 8)")
+    add("--model", metavar="NAME", help="; ".join(net_names()) + f" ({TrainConfig.model})")
+    add("--weights", metavar="FILE", help="to start from; 'pretrained': those that the net's package brings")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, help=f"({TrainConfig.epochs})")
     length.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=int, help=f"({TrainConfig.batch_size})")
-    add("--optimizer", choices=OPTIMIZERS, help=f"({TrainConfig.optimizer})")
-    add("--lr", type=float, help="peak learning rate (0.1; adamw 0.001)")
+    add("--optimizer", choices=[name for name in OPTIMIZERS if name != "task"], help=f"({TrainConfig.optimizer})")
+    add("--lr", type=float, help="peak learning rate (0.1; adamw 0.001; that of the task's optimizer)")
     add("--momentum", type=float, help=f"Nesterov's, for SGD ({TrainConfig.momentum})")
     add("--weight-decay", type=float, help=f"({TrainConfig.weight_decay})")
     warmup = parser.add_mutually_exclusive_group()
@@ -297,7 +223,7 @@ def _add_run_options(parser: argparse.ArgumentParser, *, out: bool = True) -> No
     add("--graph", action=argparse.BooleanOptionalAction, help="the step as a CUDA graph (no)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile layer by layer (no)")
     if out:
-        add("--out", type=Path, default=None, metavar="DIR", help="folder for log, checkpoints and results (runs/...)")
+        add("--out", type=_file, default=None, metavar="DIR", help="folder for log, checkpoints and results (runs/...)")
 
 
 def _add_freezeout_options(parser: argparse.ArgumentParser, *, lists: bool = False) -> None:
@@ -320,5 +246,29 @@ def _add_freezeout_options(parser: argparse.ArgumentParser, *, lists: bool = Fal
         **several,
     )
     parser.add_argument("--scale-lr", action=argparse.BooleanOptionalAction, help="rates times 1/t_i (yes; adamw: no)")
+    parser.add_argument(
+        "--start-frozen",
+        type=_count_or_name,
+        metavar="LAYER",
+        help="this layer and all before it, or so many, never train",
+    )
+    parser.add_argument(
+        "--cache", nargs="?", const="device", metavar="device|host|DIR", help="keep what the frozen layers give (off)"
+    )
+    parser.add_argument("--views", type=int, metavar="K", help=f"of each sample, that are kept ({TrainConfig.views})")
+    dtypes = [name for name in CACHE_DTYPES if name]
+    parser.add_argument("--cache-dtype", choices=dtypes, help="of what is kept (as computed)")
     parser.add_argument("--max-transitions", type=int, metavar="K", help="freeze at no more than K moments")
-    parser.add_argument("--prefix", choices=PREFIXES, help="how the frozen layers run")
+    parser.add_argument("--prefix", choices=MODES, help="how the frozen layers run")
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """What `plan` takes beside the options of a run and of FreezeOut."""
+    add = parser.add_argument
+    text = "count FLOP instead (backward = 1x and 2x forward); needs no data of the built-in sets"
+    add("--no-measure", dest="measure", action="store_false", default=True, help=text)
+    add("--rounds", type=int, default=3, help="of measuring; each steps twice from every layer on (3)")
+    add("--max-seconds", type=float, default=120.0, help="no further round begins after it (120)")
+    add("--want", type=saving, default=None, metavar="SAVING", help="suggest t_0 for this saving: 20%% or 0.2")
+    add("--json", type=_file, default=None, metavar="FILE", help="write the plan there")
+    add("--png", type=_file, default=None, metavar="FILE", help="draw the savings and the layers there")

@@ -7,14 +7,23 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
+from ..prefix import MODES
 from ..schedule import Schedule
+from ..tasks import Task
 
 METHODS = ("freezeout", "full", "no-anneal")
-OPTIMIZERS = ("fused-sgd", "sgd", "adamw")
+# "task": the one that the task makes.
+OPTIMIZERS = ("fused-sgd", "sgd", "adamw", "task")
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Each compiles the layers at the frontier anew.
 COMPILED_TRANSITIONS = 4
-PREFIXES = ("exact", "folded", "bf16", "fp16", "off")
+# The model of a user's own task has no name.
+OWN_MODEL = "own"
+# Fields that finished runs of earlier versions lack.
+LATER_FIELDS = ("image_size", "weights", "fingerprint", "start_frozen", "cache", "views", "cache_dtype")
+# Of kept features.
+CACHE_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+MOST_THREADS = 1024
 
 
 class BadInput(Exception):
@@ -28,7 +37,7 @@ def faults_of_input() -> Iterator[None]:
         yield
     except BrokenPipeError:  # of what reads stdout, not of the input
         raise
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OverflowError, OSError, ImportError) as error:
         raise BadInput(" ".join(str(error).split())) from error
 
 
@@ -38,16 +47,27 @@ class TrainConfig:
 
     On a CPU with prefix "exact" or "off", and then a run that was stopped and resumed does so too. On CUDA, and with a
     prefix of its own arithmetic ("folded", "bf16", "fp16"), which is else kept or left by its time, with
-    `deterministic`. Where files lie and what is shown is no part of it. Fields that are None mean "choose": see
+    `deterministic`. Where data lies and what is shown is no part of it. Fields that are None mean "choose": see
     `resolved`.
 
     Args:
+        data: a built-in set, or the name of the task.
+        model: of a built-in task; else "own".
+        image_size: side of a built-in task's inputs; None: that of its images.
+        weights: of a built-in task, see `tasks.nets.find_net`.
+        fingerprint: of the code of the user's file that holds the task.
         method: "freezeout"; "full": plain training on one cosine; "no-anneal": one cosine, layers frozen at their
             milestones all the same.
         steps: length of the run in optimizer steps, instead of `epochs`.
-        lr: peak learning rate. SGD always has Nesterov momentum where momentum > 0.
+        optimizer: one of OPTIMIZERS.
+        lr: peak learning rate; None with the task's own optimizer. SGD always has Nesterov momentum where
+            momentum > 0.
         warmup_epochs: instead of warmup_steps.
         t_0, how_scale, scale_lr, max_transitions: see `Schedule`.
+        start_frozen: layers that are frozen from the first step on, see `FreezeOut`.
+        cache: where the frozen layers' outputs are kept: "device", "host" or a folder; None runs the layers each time.
+        views: of each sample, see `FeatureCache`.
+        cache_dtype: of what is kept: "bf16", "fp16", "int8"; None: as computed.
         prefix: how the frozen layers run, see `FreezeOut`.
         deterministic: nothing is chosen by the clock, and CUDA's kernels add in a fixed order; slower.
         graph: the step as a CUDA graph, see `GraphedStep`; eager on CPU.
@@ -58,6 +78,9 @@ class TrainConfig:
     data: str = "digits"
     val_fraction: float = 0.0
     model: str = "wrn-16-1"
+    image_size: int | None = None
+    weights: str | None = None
+    fingerprint: str | None = None
     method: str = "freezeout"
     epochs: int = 30
     steps: int | None = None
@@ -72,6 +95,10 @@ class TrainConfig:
     how_scale: str | float = "cubic"
     scale_lr: bool | None = None
     max_transitions: int | None = None
+    start_frozen: int | str = 0
+    cache: str | None = None
+    views: int = 4
+    cache_dtype: str | None = None
     prefix: str | None = None
     graph: bool = False
     compile: bool = False
@@ -99,31 +126,57 @@ class TrainConfig:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be cpu or auto here, got cuda: torch finds no CUDA device")
-        cuda, adam = device == "cuda", self.optimizer == "adamw"
+        cuda, adam, own = device == "cuda", self.optimizer == "adamw", self.optimizer == "task"
         return replace(
             self,
             device=device,
-            lr=(0.001 if adam else 0.1) if self.lr is None else self.lr,
+            lr=self.lr if self.lr is not None or own else (0.001 if adam else 0.1),
             amp=("bf16" if cuda and torch.cuda.is_bf16_supported() else "off") if self.amp is None else self.amp,
             channels_last=self.channels_last is not False,
-            scale_lr=not adam if self.scale_lr is None else self.scale_lr,
+            scale_lr=not adam if self.scale_lr is None and not own else self.scale_lr,
             max_transitions=self.max_transitions or (COMPILED_TRANSITIONS if self.compile else None),
         )
 
     def to_dict(self) -> dict:
         return asdict(self)
 
+    @property
+    def title(self) -> str:
+        """What is trained, in a few words."""
+        return self.data if self.model == OWN_MODEL else f"{self.data}, {self.model}"
+
+    @classmethod
+    def of_task(cls, task: Task) -> "TrainConfig":
+        """The config that trains a user's own task as the task says."""
+        own = "adamw" if task.make_optimizer is None else "task"
+        return cls(
+            data=task.name,
+            model=OWN_MODEL,
+            epochs=task.epochs,
+            batch_size=task.batch_size,
+            optimizer=own,
+            weight_decay=0.01,
+            fingerprint=task.fingerprint,
+        )
+
     @classmethod
     def from_dict(cls, values: Mapping) -> "TrainConfig":
-        """Raises ValueError where the fields are not those of this version."""
+        """Raises ValueError where the fields are not those of this version, or of a kind that they cannot be."""
         known = {field.name for field in fields(cls)}
-        if odd := known.symmetric_difference(values):
+        if odd := known.symmetric_difference(values) - set(LATER_FIELDS):
             raise ValueError(f"config must have the fields of this version, it differs in {', '.join(sorted(odd))}")
-        return cls(**values)
+        config = cls(**values)
+        try:
+            _check(config)
+        except TypeError as error:
+            raise ValueError(f"config has a field of another kind: {error}") from None
+        return config
 
     def difference(self, other: "TrainConfig") -> str | None:
         """`lr is 0.1 there, 0.2 here` for each field in which self (there) and other (here) differ, else None."""
         there, here = asdict(self), asdict(other)
+        if there.pop("fingerprint") != here.pop("fingerprint") and there == here:
+            return f"the code of {self.data} has changed since"
         found = [f"{name} is {there[name]!r} there, {here[name]!r} here" for name in there if there[name] != here[name]]
         return "; ".join(found) or None
 
@@ -135,12 +188,22 @@ def _check(config: TrainConfig) -> None:
     if config.amp is not None:
         _check_choice("amp", config.amp, tuple(AMP_DTYPES))
     if config.prefix is not None:
-        _check_choice("prefix", config.prefix, PREFIXES)
-    for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_steps", 0), ("seed", 0)):
+        _check_choice("prefix", config.prefix, MODES)
+    if config.cache_dtype is not None:
+        _check_choice("cache_dtype", config.cache_dtype, tuple(name for name in CACHE_DTYPES if name))
+    if config.cache is not None and config.method == "full":
+        raise ValueError("cache must be None where no layer freezes, method is full")
+    if config.cache is not None and config.graph:
+        raise ValueError("cache must be None with graph: the captured step would run the frozen layers")
+    for name, least in (("epochs", 1), ("batch_size", 1), ("views", 1), ("warmup_steps", 0), ("seed", 0)):
         _check_least(name, getattr(config, name), least)
-    for name in ("steps", "threads", "max_transitions"):
+    for name in ("steps", "threads", "max_transitions", "image_size"):
         if getattr(config, name) is not None:
             _check_least(name, getattr(config, name), 1)
+    if (config.threads or 1) > MOST_THREADS:
+        raise ValueError(f"threads must be <= {MOST_THREADS}, got {config.threads}")
+    if config.lr is not None and config.optimizer == "task":
+        raise ValueError("lr is the task's own where the task makes the optimizer: name an optimizer too")
     for name in ("momentum", "weight_decay", "warmup_epochs"):
         _check_least(name, getattr(config, name), 0)
     if config.lr is not None:

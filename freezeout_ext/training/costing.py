@@ -1,16 +1,18 @@
 """The costs of a run's steps, for the prediction that stands beside what the run measures."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
+from ..batch import Batch
+from ..layers import find_layers
 from ..planner import StepCosts, flop_costs, measure_costs, measure_loader
-from .checkpoint import read_json, write_json
+from ..tasks import Task
 from .config import TrainConfig
-from .data import DataSplits
+from .reporters import Progress
+from .run_folder import read_json, write_json
 from .trainer import Trainer, make_optimizer
 
 # What measuring may take of the runs that it is for: its steps over theirs. Else FLOP are counted.
@@ -18,28 +20,38 @@ LARGEST_SHARE = 0.1
 MAX_ROUNDS, MAX_SECONDS = 10, 60.0
 
 
-def kept_costs(path: Path, config: TrainConfig, data: DataSplits, *, runs: int = 1) -> StepCosts:
-    """The costs that `path` keeps; measured and written there where it does not exist."""
+def kept_costs(path: Path, config: TrainConfig, task: Task, layers: Sequence[str], *, runs: int = 1) -> StepCosts:
+    """The costs that `path` keeps; measured and written there where it does not exist.
+
+    Raises:
+        ValueError: the file is damaged, or of a net with other layers than `layers`.
+    """
     if path.exists():
-        return StepCosts.from_dict(read_json(path))
-    costs = run_costs(config, data, runs=runs)
+        try:
+            costs = StepCosts.from_dict(read_json(path))
+            if costs.layers != tuple(layers):
+                raise ValueError(f"its layers are {', '.join(costs.layers)[:100]}, the net's {', '.join(layers)[:100]}")
+        except ValueError as error:
+            raise ValueError(f"{path} must hold this net's costs: {error}; delete it, they are measured anew") from None
+        return costs
+    costs = run_costs(config, task, runs=runs)
     write_json(path, costs.to_dict())
     return costs
 
 
-def run_costs(config: TrainConfig, data: DataSplits, *, runs: int = 1) -> StepCosts:
+def run_costs(config: TrainConfig, task: Task, *, runs: int = 1) -> StepCosts:
     """The step's costs for `runs` runs of `config`: measured on its device, or FLOP counted where they are too short.
 
     The net that steps is another one than the run's; torch's generators are left as they are.
     """
     with torch.random.fork_rng([] if config.device == "cpu" else None):
-        trainer = Trainer(replace(config, method="full", compile=False), data)
+        trainer = Trainer(replace(config, method="full", compile=False), task)
         # A round steps eight times whole, and twice from each layer on, which takes about half.
         round_steps = 8 + len(trainer.layer_names)
         rounds = min(MAX_ROUNDS, int(LARGEST_SHARE * runs * trainer.total_steps / round_steps))
         if rounds:
             return training_costs(trainer, rounds=rounds, max_seconds=MAX_SECONDS)
-        return flop_costs(trainer.model, _batch(trainer)[0])
+        return flop_costs(trainer.model, _batch(trainer)[0], layers=find_layers(trainer.model, trainer.task.layers))
 
 
 def training_costs(trainer: Trainer, *, rounds: int, max_seconds: float) -> StepCosts:
@@ -48,16 +60,17 @@ def training_costs(trainer: Trainer, *, rounds: int, max_seconds: float) -> Step
     return measure_costs(
         trainer.model,
         *_batch(trainer),
-        functional.cross_entropy,
-        make_optimizer=lambda groups: make_optimizer(trainer.config, groups),
+        trainer.task.criterion,
+        layers=find_layers(trainer.model, trainer.task.layers),
+        make_optimizer=lambda groups: make_optimizer(trainer.config, trainer.task, groups),
         amp_dtype=trainer.amp_dtype,
         rounds=rounds,
         max_seconds=max_seconds,
         loader=loader,
         loader_ahead=ahead,
+        on_round=Progress("measuring the layers, rounds"),
     )
 
 
-def _batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
-    inputs, targets = next(iter(trainer.train_batches()))
-    return inputs.contiguous(memory_format=trainer.memory_format), targets
+def _batch(trainer: Trainer) -> tuple[Batch, Batch]:
+    return next(iter(trainer.train_batches()))

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
 from ..planner import StepCosts
-from .report import milliseconds, saving_cells
+from .tables import milliseconds
 
 # A saving or a drop is told from noise where it is so many standard deviations.
 CLEAR_OF_NOISE = 3.0
@@ -154,18 +154,6 @@ def with_engagement(result: dict, costs: StepCosts, config: dict, runs: Sequence
     clock = "CPU time" if result["phases"][0].get("cpu_seconds_per_step") else "time"
     found = {"whole_run": whole, "source": costs.source, "unit": costs.unit, "clock": clock}
     return {**result, "transitions": rows, "engagement": found | {"warnings": warnings_of(rows, costs, config)}}
-
-
-def engagement_text(result: dict) -> str:
-    """What stands below the table of a result (or an arm of a comparison): the whole run's line and the warnings."""
-    found = result.get("engagement")
-    if not found or not result["transitions"]:
-        return ""
-    lines = [f"saved of the {found['clock']} of a step with nothing frozen; predicted: {found['source']}"]
-    if found["whole_run"]["measured_saving"] is not None:
-        predicted, measured, engagement = saving_cells(found["whole_run"])
-        lines.append(f"all steps: predicted {predicted}, measured {measured}, engagement {engagement}")
-    return "\n".join(lines + [f"warning: {text}" for text in found["warnings"]])
 
 
 def _timed(phase: dict | None) -> tuple[float | None, float | None]:

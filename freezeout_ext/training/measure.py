@@ -3,8 +3,7 @@
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +48,7 @@ class Phase:
             "seconds_per_step_mean": fmean(self.seconds) if self.seconds else None,
             "seconds_error": steps_error(self.seconds),
             "cpu_seconds_per_step": median(self.cpu_seconds) if self.cpu_seconds else None,
+            "cpu_seconds_per_step_mean": fmean(self.cpu_seconds) if self.cpu_seconds else None,
             "cpu_seconds_error": steps_error(self.cpu_seconds),
             "memory_bytes": self.memory,
         }
@@ -102,27 +102,6 @@ def _differences(marks: list[float]) -> list[float]:
     return [end - start for start, end in pairwise(marks)]
 
 
-class SavedBytes:
-    """total = bytes of the distinct storages that autograd saved for backward, parameters and buffers not counted."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self.total = 0
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
-            yield
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        # The graph keeps every saved storage alive until backward: no address comes twice.
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        return tensor
-
-
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of parameters, buffers, the gradients that backward makes, and optimizer state."""
     parameters = list(model.parameters())
@@ -142,7 +121,7 @@ def transitions_measured(transitions: list[dict], phases: list[Phase]) -> list[d
     for transition in transitions:
         # A transition opens the phase of its num_frozen, unless it came with the last step of the run.
         k = next((k for k, phase in enumerate(phases) if phase.num_frozen == transition["num_frozen"]), len(phases))
-        before, after = phases[k - 1], phases[k] if k < len(phases) else None
+        before, after = phases[max(k - 1, 0)], phases[k] if k < len(phases) else None
         rows.append(
             {
                 **transition,

@@ -1,18 +1,22 @@
-"""Charts as PNG: the schedules of the paper's Figure 1, the curves of a run, accuracy over time of a comparison."""
+"""Charts: schedules (the paper's Figure 1), a plan, the curves of a run, a comparison over time and by its cost."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
+from ..planner import Plan
 from ..schedule import Schedule
+from .run_folder import write_atomically
+from .tables import in_percent, judge_of, metric_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 150
 # By the kind of an arm; its color says which FreezeOut it belongs to.
-LINES = {"full": "-", "freezeout": "-", "no-anneal": ":", "short": "--", "const-time": "-."}
-FILLED = ("full", "freezeout")
+LINES = {"full": "-", "freezeout": "-", "no-anneal": ":", "cached": "-", "short": "--", "const-time": "-."}
+FILLED = ("full", "freezeout", "cached")
 
 
 def plot_schedules(schedules: dict[str, Schedule], *, base_lr: float = 0.1) -> "Figure":
@@ -35,25 +39,67 @@ def plot_schedules(schedules: dict[str, Schedule], *, base_lr: float = 0.1) -> "
     return figure
 
 
+def plot_plan(plan: Plan, title: str) -> "Figure":
+    """Top: predicted saving, and its ceiling below, over strategy and t_0. Bottom: forward and backward by layer."""
+    scales = list(dict.fromkeys(p.how_scale for p in plan.predictions))
+    t_0s = list(dict.fromkeys(p.t_0 for p in plan.predictions))
+    found = {(p.how_scale, p.t_0): p for p in plan.predictions}
+    figure, (heat, bars) = empty_figure(2, height=3.2)
+    savings = [[100 * found[scale, t_0].saving for t_0 in t_0s] for scale in scales]
+    image = heat.imshow(savings, aspect="auto", cmap="viridis", vmin=0)
+    middle = max(map(max, savings)) / 2
+    for row, scale in enumerate(scales):
+        for column, t_0 in enumerate(t_0s):
+            p = found[scale, t_0]
+            color = "white" if 100 * p.saving < middle else "black"
+            text = f"{100 * p.saving:.1f} %\n(≤ {100 * p.ceiling:.1f})"
+            heat.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    heat.set_xticks(range(len(t_0s)), [f"{t_0:g}" for t_0 in t_0s])
+    heat.set_yticks(range(len(scales)), [str(scale) for scale in scales])
+    heat.set_xlabel("t_0")
+    heat.set_title(f"{title}: predicted saving (≤ were the frozen forward free)")
+    figure.colorbar(image, ax=heat, label="saving, %")
+    _plot_layers(bars, plan)
+    return figure
+
+
+def _plot_layers(ax, plan: Plan) -> None:
+    costs = plan.costs
+    factor, unit = (1e3, "ms") if costs.unit == "s" else (1e-6, "MFLOP")
+    layers = range(len(costs.layers))
+    forward = [factor * value for value in costs.forward]
+    ax.bar(layers, forward, label="forward")
+    ax.bar(layers, [factor * value for value in costs.backward], bottom=forward, label="backward")
+    if costs.unit == "s":
+        ax.plot(layers, [factor * value for value in costs.frozen_forward], "k_", label="forward once frozen")
+    ax.set_xlabel("layer")
+    ax.set_ylabel(f"{unit} a step")
+    ax.set_title(costs.source, fontsize=9)
+    ax.legend()
+
+
 def plot_run(rows: list[dict], title: str) -> "Figure":
     """Loss, accuracy, learning rate of each layer, layers frozen and milliseconds per step over a run's epochs."""
     figure, axes = empty_figure(5, height=2.1, sharex=True)
     loss, accuracy, rates, frozen, time = axes
     epochs = [row["epoch"] for row in rows]
+    metric = metric_of(rows[0])
+    factor, unit = _scale(metric)
     for split in ("train", "val", "test"):
         if f"{split}_loss" in rows[0]:
             loss.plot(epochs, [row[f"{split}_loss"] for row in rows], label=split)
-            accuracy.plot(epochs, [100 * row[f"{split}_accuracy"] for row in rows], label=split)
+            accuracy.plot(epochs, [factor * row[f"{split}_{metric}"] for row in rows], label=split)
     last = len(rows[0]["learning_rates"]) - 1
     for i in range(last + 1):
         rates.plot(epochs, [row["learning_rates"][i] for row in rows], color=_color(i / max(last, 1)), linewidth=1)
     _layer_colors(figure, rates, last)
     frozen.step(epochs, [row["num_frozen"] for row in rows], where="post", color="black")
     time.plot(epochs, [1000 * row["seconds_per_step"] for row in rows], color="black")
-    for ax, label in zip(axes, ("loss", "accuracy, %", "learning rate", "layers frozen", "ms per step"), strict=True):
+    for ax, label in zip(axes, ("loss", metric + unit, "learning rate", "layers frozen", "ms per step"), strict=True):
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
-    loss.set_yscale("log")
+    if min(row[name] for row in rows for name in row if name.endswith("_loss")) > 0:
+        loss.set_yscale("log")
     for ax in (rates, frozen, time):
         ax.set_ylim(bottom=0)
     loss.legend()
@@ -62,17 +108,30 @@ def plot_run(rows: list[dict], title: str) -> "Figure":
     return figure
 
 
-def plot_comparison(curves: dict[str, list[list[dict]]], title: str) -> "Figure":
-    """Mean test accuracy over mean training seconds of each arm: band of one sd, a tick where layers freeze.
+def plot_comparison(curves: dict[str, list[list[dict]]], summary: dict, title: str) -> "Figure":
+    """Top: the metric over the seconds of each arm, see `plot_comparisons`. Bottom: the last metric over the cost.
 
-    curves: for each arm, the rows of the log of each of its runs.
+    The cost is in seconds over full training's. The line goes through full training on shorter and shorter cosines:
+    what does not lie above it does not pay.
+
+    Args:
+        curves: for each arm, the rows of the log of each of its runs.
+        summary: as compare.json holds it.
     """
-    return plot_comparisons({title: curves})
+    figure, (over_time, by_cost) = empty_figure(2, height=4.6, width=7)
+    _draw_comparison(over_time, curves)
+    over_time.set_title(title)
+    over_time.set_xlabel("seconds of training; | layers freeze, band: one sd over the seeds")
+    _draw_costs(by_cost, summary)
+    return figure
 
 
 def plot_comparisons(charts: dict[str, dict[str, list[list[dict]]]]) -> "Figure":
-    """plot_comparison of each title's curves, one panel below the other."""
-    figure, axes = empty_figure(len(charts), height=3.8, width=10)
+    """Mean metric over mean training seconds of each arm of each title's curves, one panel below the other.
+
+    Band: one sd. A tick where layers freeze.
+    """
+    figure, axes = empty_figure(len(charts), height=4.6, width=7)
     for ax, (title, curves) in zip(axes, charts.items(), strict=True):
         _draw_comparison(ax, curves)
         ax.set_title(title)
@@ -81,17 +140,19 @@ def plot_comparisons(charts: dict[str, dict[str, list[list[dict]]]]) -> "Figure"
 
 
 def _draw_comparison(ax, curves: dict[str, list[list[dict]]]) -> None:
-    variants = list(dict.fromkeys(name.partition(" ")[2] for name in curves if " " in name))
+    variants = _variants(curves)
     lowest = []
+    metric = metric_of(next(iter(curves.values()))[0][0])
+    factor, unit = _scale(metric)
     for name, runs in curves.items():
-        kind, _, variant = name.partition(" ")
-        color = f"C{variants.index(variant)}" if variant else "black"
+        kind, color = name.partition(" ")[0], _arm_color(name, variants)
         epochs = list(zip(*runs, strict=True))
         seconds = [fmean(row["train_seconds"] for row in rows) for rows in epochs]
-        values = [[100 * row["test_accuracy"] for row in rows] for rows in epochs]
+        values = [[factor * row[f"test_{metric}"] for row in rows] for rows in epochs]
         means = [fmean(v) for v in values]
         spreads = [_sd(v) for v in values]
-        label = f"{name}: {means[-1]:.2f}{f' ± {spreads[-1]:.2f}' if len(runs) > 1 else ''} % in {seconds[-1]:.3g} s"
+        label = f"{name}: {means[-1]:.2f}{f' ± {spreads[-1]:.2f}' if len(runs) > 1 else ''}{unit.strip(',')}"
+        label += f" in {seconds[-1]:.3g} s"
         ax.plot(seconds, means, color=color, linestyle=LINES[kind], linewidth=1.4, label=label)
         low = [m - s for m, s in zip(means, spreads, strict=True)]
         high = [m + s for m, s in zip(means, spreads, strict=True)]
@@ -100,12 +161,64 @@ def _draw_comparison(ax, curves: dict[str, list[list[dict]]]) -> None:
         marks = [_at(step, [rows[0]["step"] for rows in epochs], seconds, means) for step in _freezes(runs[0])]
         ax.plot(*zip(*marks, strict=True) if marks else ([], []), "|", color=color, markersize=9)
         lowest.append(means[len(means) // 3])
-    top = max(ax.dataLim.y1, min(lowest) + 1)
-    ax.set_ylim(min(lowest) - 0.3 * (top - min(lowest)), top + 0.03 * (top - min(lowest)))
+    if in_percent(metric):
+        top = max(ax.dataLim.y1, min(lowest) + 1)
+        ax.set_ylim(min(lowest) - 0.3 * (top - min(lowest)), top + 0.03 * (top - min(lowest)))
     ax.set_xlim(left=0)
-    ax.set_ylabel("test accuracy, %")
+    ax.set_ylabel(f"test {metric}{unit}")
+    _finish(ax)
+
+
+def _draw_costs(ax, summary: dict) -> None:
+    judge, arms = judge_of(summary), summary["arms"]
+    metric = judge.removeprefix("test_")
+    factor, unit = _scale(metric)
+    full = next((arm for arm in arms if arm["name"] == "full"), arms[0])["train_seconds"]["mean"]
+    variants = _variants(arm["name"] for arm in arms)
+    line = []
+    for arm in arms:
+        found = arm[judge]
+        cost, mean, error = arm["train_seconds"]["mean"] / full, factor * found["mean"], None
+        if found["sd"] is not None:
+            error = factor * found["sd"] / found["n"] ** 0.5
+        if arm["kind"] in ("full", "short"):
+            line.append((cost, mean))
+        color, filled = _arm_color(arm["name"], variants), arm["kind"] in FILLED
+        ax.errorbar(
+            cost,
+            mean,
+            error,
+            fmt="o",
+            color=color,
+            markersize=6,
+            fillstyle="full" if filled else "none",
+            label=arm["name"],
+        )
+    line.sort()
+    ax.plot(*zip(*line, strict=True) if line else ([], []), "--", color="black", linewidth=1, zorder=0)
+    ax.set_xlabel("seconds over full training's; -- full training on shorter cosines, bars: standard error")
+    ax.set_ylabel(f"test {metric}{unit}")
+    ax.set_xlim(left=0)
+    _finish(ax)
+
+
+def _finish(ax) -> None:
     ax.grid(alpha=0.3)
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8, frameon=False, ncols=2)
+
+
+def _scale(metric: str) -> tuple[float, str]:
+    """(factor, what to put behind the metric's name): accuracies are shown in percent."""
+    return (100, ", %") if in_percent(metric) else (1, "")
+
+
+def _variants(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.partition(" ")[2] for name in names if " " in name and not name.startswith("full")))
+
+
+def _arm_color(name: str, variants: list[str]) -> str:
+    variant = name.partition(" ")[2]
+    return f"C{variants.index(variant)}" if variant in variants else "black"
 
 
 def _freezes(rows: list[dict]) -> list[int]:
@@ -122,7 +235,8 @@ def _at(step: int, steps: list[int], *curves: list[float]) -> tuple[float, ...]:
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    """Writes the figure to `path` as PNG, whatever the name ends in."""
+    write_atomically(Path(path), lambda file: figure.savefig(file, dpi=DOTS_PER_INCH, format="png"))
 
 
 def empty_figure(rows: int, *, height: float, width: float = 8, sharex: bool = False) -> tuple["Figure", list]:

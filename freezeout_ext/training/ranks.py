@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..freezeout import FreezeOut
 from ..integrations.distributed import DDPFollower
 from .config import TrainConfig
-from .report import table
 
 # Of a collective: a rank that is waited for longer is lost. Evaluation on the first rank alone must fit in.
 TIMEOUT = datetime.timedelta(minutes=15)
@@ -41,10 +40,6 @@ class Ranks:
         for name in ("graph", "compile"):
             if getattr(config, name):
                 raise ValueError(f"{name} must be off with several processes")
-
-    def part(self, batch: Tensor) -> Tensor:
-        """This rank's rows; the batch is the same on all ranks."""
-        return batch.chunk(self.world)[self.rank] if self.world > 1 else batch
 
     def sum(self, values: Tensor) -> Tensor:
         if self.world > 1:
@@ -77,12 +72,3 @@ def ranks_of_torchrun(device: str | None) -> Iterator[Ranks]:
     yield Ranks(dist.get_rank(), world)
     gc.collect()  # gloo may abort at exit while a reducer lives
     dist.destroy_process_group()
-
-
-def traffic_table(result: dict) -> str:
-    """What each rank sent a step, from each time that DDP was wrapped on."""
-    rows = [("from step", "layers frozen", "KiB of gradients a step", "KiB of buffers")]
-    for t in result["traffic"]:
-        kib = [f"{t[name] / 1024:,.1f}" for name in ("gradient_bytes", "buffer_bytes")]
-        rows.append((str(t["step"]), f"{t['num_frozen']} of {len(result['layers'])}", *kib))
-    return table(rows)

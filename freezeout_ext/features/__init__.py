@@ -1,0 +1,8 @@
+"""The feature cache: frozen layers' outputs kept by view of a sample, in place of running these layers again."""
+
+from .cache import FeatureCache
+from .loader import CacheLoader
+from .report import CacheReport
+from .views import BatchDataset, Keys
+
+__all__ = ["BatchDataset", "CacheLoader", "CacheReport", "FeatureCache", "Keys"]

@@ -1,0 +1,163 @@
+"""Files: tensors mapped from files, and a journal of the rows whose data is on disk."""
+
+import fcntl
+import json
+import mmap
+import os
+import shutil
+import struct
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# key, row, first position, number of positions, and the checksum of these.
+RECORD = struct.Struct("<4qI")
+# How often written rows are brought to disk. A kill in between costs what was computed since, nothing else.
+COMMIT_SECONDS = 10.0
+
+
+class Files:
+    """One file a tensor, mapped and shared; `entries` are the rows int64 [R, 4] that were committed.
+
+    A row counts from the moment on at which its data is on disk: data first (msync), then its line in the journal.
+
+    Raises:
+        ValueError: another process has the folder open.
+        OSError: there is not enough room on the disk; said before anything is written.
+    """
+
+    def __init__(self, folder: Path, layout: Sequence[tuple[tuple[int, ...], torch.dtype]], fingerprint: str) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / "lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ValueError(f"store must not be open elsewhere, another process holds {self.folder}") from error
+        said = {"fingerprint": fingerprint, "layout": [[list(shape), str(dtype)] for shape, dtype in layout]}
+        described = self.folder / "store.json"
+        found = json.loads(described.read_text()) if described.exists() else None
+        # None: nothing was there.
+        self.was_emptied: bool | None = None if found is None else found != said
+        if found != said:
+            for path in self.folder.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+        try:
+            self._maps, self.tensors = [], []
+            self._make_room(layout)
+            for i, (shape, dtype) in enumerate(layout):
+                self._map(i, shape, dtype)
+        except BaseException:
+            self._lock.close()
+            raise
+        if found != said:
+            _write_whole(described, json.dumps(said))
+        scales = self.folder / "scales.json"
+        self.scales: dict = json.loads(scales.read_text()) if scales.exists() else {}
+        self._journal = open(self.folder / "rows", "ab")
+        self.entries = self._read_journal()
+        self._pending: list[Tensor] = []
+        self._committed_at = time.monotonic()
+
+    def wrote(self, entries: Tensor) -> None:
+        """Notes rows int64 [R, 4] whose data has been written to the tensors."""
+        self._pending.append(entries)
+        if time.monotonic() - self._committed_at > COMMIT_SECONDS:
+            self.commit()
+
+    def save_scales(self, scales: dict) -> None:
+        """Brings the scales to disk; they must be there before any row that needs them."""
+        if scales != self.scales:
+            _write_whole(self.folder / "scales.json", json.dumps(scales))
+            self.scales = scales
+
+    def commit(self) -> None:
+        """Returns once everything that was written is on disk and in the journal."""
+        self._committed_at = time.monotonic()
+        if not self._pending:
+            return
+        for mapped in self._maps:
+            if mapped is not None:
+                mapped.flush()
+        pending, self._pending = torch.cat(self._pending), []
+        records = (struct.pack("<4q", *row) for row in pending.tolist())
+        self._journal.write(b"".join(record + struct.pack("<I", zlib.crc32(record)) for record in records))
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def clear(self) -> None:
+        """No row counts any more."""
+        self._pending, self.scales = [], {}
+        self._journal.truncate(0)
+        os.fsync(self._journal.fileno())
+        (self.folder / "scales.json").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Unmaps the files and lets others open them."""
+        self.tensors, self._maps = [], []  # unmapped with the last tensor that looks into them
+        self._journal.close()
+        self._lock.close()
+
+    def _make_room(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
+        needed = present = 0
+        for i, (shape, dtype) in enumerate(layout):
+            path = self.folder / f"column-{i}"
+            needed += _nbytes(shape, dtype)
+            present += path.stat().st_blocks * 512 if path.exists() else 0
+        free = shutil.disk_usage(self.folder).free
+        if needed - present > free:
+            raise OSError(
+                f"store needs {needed:,} bytes in {self.folder}, {free + present:,} are free: "
+                "pass limit=, fewer views=, or dtype=torch.int8"
+            )
+
+    def _map(self, i: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        size = _nbytes(shape, dtype)
+        if not size:
+            self._maps.append(None)
+            self.tensors.append(torch.empty(shape, dtype=dtype))
+            return
+        file = os.open(self.folder / f"column-{i}", os.O_RDWR | os.O_CREAT)
+        try:
+            # Really taken: a hole that finds no room when it is written to kills the process.
+            os.posix_fallocate(file, 0, size)
+            mapped = mmap.mmap(file, size)
+        finally:
+            os.close(file)
+        self._maps.append(mapped)
+        self.tensors.append(torch.frombuffer(mapped, dtype=dtype).view(shape))
+
+    def _read_journal(self) -> Tensor:
+        path, entries = self.folder / "rows", []
+        data = path.read_bytes()
+        for start in range(0, len(data) - RECORD.size + 1, RECORD.size):
+            *entry, checksum = RECORD.unpack_from(data, start)
+            if zlib.crc32(data[start : start + RECORD.size - 4]) != checksum:
+                break
+            entries.append(entry)
+        if len(data) != len(entries) * RECORD.size:
+            self._journal.truncate(len(entries) * RECORD.size)  # a record that was cut off
+        return torch.tensor(entries, dtype=torch.int64).view(-1, 4)
+
+
+def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    count = dtype.itemsize
+    for size in shape:
+        count *= size
+    return count
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    fresh = path.with_suffix(".new")
+    with open(fresh, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)

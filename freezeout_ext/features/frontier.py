@@ -1,0 +1,192 @@
+"""Frontier: what of a frozen prefix is kept, and how a forward runs from that alone."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from .poison import poison
+from .store import Column
+from .watch import Refused, Watch, through
+
+
+class _Reached(BaseException):
+    """Ends a forward behind the last output that is kept; no Exception, so that no model catches it."""
+
+
+@dataclass
+class Frontier:
+    """The frozen calls of a forward, and which of their outputs are kept.
+
+    num_frozen: layers.
+    modules: name -> module of each call, in order.
+    specs, leaves: of each call its output's structure, and its tensors without memory or plain values.
+    kept: (call, leaf) of each column.
+    inputs_needed: numbers of the model's input leaves that the rest of the forward reads.
+    input_names: where each input leaf comes from: a keyword, or a position.
+    sliceable: whether nothing that trains runs before the last kept output.
+    states: tensors of the model outside frozen modules that went into kept outputs.
+    length: what dimension 1 of padded tensors was in the forward that was watched, None where nothing is padded.
+    """
+
+    num_frozen: int
+    modules: dict[str, nn.Module]
+    specs: list
+    leaves: list[list]
+    kept: list[tuple[int, int]]
+    columns: list[Column]
+    inputs_needed: set[int]
+    input_names: list[Any]
+    sliceable: bool
+    autocast: tuple
+    states: dict[str, Tensor]
+    batch_size: int
+    length: int | None
+    dense: set[tuple[int, int]] = field(default_factory=set)
+
+    @classmethod
+    def of(
+        cls, watch: Watch, num_frozen: int, batch_size: int, length: int | None, kept: torch.dtype | None,
+        args: tuple, kwargs: dict, autocast: tuple,
+    ) -> "Frontier":  # fmt: skip
+        """The frontier that a watched forward has shown.
+
+        Raises:
+            Refused: nothing can be kept, or what would be has no row a sample.
+        """
+        places = sorted((s[1], s[2]) for s in watch.needed if s[0] == "call")
+        if not places:
+            raise Refused("no output of a frozen module is independent of layers that train and read behind them")
+        columns = []
+        for call, leaf in places:
+            tensor, name = watch.calls[call].leaves[leaf], watch.calls[call].name
+            if not tensor.dim() or len(tensor) != batch_size:
+                raise Refused(f"{name} gives {tuple(tensor.shape)}, which has no row for each of {batch_size} samples")
+            padded = length is not None and tensor.dim() > 1 and tensor.shape[1] == length
+            columns.append(Column.like(tensor, kept, padded=padded))
+        last = places[-1][0]
+        return cls(
+            num_frozen=num_frozen,
+            modules={call.name: call.module for call in watch.calls},
+            specs=[call.spec for call in watch.calls],
+            leaves=[call.leaves for call in watch.calls],
+            kept=places,
+            columns=columns,
+            inputs_needed={s[1] for s in watch.needed if s[0] == "input"},
+            input_names=[*_names(args), *_names(kwargs)],
+            sliceable=watch.active_from is None or watch.active_from > last,
+            autocast=autocast,
+            states=dict(watch.states),
+            batch_size=batch_size,
+            length=length if any(column.padded for column in columns) else None,
+            dense={(s[1], s[2]) for s in watch.mutated if s[0] == "call"},
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """-> the modules whose outputs are kept."""
+        calls = list(self.modules)
+        return list(dict.fromkeys(calls[call] for call, _ in self.kept))
+
+    def needless(self, place: Any) -> bool:
+        """Whether the model's inputs by this name are not needed; place 0: none of the inputs that have no name."""
+        chosen = {
+            i for i, name in enumerate(self.input_names) if name == place or (place == 0 and isinstance(name, int))
+        }
+        if place == 0:
+            return not self.inputs_needed
+        return bool(chosen) and not chosen & self.inputs_needed
+
+    @contextmanager
+    def replaced(self, rows: Sequence[Tensor], length: int | None = None, *, whole: bool = True) -> Iterator[None]:
+        """Inside, frozen modules do not run: calls give the rows [B, ...] that are kept, and poison for the rest.
+
+        whole: the forward inside runs to its end.
+        """
+        given = dict(zip(self.kept, rows, strict=True))
+        order = {name: i for i, name in enumerate(self.modules)}
+        device, batch_size, met = rows[0].device, len(rows[0]), set()
+
+        def call(name: str, module: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:
+            i = order[name]
+            if i in met:
+                raise RuntimeError(f"{name} is called again in one forward, unlike in the one that was watched")
+            met.add(i)
+            leaves = [
+                given.get((i, j), self._poison(i, j, batch_size, length, device) if isinstance(x, Tensor) else x)
+                for j, x in enumerate(self.leaves[i])
+            ]
+            return tree_unflatten(leaves, self.specs[i])
+
+        with through(self.modules, call):
+            yield
+        missing = {i for i, _ in self.kept} - met
+        if missing and whole:
+            names = ", ".join(list(self.modules)[i] for i in sorted(missing))
+            raise RuntimeError(f"{names} did not run in this forward, unlike in the one that was watched")
+
+    @contextmanager
+    def recorded(self, *, stop: bool = False, on_last: Callable[[], None] | None = None) -> Iterator[list]:
+        """Inside, frozen modules run and the list takes the outputs that are kept; `stop`: the forward ends there."""
+        found: dict[tuple[int, int], Tensor] = {}
+        order, last = {name: i for i, name in enumerate(self.modules)}, self.kept[-1][0]
+        wanted = {i for i, _ in self.kept}
+        rows: list[Tensor] = []
+
+        def call(name: str, module: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:
+            output, i = original(*args, **kwargs), order[name]
+            if i in wanted:
+                leaves = tree_leaves(output)
+                # A copy: what follows may change it in place.
+                found.update({(i, j): leaves[j].detach().clone() for c, j in self.kept if c == i})
+            if i == last:
+                if on_last:
+                    on_last()
+                if stop:
+                    raise _Reached
+            return output
+
+        with through(self.modules, call):
+            try:
+                yield rows
+            except _Reached:
+                if not stop:
+                    raise
+        if len(found) == len(self.kept):
+            rows += [found[place] for place in self.kept]
+
+    def computed(self, forward: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
+        """-> what is kept, computed from these inputs; the forward ends there, and leaves generators as they were."""
+        device = next((x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)), torch.device("cpu"))
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), self.recorded(stop=True) as rows:
+            forward(*args, **kwargs)
+        if not rows:
+            raise RuntimeError("the frozen modules did not run in this forward, unlike in the one that was watched")
+        return rows
+
+    def _poison(self, call: int, leaf: int, batch_size: int, length: int | None, device: torch.device) -> Tensor:
+        like = self.leaves[call][leaf]
+        shape = list(like.shape)
+        if shape and shape[0] == self.batch_size:
+            shape[0] = batch_size
+        if self.length is not None:
+            shape[1:] = [length if size == self.length else size for size in shape[1:]]
+        made = poison(shape, like.dtype, device)
+        return made.clone() if (call, leaf) in self.dense else made
+
+
+def sliced(tree: Any, rows: Tensor, batch_size: int) -> Any:
+    """The inputs of some samples of a batch: each tensor [B, ...] of them cut to its rows."""
+    return tree_map(
+        lambda x: x[rows.to(x.device)] if isinstance(x, Tensor) and x.dim() and len(x) == batch_size else x, tree
+    )
+
+
+def _names(inputs: tuple | Mapping) -> list[Any]:
+    places = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
+    return [place for place, value in places for _ in tree_flatten(value)[0]]

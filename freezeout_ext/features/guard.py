@@ -1,0 +1,102 @@
+"""Guard: whether the weights that kept features were computed with are still what they were, by value."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 2**20
+
+
+class Guard:
+    """Compares identities, addresses and versions at every call, and the values of what those say may have changed.
+
+    `thorough` compares all values: `p.data.copy_()` leaves version and address as they are.
+
+    Args:
+        modules: name -> module; all below them is guarded.
+        states: name -> (table, key) of further tensors.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], states: Mapping[str, tuple[dict, str]]) -> None:
+        self.modules = dict(modules)
+        inside = [
+            (f"{name}.{inner}" if inner else name, m)
+            for name, top in modules.items()
+            for inner, m in top.named_modules()
+        ]
+        self._tables = [(name, table) for name, m in inside for table in (m._parameters, m._buffers)]
+        self._links = [m._modules for _, m in inside]
+        self._states = dict(states)
+        self._quick = self._now()
+        self._sums = {name: _checksum(t) for name, t in self.tensors()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """-> all guarded tensors by name, as they are now."""
+        for prefix, table in self._tables:
+            for name, t in table.items():
+                if t is not None:
+                    yield f"{prefix}.{name}", t
+        for name, (table, key) in self._states.items():
+            yield name, table[key]
+
+    def changed(self, *, thorough: bool = False) -> str | None:
+        """-> the name of what has other values than at first, None if nothing has."""
+        now = self._now()
+        if now == self._quick and not thorough:
+            return None
+        if now[1] != self._quick[1]:
+            return "a submodule"
+        found = dict(self.tensors())
+        if found.keys() != self._sums.keys():
+            return next(iter(found.keys() ^ self._sums.keys()))
+        suspects = found if thorough else dict(self._differing(now[0], found))
+        for name, t in suspects.items():
+            if not torch.equal(_checksum(t).cpu(), self._sums[name].cpu()):
+                return name
+        self._quick = now
+        return None
+
+    def _differing(self, now: list, found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for old, new, (name, t) in zip(self._quick[0], now, found.items(), strict=True):
+            if old != new:
+                yield name, t
+
+    def _now(self) -> tuple[list, list]:
+        tensors = [_state(t) for _, table in self._tables for t in table.values() if t is not None]
+        tensors += [_state(table[key]) for table, key in self._states.values()]
+        return tensors, [id(module) for links in self._links for module in links.values()]
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """-> a hash of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, t in tensors:
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)} {_checksum(t).tolist()}".encode())
+    return digest.hexdigest()
+
+
+def _state(t: Tensor) -> tuple:
+    return id(t), t.data_ptr(), -1 if t.is_inference() else t._version
+
+
+def _checksum(t: Tensor) -> Tensor:
+    """-> int64 [2]: sum of the bit patterns, and of these times odd numbers that differ by their place.
+
+    An exchange of two values shows too. Not made to withstand intent.
+    """
+    flat = t.detach().contiguous().reshape(-1)
+    if flat.dtype is torch.bool:
+        flat = flat.to(torch.uint8)
+    elif flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    total = torch.zeros(2, dtype=torch.int64, device=flat.device)
+    start = 0
+    for chunk in flat.view(words).split(CHUNK):
+        values = chunk.to(torch.int64)
+        places = torch.arange(start, start + len(values), device=flat.device) * -7046029254386353131 | 1
+        total += torch.stack([values.sum(), (values * places).sum()])
+        start += len(values)
+    return total

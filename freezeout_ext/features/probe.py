@@ -1,0 +1,240 @@
+"""Probe: a forward is watched, its frontier found, and a forward from that alone checked against it."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from .frontier import Frontier, sliced
+from .poison import poison
+from .rounding import BOUNDS
+from .watch import Refused, Watch, through
+
+try:
+    import numpy
+except ImportError:
+    numpy = None
+
+
+class Seen(Refused):
+    """Poison reached an output; `again`: a second watch that follows shared memory may do better."""
+
+
+@dataclass
+class Forward:
+    """One forward of a model that is to be understood.
+
+    original: the model's forward.
+    frozen: name -> module.
+    lengths: of the samples, int64 [B], where they are padded.
+    under: makes the context in which it runs over some samples of the batch (None: all), such as one where kept rows of
+        fewer layers stand in for modules.
+    rows: what is kept of this batch, once it was watched.
+    """
+
+    model: nn.Module
+    original: Callable
+    args: tuple
+    kwargs: dict
+    frozen: Mapping[str, nn.Module]
+    batch_size: int
+    lengths: Tensor | None
+    under: Callable[[Tensor | None], AbstractContextManager]
+    rows: list[Tensor] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> tuple[tuple, dict]:
+        return self.args, self.kwargs
+
+    def watched(self, num_frozen: int, kept: torch.dtype | None, *, aliases: bool) -> tuple[Any, Any]:
+        """Runs the forward. Returns (output, frontier), or in place of the frontier why there is none."""
+        before = Generators()
+        watch = Watch(self.model, self.frozen, self.args, self.kwargs, aliases=aliases)
+        with self.under(None), through(self.frozen, watch.call), watch:
+            output = self.original(*self.args, **self.kwargs)
+        after = Generators()
+        try:
+            watch.finish(output)
+            length = None
+            if self.lengths is not None:
+                length = padded_length(self.args, self.kwargs)
+                right_padded(self.kwargs, self.lengths)
+            frontier = Frontier.of(
+                watch, num_frozen, self.batch_size, length, kept, self.args, self.kwargs,
+                autocast_state(self.args, self.kwargs),
+            )  # fmt: skip
+            with _restored(self.model), torch.no_grad():
+                self.rows = self.check(frontier, output, before)
+            return output, frontier
+        except Refused as reason:
+            return output, reason
+        finally:
+            after.restore()
+            if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+                torch.clear_autocast_cache()  # what was cast without a graph must not serve a forward with one
+
+    def check(self, frontier: Frontier, output: Any, before: "Generators") -> list[Tensor]:
+        """-> the rows that are kept.
+
+        Raises:
+            Refused: a forward from the frontier gives something else, or samples depend on their batch.
+        """
+        with self.under(None):
+            rows = frontier.computed(self.original, *self.inputs)
+        for name, seen, row in zip(_kept_names(frontier), frontier.columns, rows, strict=True):
+            if row.dtype != seen.dtype:
+                raise Refused(f"{name} gives {row.dtype} in one forward and {seen.dtype} in another")
+            if row.is_floating_point() and not bool(row.isfinite().all()):
+                raise Refused(f"{name} gives values that are not finite")
+        self._check_halves(frontier, rows)
+        length = frontier.length
+        given = [self._without_padding(column.padded, row) for column, row in zip(frontier.columns, rows, strict=True)]
+        before.restore()
+        args, kwargs = self._poisoned(frontier)
+        try:
+            with self.under(None), frontier.replaced(given, length):
+                found = self.original(*args, **kwargs)
+        except Exception as error:
+            raise Seen(f"a forward from kept features alone fails: {error}") from error
+        mine, theirs = (list(_tensors(tree)) for tree in (found, output))
+        if len(mine) != len(theirs) or not all(map(self._same, mine, theirs)):
+            raise Seen("a forward from kept features alone gives something else than the watched one")
+        return given
+
+    def _check_halves(self, frontier: Frontier, rows: list[Tensor]) -> None:
+        half = self.batch_size // 2
+        if not frontier.sliceable:
+            return
+        for part in (torch.arange(half), torch.arange(half, self.batch_size)):
+            some = sliced(self.inputs, part, self.batch_size)
+            with self.under(part):
+                try:
+                    found = frontier.computed(self.original, *some)
+                except Exception as error:
+                    raise Refused(f"the frozen modules cannot run on half of a batch: {error}") from error
+            for name, column, row, mine in zip(_kept_names(frontier), frontier.columns, rows, found, strict=True):
+                whole = row[part.to(row.device)]
+                if mine.shape != whole.shape or not _close(
+                    self._without_padding(column.padded, mine, part), self._without_padding(column.padded, whole, part)
+                ):
+                    raise Refused(f"{name} gives a sample other features in another batch")
+
+    def _without_padding(self, padded: bool, rows: Tensor, part: Tensor | None = None) -> Tensor:
+        if not padded:
+            return rows
+        lengths = self.lengths if part is None else self.lengths[part]
+        valid = torch.arange(rows.shape[1]) < lengths[:, None]
+        return rows.masked_fill(~valid.to(rows.device).view(*valid.shape, *[1] * (rows.dim() - 2)), 0)
+
+    def _poisoned(self, frontier: Frontier) -> tuple:
+        leaves, spec = tree_flatten(self.inputs)
+        for i, x in enumerate(leaves):
+            if isinstance(x, Tensor) and i not in frontier.inputs_needed:
+                leaves[i] = poison(x.shape, x.dtype, x.device)
+        return tree_unflatten(leaves, spec)
+
+    def _same(self, a: Tensor, b: Tensor) -> bool:
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if self.lengths is not None and a.dim() > 1 and len(a) == self.batch_size:
+            length = padded_length(self.args, self.kwargs)
+            if a.shape[1] == length:
+                a, b = self._without_padding(True, a), self._without_padding(True, b)
+        return _close(a, b)
+
+
+class Generators:
+    """The states of all generators that a forward may draw from."""
+
+    def __init__(self) -> None:
+        self._torch, self._python = torch.get_rng_state(), random.getstate()
+        self._numpy = numpy.random.get_state() if numpy else None
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            numpy.random.set_state(self._numpy)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+def padded_length(args: tuple, kwargs: Mapping) -> int | None:
+    """-> what samples are padded to, as an attention mask [B, L] or input_ids show it."""
+    for name in ("attention_mask", "input_ids", "inputs_embeds"):
+        x = kwargs.get(name)
+        if isinstance(x, Tensor) and x.dim() >= 2 and (name != "attention_mask" or x.dim() == 2):
+            return x.shape[1]
+    first = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() >= 2), None)
+    return None if first is None else first.shape[1]
+
+
+def lengths_of(kwargs: Mapping) -> Tensor | None:
+    """-> the lengths of samples by their attention mask [B, L], on the CPU; None where there is no such mask."""
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
+        return None
+    return mask.sum(1).to(torch.int64).cpu()
+
+
+def right_padded(kwargs: Mapping, lengths: Tensor) -> None:
+    """
+    Raises:
+        Refused: a sample's padding is not behind it.
+    """
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point():
+        expected = torch.arange(mask.shape[1]) < lengths[:, None]
+        if not torch.equal(expected, mask.cpu().bool()):
+            raise Refused(
+                "attention_mask has padding in front of a sample or inside it: pad behind (padding_side='right')"
+            )
+
+
+def autocast_state(args: tuple, kwargs: Mapping) -> tuple:
+    device = next((x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)), "cpu")
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _kept_names(frontier: Frontier) -> list[str]:
+    names = list(frontier.modules)
+    return [names[call] for call, _ in frontier.kept]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, or as far apart as kernels that choose their order of summation by the batch may be."""
+    if torch.equal(a, b):
+        return True
+    if not a.is_floating_point() or bool(a.isnan().any()):
+        return False
+    bound = max(BOUNDS[None], 4 * torch.finfo(a.dtype).eps) * float(b.abs().max())
+    return float((a.double() - b.double()).abs().max()) <= bound
+
+
+def _tensors(tree: Any):
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from _tensors(dict(leaf))
+        elif hasattr(leaf, "__dataclass_fields__"):
+            yield from _tensors(vars(leaf))
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Buffers, such as running statistics of layers that train, are afterwards what they were before."""
+    kept = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        for b, value in kept:
+            # Through .data: the graph of the watched forward must not see a newer version.
+            if not torch.equal(b, value):
+                b.data.copy_(value)

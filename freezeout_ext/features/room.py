@@ -1,0 +1,43 @@
+"""Room: how many bytes a device, the host or a disk has left for features."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Of what is free; the rest is the model's and the batches'.
+SHARE = 0.8
+
+
+def room_for(needed: int, device: torch.device, folder: Path | None, limit: int | None, taken: int) -> int:
+    """-> bytes that may be taken, at most `needed`; `taken` counts against the limit."""
+    if limit is not None:
+        return max(0, min(needed, limit - taken))
+    return min(needed, int(SHARE * _free(device, folder)))
+
+
+def ensure_room(needed: int, room: int, device: torch.device, folder: Path | None, cache: Any) -> None:
+    """
+    Raises:
+        MemoryError: what is needed is more than what is free.
+    """
+    if room < needed:
+        where = folder or ("host memory" if device.type == "cpu" else str(device))
+        raise MemoryError(
+            f"{cache} needs {needed:,} bytes on {where}, {room:,} of what is free may be taken: pass limit=, fewer "
+            "views=, dtype=torch.int8 or another store="
+        )
+
+
+def _free(device: torch.device, folder: Path | None) -> int:
+    if folder is not None:
+        return shutil.disk_usage(folder).free
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

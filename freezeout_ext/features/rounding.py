@@ -1,0 +1,70 @@
+"""Rounding: rows as int8, x ~ q * scale[channel] * factor[row]; and how far what was kept may be from x."""
+
+import torch
+from torch import Tensor
+
+# Largest difference over the largest value of a row. None: kernels choose their order of summation by the size of the
+# batch. bfloat16, float16: half a unit in the last place, and that again for the order of summation.
+BOUNDS = {None: 1e-4, torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.int8: 1 / 127}
+
+
+class Rounding:
+    """q[r, c, ...] = round(x[r, c, ...] / (scale[c] * factor[r])) in -127..127.
+
+    scale: a channel's largest value in the first batch; it keeps quiet channels fine. factor: what makes a row's
+    largest quotient 127, so that no value is ever cut off, however later rows differ from the first.
+
+    Args:
+        unit: shape of a stored row.
+        channel_first: of rows [C, H, W] as they lie in memory the channel is the first dimension, or, where they lie
+            channels-last, the last one; else it is the last.
+    """
+
+    def __init__(self, unit: tuple[int, ...], *, channel_first: bool) -> None:
+        self._dims = len(unit)
+        self._candidates = (1, len(unit)) if channel_first and len(unit) >= 3 else (max(len(unit), 1),)
+        self.scale: Tensor | None = None
+        self._channel = self._candidates[-1]
+
+    def encode(self, x: Tensor, row_of: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+        """x [R, *unit] -> (q int8 like x, factor float32 [rows]); row_of: the row of each x[i], where rows have many."""
+        x = x.to(torch.float32)
+        if self.scale is None:
+            self._choose(x)
+        quotient = x / self._scale_like(x)
+        largest = quotient.abs().flatten(1).amax(1) if x.dim() > 1 else quotient.abs()
+        if row_of is not None:
+            largest = torch.zeros(rows, device=x.device).scatter_reduce(0, row_of, largest, "amax")
+        factor = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        by_row = factor if row_of is None else factor[row_of]
+        q = quotient.div_(by_row.view(-1, *[1] * (x.dim() - 1))).round_()
+        return q.to(torch.int8), factor
+
+    def decode(self, q: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        scaled = q.to(torch.float32).mul_(factor.view(-1, *[1] * (q.dim() - 1)))
+        return scaled.mul_(self._scale_like(q)).to(dtype)
+
+    def state(self) -> dict:
+        return {"scale": self.scale.tolist(), "channel": self._channel}
+
+    def load(self, state: dict) -> None:
+        self.scale, self._channel = torch.tensor(state["scale"]), state["channel"]
+
+    def _choose(self, x: Tensor) -> None:
+        """The dimension whose scales are the least in the mean: that of the channels."""
+        found = {}
+        for channel in self._candidates:
+            others = [d for d in range(x.dim()) if d != channel]
+            scale = x.abs().amax(others) if self._dims else x.abs().amax().view(1)
+            # A channel that was silent so far must not divide by nothing.
+            found[channel] = torch.where(scale > 0, scale, scale.max()).clamp(min=torch.finfo(torch.float32).tiny)
+        self._channel = min(found, key=lambda channel: float(found[channel].mean()))
+        self.scale = found[self._channel]
+
+    def _scale_like(self, x: Tensor) -> Tensor:
+        if self.scale.device != x.device:
+            self.scale = self.scale.to(x.device)
+        shape = [1] * x.dim()
+        if self._dims:
+            shape[self._channel] = -1
+        return self.scale.view(shape)

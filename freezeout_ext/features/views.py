@@ -1,0 +1,179 @@
+"""Views: a map-style dataset and its random augmentation become K fixed views of each sample."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import IterableDataset
+
+try:
+    import numpy
+except ImportError:  # an extra of the package
+    numpy = None
+
+
+@runtime_checkable
+class BatchDataset(Protocol):
+    """A data set that makes whole batches, such as one that lies on the device as uint8 and is augmented there."""
+
+    def __len__(self) -> int:
+        """-> N, the number of samples."""
+
+    def batch(self, samples: Tensor, seeds: Tensor) -> Any:
+        """inputs[b] = augmented(sample samples[b]), all of its randomness a function of seeds[b] alone.
+
+        Shapes: samples, seeds int64 [B] on the CPU, seeds in 0..2**63 - 1.
+        """
+
+    def targets(self, samples: Tensor) -> Any:
+        """-> the targets of the samples [B], which no augmentation changes."""
+
+
+class Keys:
+    """The keys of a batch's views: `tensor` is int64 [B] on the CPU.
+
+    No tensor itself, so that whatever moves batches to a device leaves the keys on the host.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __repr__(self) -> str:
+        return f"Keys({self.tensor.tolist()})"
+
+    def tolist(self) -> list[int]:
+        return self.tensor.tolist()
+
+
+class Views:
+    """Which views there are, which one an epoch shows, and what each one is drawn from.
+
+    key = sample * stride + view for one of the `count` views; -1 - sample for a fresh view, which is never kept.
+
+    Args:
+        dataset: map-style, or a `BatchDataset`.
+        count: views of each sample, K.
+        seed: of all views.
+        stride: the largest count that may be set later.
+    """
+
+    def __init__(self, dataset: Any, count: int, seed: int, stride: int | None = None) -> None:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise TypeError(
+                "dataset must be map-style (dataset[i] and len(dataset)): features are kept by sample, and iterable "
+                f"data has no samples to name; got a {type(dataset).__name__}"
+            )
+        self.batched = isinstance(dataset, BatchDataset)
+        if not self.batched and not hasattr(dataset, "__getitem__"):
+            raise TypeError(f"dataset must have __getitem__, got a {type(dataset).__name__}")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"views must be a whole number >= 1 or 'auto', got {count!r}")
+        self.dataset, self.count, self.seed = dataset, count, seed
+        self.stride = count if stride is None else stride
+        self.num_samples = len(dataset)
+        self._checked = False
+
+    @property
+    def num_keys(self) -> int:
+        return self.num_samples * self.stride
+
+    def keys(self, samples: Tensor, epoch: int) -> Tensor:
+        """key of the view of each sample that this epoch shows: views take turns and differ among samples."""
+        return samples * self.stride + (samples + epoch) % self.count
+
+    def samples(self, keys: Tensor) -> Tensor:
+        """-> the samples of keys, fresh ones too."""
+        return torch.where(keys < 0, -1 - keys, keys.div(self.stride, rounding_mode="floor"))
+
+    def seeds(self, keys: Tensor, epoch: int) -> Tensor:
+        """seeds[b] = hash(seed, sample, view); a fresh view is numbered by its epoch, behind all kept ones."""
+        views = torch.where(keys < 0, self.stride + epoch, keys % self.stride)
+        return _mix(_mix(_mix(torch.full_like(keys, self.seed)) ^ self.samples(keys)) ^ views) & (2**63 - 1)
+
+    def load(self, sample: int, seed: int) -> Any:
+        """dataset[sample] with all generators seeded by `seed`, and restored afterwards."""
+        with seeded(seed):
+            return self.dataset[sample]
+
+    def check(self) -> None:
+        """Reads one sample twice with the same seeds.
+
+        Raises:
+            ValueError: the two differ.
+        """
+        if self.batched or not self.num_samples or self._checked:
+            return
+        self._checked = True
+        last, seed = self.num_samples - 1, 20170603
+        first = self.load(0, seed)
+        self.load(last, seed)
+        if not _equal(first, self.load(0, seed)):
+            raise ValueError(
+                "dataset[0] must be the same in two reads from the same seeds of torch, numpy and random; the two "
+                "differ. Does its augmentation draw from a generator of its own? Features of such views cannot be kept"
+            )
+
+
+def order_seed(seed: int, epoch: int) -> int:
+    """-> the seed of an epoch's order."""
+    return int(_mix(_mix(torch.tensor(seed)) ^ epoch) & (2**63 - 1))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch (CPU), numpy and random draw from `seed` inside, and go on as if nothing had been drawn afterwards."""
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    numpy_state = numpy.random.get_state() if numpy else None
+    # Not torch.manual_seed, which would seed the devices too.
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy:
+        numpy.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finalizer, on int64 that wraps. Source: Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195."""
+    x = x + -7046029254386353131  # 0x9E3779B97F4A7C15
+    x = (x ^ _shifted(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shifted(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & (2 ** (64 - bits) - 1)  # >> copies the sign
+
+
+def _equal(a: Any, b: Any) -> bool:
+    ours, theirs = tree_leaves(a), tree_leaves(b)
+    return len(ours) == len(theirs) and all(map(_same_leaf, ours, theirs))
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+    if numpy and isinstance(a, numpy.ndarray):
+        return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if hasattr(a, "tobytes"):  # a PIL image
+        return a.tobytes() == b.tobytes()
+    try:
+        return bool(a == b) or type(a).__eq__ is object.__eq__
+    except Exception:  # what cannot be compared says nothing
+        return True

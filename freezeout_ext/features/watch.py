@@ -1,0 +1,354 @@
+"""Watch: which frozen outputs and which inputs of a model the rest of its forward reads, seen in one forward."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+try:
+    import numpy
+except ImportError:
+    numpy = None
+
+Taint = frozenset
+NONE: Taint = frozenset()
+ACTIVE, RANDOM, INSIDE = "active", "random", "inside"
+# What takes a tensor for its shape, dtype and device alone.
+SHAPE_ONLY = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full",
+        "new_empty_strided", "rand_like", "randn_like",
+    )
+}  # fmt: skip
+READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size, torch.memory_format, slice)
+
+
+class Refused(Exception):
+    """Why the features of these layers cannot be kept."""
+
+
+class Call:
+    """One call of a frozen module: what it gave, in the order of calls; tensors as ones on the meta device."""
+
+    def __init__(self, name: str, module: nn.Module, output: Any) -> None:
+        self.name, self.module = name, module
+        leaves, self.spec = tree_flatten(output)
+        for leaf in leaves:
+            if not isinstance(leaf, (Tensor, *PLAIN)):
+                raise Refused(f"{name} returns a {type(leaf).__name__}, which cannot be kept")
+        self.leaves = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
+            for x in leaves
+        ]
+
+
+class Watch(TorchDispatchMode):
+    """Runs once around a forward, with the frozen modules' calls going through `call`.
+
+    Each input of the model and each output of a frozen module is a source. An operation outside frozen modules hands
+    the sources of its operands on to its results. A source is needed where it meets something that trains, is read by
+    the host, or is part of the model's output.
+
+    Args:
+        aliases: whether what shares the memory of a module's input stays that input too. False is right for modules in
+            a row, whose inputs nobody else reads; a probe shows it where somebody does.
+    """
+
+    def __init__(
+        self, model: nn.Module, frozen: Mapping[str, nn.Module], args: tuple, kwargs: dict, *, aliases: bool = False
+    ) -> None:
+        super().__init__()
+        self._aliases = aliases
+        self.calls: list[Call] = []
+        self.needed: set = set()
+        self.states: dict[str, Tensor] = {}
+        self.refusals: list[str] = []
+        self.active_from: int | None = None  # so many calls were made before something active ran
+        self.mutated: set = set()
+        self._taints: dict[int, tuple[StorageWeakRef, Taint]] = {}
+        self._depth = 0
+        self._called: set[nn.Module] = set()
+        inside = {m for module in frozen.values() for m in module.modules()}
+        self._state_tensors = {
+            name: t
+            for prefix, module in model.named_modules()
+            if module not in inside
+            for name, t in _own_tensors(prefix, module)
+        }
+        self._versions = {name: t._version for name, t in self._state_tensors.items() if not t.is_inference()}
+        for name, t in self._state_tensors.items():
+            self._mark(t, Taint({ACTIVE} if t.requires_grad else {("state", name)}))
+        self.inputs = list(tree_leaves((args, kwargs)))
+        for i, x in enumerate(self.inputs):
+            if isinstance(x, Tensor):
+                self._mark(x, Taint({("input", i)}))
+        self._input_storages = {_address(x) for x in self.inputs if isinstance(x, Tensor)}
+        self._own_storages = {_address(t) for t in self._state_tensors.values()}
+        self._host_states = _host_states()
+
+    # The forward
+
+    def call(self, name: str, module: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """A call of a frozen module."""
+        if self._depth:
+            return original(*args, **kwargs)
+        given = tree_leaves((args, kwargs))
+        taint = self._of(x for x in given if isinstance(x, Tensor))
+        real = _real(taint)
+        trains = any(p.requires_grad for p in module.parameters()) or any(m.training for m in module.modules())
+        if ACTIVE in taint or trains or any(isinstance(x, Tensor) and x.requires_grad for x in given):
+            self._is_active(real)
+            return self._run(original, args, kwargs, Taint({ACTIVE}))
+        if not real and RANDOM not in taint:
+            return self._run(original, args, kwargs, taint)  # the same at every step
+        opaque = [x for x in given if not isinstance(x, (Tensor, *PLAIN))]
+        if opaque:
+            kind = type(opaque[0]).__name__
+            advice = ": set model.config.use_cache = False" if "Cache" in kind else ""
+            self._refuse(f"{name} is handed a {kind}, which it may change{advice}")
+        if RANDOM in taint or _host_states() != self._host_states:
+            self._refuse(f"random numbers are drawn in front of {name}, such as by a dropout that still trains")
+        if INSIDE in taint:
+            self._refuse(f"{name} reads a value from inside a frozen module")
+        if module in self._called:
+            self._refuse(f"{name} is called more than once in a forward")
+        self._called.add(module)
+        for state in (s for s in taint if isinstance(s, tuple) and s[0] == "state"):
+            self.states[state[1]] = self._state_tensors[state[1]]
+        self._before = {_address(x): self._of([x]) for x in given if isinstance(x, Tensor)}
+        versions, drawn = _versions(module, given), _device_states(given)
+        output = self._run(original, args, kwargs, NONE)
+        if _versions(module, ()) != versions[: len(_versions(module, ()))]:
+            self._refuse(f"{name} changes a buffer of its own at every call")
+        self._check_changed(name, given, versions[len(_versions(module, ())) :])
+        if _device_states(given) != drawn or _host_states() != self._host_states:
+            self._refuse(f"{name} draws random numbers")
+        self._source(name, module, output, taint if self._aliases else NONE)
+        return output
+
+    def finish(self, output: Any) -> None:
+        """After the forward: what the model gives back is needed.
+
+        Raises:
+            Refused: with all reasons.
+        """
+        for leaf in _leaves_of(output):
+            self.needed |= _real(self._of([leaf]))
+            if INSIDE in self._of([leaf]):
+                self._refuse("the model returns a value from inside a frozen module")
+        for name in self.states:
+            if self._state_tensors[name]._version != self._versions.get(name, self._state_tensors[name]._version):
+                self._refuse(f"{name} goes into frozen modules and changes in each forward")
+        if self.refusals:
+            raise Refused("; ".join(dict.fromkeys(self.refusals)))
+
+    def _source(self, name: str, module: nn.Module, output: Any, given: Taint) -> None:
+        try:
+            call = Call(name, module, output)
+        except Refused as reason:
+            self._refuse(str(reason))
+            return
+        for i, leaf in enumerate(tree_leaves(output)):
+            if isinstance(leaf, Tensor):
+                shared = given & self._before.get(_address(leaf), NONE)
+                self._mark(leaf, shared | {("call", len(self.calls), i)})
+        self.calls.append(call)
+
+    def _run(self, original: Callable, args: tuple, kwargs: dict, taint: Taint) -> Any:
+        self._depth += 1
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            self._depth -= 1
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._mark(leaf, taint)
+        return output
+
+    def _check_changed(self, name: str, given: list, versions: list) -> None:
+        changed = [
+            x for x, v in zip((x for x in given if isinstance(x, Tensor)), versions, strict=True) if _version(x) != v
+        ]
+        if any(_address(x) in self._input_storages for x in changed):
+            self._refuse(f"{name} changes an input of the model in place")
+
+    # Operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        packet = getattr(func, "overloadpacket", func)
+        tensors = list(_tensors(args, kwargs))
+        # Before the call, whose results may overwrite an operand.
+        taint = NONE if packet in SHAPE_ONLY else self._of(tensors)
+        seeded = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        drawn = _device_states(tensors) if seeded and not self._depth else None
+        output = func(*args, **kwargs)
+        if self._depth:
+            for x in _tensors((output,), {}):
+                if _address(x) not in self._taints:
+                    self._mark(x, Taint({INSIDE}))
+            return output
+        real = _real(taint)
+        written = _written(func, args, kwargs)
+        if packet in SHAPE_ONLY:
+            pass
+        elif ACTIVE in taint or any(x.requires_grad for x in tensors):
+            self._is_active(real)
+            if INSIDE in taint:
+                self._refuse(f"{packet} outside frozen modules reads a value from inside one")
+            taint = Taint({ACTIVE})
+        elif READS & set(getattr(func, "tags", ())) or (real and not _gives_tensors(output) and not written):
+            self.needed |= real
+            if RANDOM in taint:
+                self._refuse("random numbers are read by the host: the model draws which layers run")
+        if drawn is not None and _device_states(tensors) != drawn:
+            taint |= {RANDOM}
+        for x in written:
+            storage = _address(x)
+            if storage in self._own_storages:
+                self.needed |= real
+            self.mutated |= _real(self._of([x]))
+            self._mark(x, self._of([x]) | taint)
+        for x in _tensors((output,), {}):
+            self._mark(x, taint | (self._of([x]) if _is_view(x, tensors) else NONE))
+        return output
+
+    def _is_active(self, real: Taint) -> None:
+        self.needed |= real
+        if self.active_from is None:
+            self.active_from = len(self.calls)
+
+    def _refuse(self, reason: str) -> None:
+        self.refusals.append(reason)
+
+    def _mark(self, x: Tensor, taint: Taint) -> None:
+        storage = _storage(x)
+        if storage is None:
+            return
+        # Weak: nothing stays in memory longer; but its address is not given to another one.
+        self._taints[storage._cdata] = (StorageWeakRef(storage), taint)
+
+    def _of(self, tensors: Iterable) -> Taint:
+        found = NONE
+        for x in tensors:
+            if isinstance(x, Tensor) and (entry := self._taints.get(_address(x))):
+                found |= entry[1]
+        return found
+
+
+@contextmanager
+def through(modules: Mapping[str, nn.Module], call: Callable) -> Iterator[None]:
+    """Calls of modules' forwards become call(name, module, original, args, kwargs); all as before afterwards."""
+    before = {}
+    try:
+        for name, module in modules.items():
+            if module in before:
+                continue
+            before[module] = module.__dict__.get("forward")
+            module.__dict__["forward"] = _Through(call, name, module, module.forward)
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+class _Through:
+    def __init__(self, call: Callable, name: str, module: nn.Module, original: Callable) -> None:
+        self._given = call, name, module, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call, name, module, original = self._given
+        return call(name, module, original, args, kwargs)
+
+
+def _real(taint: Taint) -> Taint:
+    return Taint(s for s in taint if isinstance(s, tuple) and s[0] != "state")
+
+
+def _own_tensors(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for table in (module._parameters, module._buffers):
+        for name, t in table.items():
+            if t is not None:
+                yield (f"{prefix}.{name}" if prefix else name), t
+
+
+def _tensors(args: Iterable, kwargs: Mapping) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value, {})
+
+
+def _written(func: Any, args: tuple, kwargs: Mapping) -> list[Tensor]:
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    found = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            found += _tensors((value,), {})
+    return found
+
+
+def _is_view(x: Tensor, operands: list[Tensor]) -> bool:
+    return any(_address(o) == _address(x) for o in operands)
+
+
+def _storage(x: Tensor) -> torch.UntypedStorage | None:
+    return x.untyped_storage() if x.layout is torch.strided else None
+
+
+def _address(x: Tensor) -> int:
+    storage = _storage(x)
+    return 0 if storage is None else storage._cdata
+
+
+def _gives_tensors(output: Any) -> bool:
+    return output is None or next(_tensors((output,), {}), None) is not None
+
+
+def _leaves_of(output: Any) -> Iterator[Tensor]:
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from _leaves_of(list(leaf.values()))
+        elif hasattr(leaf, "__dataclass_fields__"):
+            yield from _leaves_of(list(vars(leaf).values()))
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def _versions(module: nn.Module, given: Iterable) -> list[int]:
+    own = [_version(b) for b in module.buffers()]
+    return own + [_version(x) for x in given if isinstance(x, Tensor)]
+
+
+def _host_states() -> tuple:
+    if numpy is None:
+        return random.getstate(), ()
+    _, words, *rest = numpy.random.get_state()
+    return random.getstate(), (words.tobytes(), *rest)
+
+
+def _device_states(tensors: Iterable) -> list[bytes]:
+    """The generators that an operation on these may draw from; none of them waits for the device."""
+    found = [torch.get_rng_state().numpy().tobytes() if numpy else bytes(torch.get_rng_state().tolist())]
+    for index in {x.device.index for x in tensors if isinstance(x, Tensor) and x.device.type == "cuda"}:
+        found.append(bytes(torch.cuda.get_rng_state(index).tolist()))
+    return found

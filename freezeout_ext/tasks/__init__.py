@@ -1,0 +1,58 @@
+"""Tasks: what is trained, apart from how its layers freeze. A user's own file, or a built-in task by its options.
+
+A `Task` is a frozen dataclass; all that a trainer needs of it:
+
+    task = load_task("my_task.py")                   # or "my_task.py:name"; checks it with two samples
+    task = built_in("cifar10", "wrn-16-2", data_dir="data", device="cuda")
+
+    model = task.make_model()                        # draws from torch's generator
+    optimizer = task.optimizer(model.parameters())   # the task's own, or AdamW
+    found = batches(task.train, batch_size, shuffle=True, seed=seed, epoch=epoch, first_step=step,
+                    collate=task.collate, workers=task.workers)
+    for inputs, targets in found:                    # tensors, or dicts, tuples and lists of tensors
+        loss, outputs = task.loss(model, (inputs, targets))   # criterion(call(model, inputs), targets)
+    loss, metric = task.evaluate(model, batches(task.evaluation, batch_size, ...))
+
+Order and augmentation are functions of (seed, epoch), whatever the number of workers and whatever was drawn before, so
+a run goes on at any step. `freezeout_ext.batch` has `size` (samples in a batch), `to` (onto a device), `part`.
+
+Data is a map-style dataset, or one that makes its batches itself on the device: `DeviceData`, and `images.Split` of
+the built-in sets. Both kinds give a feature cache its views: `dataset[i]` with seeded generators, or
+`batch(samples, seeds)` and `targets(samples)`.
+
+A `Metric` is sums that add up over batches and processes: `metric.value(total of metric.sums(outputs, targets))`. Its
+`name`, `higher_is_better`, `unit` and `text(value)` are for printing. Where `task.metric` is None, the loss is the
+metric (`task.metric_name` is "loss", lower is better).
+
+A fault of a task or its file is a `TaskFault`, a ValueError of one sentence with the line of the file.
+`faults_of(task.file)` turns what a user's lines raise later into one. `task.notes` are lines to print before a run.
+`task.fingerprint` changes with the code of the user's file, so that a run is not resumed with another task.
+"""
+
+from .batches import batches
+from .built_in import DATA, built_in
+from .device_data import DeviceData, uniform
+from .metrics import Metric, accuracy, mean_absolute_error, mean_iou, mean_of, rmse
+from .places import TaskFault
+from .task import Task, cross_entropy
+from .user_file import faults_of, is_file_of_task, load_task
+
+__all__ = [
+    "DATA",
+    "DeviceData",
+    "Metric",
+    "Task",
+    "TaskFault",
+    "accuracy",
+    "batches",
+    "built_in",
+    "cross_entropy",
+    "faults_of",
+    "is_file_of_task",
+    "load_task",
+    "mean_absolute_error",
+    "mean_iou",
+    "mean_of",
+    "rmse",
+    "uniform",
+]

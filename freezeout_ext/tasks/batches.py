@@ -1,0 +1,151 @@
+"""batches: a dataset's samples in batches whose order and augmentation are a function of (seed, epoch) alone."""
+
+import hashlib
+import multiprocessing
+import random
+import sys
+from collections import UserDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from ..batch import Batch
+
+
+def batches(
+    dataset: Any,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    drop_last: bool = False,
+    seed: int = 0,
+    epoch: int = 0,
+    first_step: int = 0,
+    collate: Callable[[list], Any] | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[tuple[Batch, Batch]]:
+    """Yields (inputs, targets) of one epoch.
+
+    A dataset that has a method `batches` makes its batches itself (see `DeviceData`). Of any other, sample i is taken
+    with torch's, numpy's and Python's generators seeded from (seed, epoch, i), in whatever process; those of the caller
+    stay as they are.
+
+    Args:
+        shuffle: a new order each epoch; else that of the dataset.
+        drop_last: leave out a last batch smaller than batch_size.
+        first_step: batches of this epoch to leave out, for resuming within it; they are not loaded.
+        collate: samples -> batch. Default: torch's.
+        workers: processes that load samples.
+
+    Raises:
+        ValueError: batch_size < 1 or first_step < 0.
+        TypeError: a batch that is no pair.
+    """
+    check_counts(batch_size, first_step)
+    if hasattr(dataset, "batches"):
+        options = {"shuffle": shuffle, "drop_last": drop_last, "seed": seed, "epoch": epoch, "first_step": first_step}
+        return dataset.batches(batch_size, **options)
+    samples = epoch_order(len(dataset), shuffle, seed, epoch)[first_step * batch_size :]
+    return _loaded(
+        _Seeded(dataset, seed, epoch),
+        batch_size=batch_size,
+        sampler=samples.tolist(),
+        collate_fn=collate or default_collate,
+        num_workers=workers,
+        drop_last=drop_last,
+        pin_memory=pin_memory,
+        multiprocessing_context=_context() if workers else None,
+    )
+
+
+def _loaded(dataset: "_Seeded", **options: Any) -> Iterator[tuple[Batch, Batch]]:
+    with kept_generators():
+        iterator = iter(DataLoader(dataset, **options))  # draws a seed for the workers
+    for batch in iterator:
+        yield as_batch(batch)
+
+
+def _context() -> str | None:
+    # A user's file is no module that a fresh process could import.
+    return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+
+
+def check_counts(batch_size: int, first_step: int) -> None:
+    for name, value, least in (("batch_size", batch_size, 1), ("first_step", first_step, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def epoch_order(count: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
+    """The samples 0 .. count - 1 in the order of an epoch, int64 [count]."""
+    return torch.randperm(count, generator=generator(seed, epoch)) if shuffle else torch.arange(count)
+
+
+def collated(dataset: Any, collate: Callable[[list], Any] | None, count: int) -> Batch:
+    """The first `count` samples as one batch."""
+    if hasattr(dataset, "batches"):
+        return next(iter(dataset.batches(min(count, len(dataset)))))
+    seeded = _Seeded(dataset, 0, 0)
+    return (collate or default_collate)([seeded[i] for i in range(min(count, len(dataset)))])
+
+
+def as_batch(batch: Batch) -> tuple[Batch, Batch]:
+    """The pair (inputs, targets) that a batch is; a dict with "labels" is the pair of all else and the labels.
+
+    Raises:
+        TypeError: the batch is neither.
+    """
+    if isinstance(batch, dict | UserDict) and "labels" in batch:
+        return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        what = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise TypeError(f'a batch must be a pair (inputs, targets) or a dict with "labels", got a {what}')
+    return batch[0], batch[1]
+
+
+def generator(*seeds: int) -> torch.Generator:
+    """A generator seeded by all of `seeds`; neighbouring ones do not share streams."""
+    return torch.Generator(device="cpu").manual_seed(hashed(*seeds))
+
+
+def hashed(*seeds: int) -> int:
+    """64 bits of the hash of `seeds`."""
+    return int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:8], "little")
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """torch's CPU generator, numpy's and Python's are afterwards as they were."""
+    numpy = sys.modules.get("numpy")
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        if numpy:
+            numpy.random.set_state(states[2])
+
+
+class _Seeded:
+    """dataset[i] as drawn by (seed, epoch, i)."""
+
+    def __init__(self, dataset: Any, seed: int, epoch: int) -> None:
+        self._dataset, self._seed, self._epoch = dataset, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, i: int) -> Any:
+        with kept_generators():
+            seed = hashed(self._seed, self._epoch, i)
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            if numpy := sys.modules.get("numpy"):
+                numpy.random.seed(seed % 2**32)
+            return self._dataset[i]

@@ -1,0 +1,102 @@
+"""DeviceData: a whole set as tensors on a device, whose batches are made and augmented there."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import check_counts, epoch_order, generator
+
+MOST_SEED = 2**63 - 1
+
+
+class DeviceData:
+    """inputs[b] = prepare(augment(inputs[b], seeds[b])): samples 0 .. N - 1 of one tensor, and their targets.
+
+    A map-style dataset too: sample i draws its seed from torch's generator.
+
+    Args:
+        inputs: of all samples, on the device on which batches are made.
+        targets: of all samples, on the same device.
+        augment: (inputs [B, ...], seeds) -> inputs [B, ...], drawn from the seeds alone, one a sample; see `uniform`.
+        prepare: inputs [B, ...] -> what the model takes, such as floats of bytes.
+
+    Shapes: inputs [N, ...], targets [N, ...], seeds int64 [B] on the CPU.
+
+    Raises:
+        ValueError: not as many targets as inputs.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        augment: Callable[[Tensor, Tensor], Tensor] | None = None,
+        prepare: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        if len(inputs) != len(targets):
+            raise ValueError(f"targets must be as many as inputs, {len(inputs)}, got {len(targets)}")
+        self._inputs, self._targets = inputs, targets
+        self._augment, self._prepare = augment, prepare
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def __getitem__(self, i: int) -> tuple[Any, Tensor]:
+        """(input, target) of sample i."""
+        sample = torch.arange(len(self))[i].reshape(1)
+        seeds = torch.randint(MOST_SEED, (1,), device="cpu")
+        return self.batch(sample, seeds)[0], self.targets(sample)[0]
+
+    def batch(self, samples: Tensor, seeds: Tensor) -> Any:
+        """The inputs of the samples, augmented as the seeds say.
+
+        Shapes: samples, seeds int64 [B] on the CPU.
+        """
+        inputs = self._inputs[samples.to(self._inputs.device)]
+        if self._augment is not None:
+            inputs = self._augment(inputs, seeds)
+        return inputs if self._prepare is None else self._prepare(inputs)
+
+    def targets(self, samples: Tensor) -> Tensor:
+        """The targets of the samples [B]."""
+        return self._targets[samples.to(self._targets.device)]
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        first_step: int = 0,
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """See `tasks.batches.batches`."""
+        check_counts(batch_size, first_step)
+        samples = epoch_order(len(self), shuffle, seed, epoch)
+        seeds = torch.randint(MOST_SEED, (len(self),), generator=generator(seed, epoch, 1))[samples]
+        end = len(self) - len(self) % batch_size if drop_last else len(self)
+        for start in range(first_step * batch_size, end, batch_size):
+            where = slice(start, min(start + batch_size, end))
+            yield self.batch(samples[where], seeds[where]), self.targets(samples[where])
+
+
+def uniform(seeds: Tensor, count: int) -> Tensor:
+    """u[b, j] = hash(seeds[b], j) / 2**24 in [0, 1): `count` random numbers of each seed, in whatever batch it comes.
+
+    Shapes: seeds int64 [B] -> float32 [B, count], on the device of the seeds.
+    """
+    j = torch.arange(1, count + 1, device=seeds.device)
+    # In parts of 32 bits, so that the shifts copy no sign.
+    x = _mixed(_mixed(seeds[:, None] & 0xFFFFFFFF) ^ ((seeds[:, None] >> 32) & 0xFFFFFFFF))
+    return (_mixed(x ^ _mixed(j * 0x9E3779B9 & 0xFFFFFFFF)) >> 8).to(torch.float32) / 2**24
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """MurmurHash3's finalizer, of 32 bits in an int64. Source: github.com/aappleby/smhasher, fmix32."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)

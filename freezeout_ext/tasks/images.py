@@ -1,0 +1,331 @@
+"""Whole image sets on the device: splits, batches cropped, flipped and normalised there, and the tasks of them."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .batches import check_counts, generator
+from .device_data import uniform
+from .nets import TIMM, find_net
+from .task import Task
+
+DIGITS_TEST_IMAGES = 450
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """What a set looks like, whether it is there or not.
+
+    Attributes:
+        shape: (C, H, W) of an image.
+        train_images: how many the whole set has.
+        padding, flip: the augmentation that suits it, see `Split`.
+    """
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    train_images: int
+    padding: int
+    flip: bool
+
+
+SETS = {
+    "digits": ImageSet((1, 8, 8), 10, 1347, padding=1, flip=False),
+    "cifar10": ImageSet((3, 32, 32), 10, 50_000, padding=4, flip=True),
+    "cifar100": ImageSet((3, 32, 32), 100, 50_000, padding=4, flip=True),
+}
+NAMES = tuple(SETS)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images with labels, and how inputs are made of them: a map-style dataset that also makes whole batches.
+
+    Attributes:
+        mean, std: one a channel, those of the training split with pixels in 0..1.
+        padding, flip: the augmentation that suits the set: shifts of up to `padding` pixels, and whether left and
+            right may be swapped.
+        augmented: whether samples and the batches of a task are augmented.
+        size: side of the inputs, to which the images are scaled; None leaves them as they are.
+        channels: of the inputs; images of one channel are repeated.
+    """
+
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    padding: int
+    flip: bool
+    augmented: bool = False
+    size: int | None = None
+    channels: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        """(input, target) of sample i; its augmentation draws from torch's generator."""
+        images = self.images[i : i + 1]
+        if self.augmented:
+            top, left = torch.randint(2 * self.padding + 1, (2, 1)).to(images.device)
+            flip = torch.randint(2, (1,)).bool().to(images.device) & self.flip
+            images = _crop_flip(images, top, left, flip, padding=self.padding)
+        return self.inputs(images)[0], self.labels[i]
+
+    def batch(self, samples: Tensor, seeds: Tensor) -> Tensor:
+        """The inputs of the samples; where the split is augmented each shift and flip follows from its seed alone.
+
+        Shapes: samples, seeds int64 [B] on the CPU -> float32 [B, C, H, W] on the split's device.
+        """
+        images = self.images[samples.to(self.images.device)]
+        if self.augmented:
+            draws = uniform(seeds, 3).to(images.device)
+            top, left = (draws[:, :2] * (2 * self.padding + 1)).long().T
+            flip = (draws[:, 2] < 0.5) & self.flip
+            images = _crop_flip(images, top, left, flip, padding=self.padding)
+        return self.inputs(images)
+
+    def targets(self, samples: Tensor) -> Tensor:
+        """The labels of the samples [B]."""
+        return self.labels[samples.to(self.labels.device)]
+
+    def batches(self, batch_size: int, **options) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `batches` below, augmented where the split is."""
+        return batches(self, batch_size, augment=self.augmented, **options)
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """uint8 [N, C, H, W] -> float32 (images / 255 - mean) / std, in the split's size and channels."""
+        shape, device = (1, -1, 1, 1), images.device
+        offset = (255 * torch.tensor(self.mean, device=device)).view(shape)
+        scale = (1 / (255 * torch.tensor(self.std, device=device))).view(shape)
+        if self.channels and self.channels != images.shape[1]:
+            images = images.expand(-1, self.channels, -1, -1)
+        found = images.to(torch.float32).sub_(offset).mul_(scale)
+        if self.size and self.size != found.shape[2]:
+            found = functional.interpolate(found, size=self.size, mode="bilinear", align_corners=False)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class DataSplits:
+    """The parts of a set. val is None unless asked for; conditions says what was loaded, in one line."""
+
+    train: Split
+    val: Split | None
+    test: Split
+    num_classes: int
+    conditions: str
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return tuple(self.train.images.shape[1:])
+
+
+def image_task(
+    data: DataSplits,
+    model: str,
+    *,
+    augment: bool = True,
+    image_size: int | None = None,
+    weights: str | None = None,
+    name: str = "images",
+) -> Task:
+    """The task of classifying a set with the net called `model`.
+
+    Args:
+        model, weights: see `nets.find_net`.
+        augment: shifts and flips, where they suit the set.
+        image_size: side to which the images are scaled; None leaves them.
+    """
+    channels, side, _ = data.image_shape
+    net = find_net(model, data.num_classes, in_channels=channels, image_size=image_size or side, weights=weights)
+
+    def prepared(split: Split, augmented: bool) -> Split:
+        statistics = {} if net.mean is None else {"mean": net.mean, "std": net.std}
+        return replace(split, augmented=augmented, size=image_size, channels=net.channels, **statistics)
+
+    fresh = not (net.notes or model.startswith(TIMM))
+    return Task(
+        make_model=net.make,
+        make_optimizer=_papers_optimizer if fresh else None,
+        epochs=30,
+        batch_size=64,
+        train=prepared(data.train, augment),
+        evaluation=prepared(data.test, False),
+        validation=None if data.val is None else prepared(data.val, False),
+        name=name,
+        notes=(data.conditions, *net.notes),
+    )
+
+
+def _papers_optimizer(parameters: Iterable) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+
+def random_images(name: str, count: int, seed: int = 0, device: str | torch.device = "cpu") -> DataSplits:
+    """`count` images of noise in the shape of the set called `name`, for measuring without it."""
+    known, drawn = SETS[name], generator(seed)
+    images = torch.randint(256, (count, *known.shape), dtype=torch.uint8, generator=drawn)
+    labels = torch.randint(known.num_classes, (count,), generator=drawn)
+    half = (0.5,) * known.shape[0]
+    split = Split(images.to(device), labels.to(device), half, half, known.padding, known.flip)
+    return DataSplits(split, None, split, known.num_classes, f"random images of {name}'s shape")
+
+
+def load_data(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    download: bool = False,
+    val_fraction: float = 0.0,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> DataSplits:
+    """The set called `name` on `device`, as uint8.
+
+    digits: scikit-learn's 1,797 images [1, 8, 8], of which 450, always the same, are the test split; needs no
+    data_dir. cifar10, cifar100: see `read_cifar`.
+
+    Args:
+        data_dir: the folder that holds cifar-10-batches-py or cifar-100-python.
+        download: fetch that folder into data_dir where it is missing.
+        val_fraction: part of the training images that become the validation split, at least one image, each class
+            in proportion, drawn by `seed`.
+
+    Raises:
+        ValueError: an argument out of its range; a corrupt file.
+        FileNotFoundError, ConnectionError: the folder is missing, or cannot be fetched.
+        ModuleNotFoundError: digits without scikit-learn, CIFAR without numpy.
+    """
+    if name not in NAMES:
+        raise ValueError(f"data must be one of {', '.join(NAMES)}, got {name!r}")
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
+    if name == "digits":
+        (images, labels), test, source = _read_digits()
+    else:
+        try:
+            from .cifar import read_cifar
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{name} needs numpy, found none: pip install 'freezeout_ext[train]'") from error
+        (images, labels), test, source = read_cifar(name, data_dir, download=download)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    if val_fraction:
+        count = max(1, round(val_fraction * len(labels)))
+        if count == len(labels):
+            raise ValueError(f"val_fraction must leave a training image of {len(labels)}, got {val_fraction}")
+        held = _held_out(labels, count, seed)
+    mean, std = _statistics(images[~held])
+
+    def split(images: Tensor, labels: Tensor) -> Split:
+        return Split(images.to(device), labels.to(device), mean, std, SETS[name].padding, SETS[name].flip)
+
+    train = split(images[~held], labels[~held])
+    val = split(images[held], labels[held]) if val_fraction else None
+    counts = f"{len(train):,} train + " + (f"{len(val):,} val + " if val else "") + f"{len(test[1]):,} test images"
+    return DataSplits(train, val, split(*test), SETS[name].num_classes, f"{name}: {counts}, {source}")
+
+
+def batches(
+    split: Split,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    augment: bool = False,
+    seed: int = 0,
+    epoch: int = 0,
+    first_step: int = 0,
+    drop_last: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (inputs, targets): inputs = (crop_flip(images) / 255 - mean) / std.
+
+    Order, shifts and flips are a function of (seed, epoch) alone, on any device, so a run can go on at any step.
+    Shifts are uniform in -padding..padding, the border is black.
+
+    Shapes: inputs float32 [B, C, H, W], targets int64 [B], on the split's device; the last batch may be smaller.
+
+    Args:
+        shuffle: a new order each epoch; else that of the split.
+        augment: random shifts, and flips where they suit the set.
+        first_step: batches of this epoch to leave out, for resuming within it.
+        drop_last: leave out a last batch smaller than batch_size.
+
+    Raises:
+        ValueError: batch_size < 1 or first_step < 0.
+    """
+    check_counts(batch_size, first_step)
+    return _batches(split, batch_size, shuffle, augment, generator(seed, epoch), first_step, drop_last)
+
+
+def _batches(split, batch_size, shuffle, augment, drawn, first_step, drop_last):
+    n, padding, device = len(split), split.padding, split.images.device
+    # All of the epoch at once: one copy to the device, and every draw is made whatever is used of it.
+    order = torch.randperm(n, generator=drawn) if shuffle else torch.arange(n)
+    shifts = torch.randint(2 * padding + 1, (2, n), generator=drawn)
+    flips = torch.randint(2, (n,), generator=drawn).bool() & split.flip
+    order, shifts, flips = order.to(device), shifts.to(device), flips.to(device)
+    end = n - n % batch_size if drop_last else n
+    for start in range(first_step * batch_size, end, batch_size):
+        where = slice(start, start + batch_size)
+        images = split.images[order[where]]
+        if augment:
+            images = _crop_flip(images, *shifts[:, where], flips[where], padding=padding)
+        yield split.inputs(images), split.labels[order[where]]
+
+
+def _crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, *, padding: int) -> Tensor:
+    """y[n, :, h, w] = pad(x)[n, :, top_n + h, left_n + w], then w reversed where flip_n.
+
+    Shapes: images [N, C, H, W]; top, left int64 [N] in 0..2 * padding, flip bool [N].
+    """
+    height, width = images.shape[2:]
+    # A view of all crops, [N, C, 2 * padding + 1, 2 * padding + 1, H, W]; the indexing copies one for each image.
+    crops = functional.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    chosen = crops[torch.arange(len(images), device=images.device), :, top, left]
+    return torch.where(flip.view(-1, 1, 1, 1), chosen.flip(3), chosen)
+
+
+def _held_out(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Mask [N] of `count` images drawn by seed, each class in proportion (largest remainders)."""
+    order = torch.randperm(len(labels), generator=generator(seed))
+    share = torch.bincount(labels) * count
+    quota = share // len(labels)
+    quota[(share % len(labels)).argsort(descending=True, stable=True)[: count - int(quota.sum())]] += 1
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label, wanted in enumerate(quota.tolist()):
+        held[order[labels[order] == label][:wanted]] = True
+    return held
+
+
+def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, pixels in 0..1: uint8 [N, C, H, W] -> C numbers each."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    # From counts: exact, and no float copy of the set.
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+    weights = counts / counts.sum(1, keepdim=True, dtype=torch.float64)
+    mean = weights @ values
+    variance = (weights * (values - mean[:, None]).square()).sum(1)
+    # A channel of one value has nothing to scale.
+    std = variance.sqrt().where(variance > 0, 1.0)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _read_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], str]:
+    try:
+        import sklearn
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        message = "digits needs scikit-learn, found none: pip install 'freezeout_ext[train]'"
+        raise ModuleNotFoundError(message) from error
+    digits = load_digits()
+    # Pixels are 0..16; times 15 they fill a byte and stay exact.
+    images = torch.from_numpy(digits.images).mul(15).to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(digits.target).to(torch.int64)
+    test = _held_out(labels, DIGITS_TEST_IMAGES, seed=0)
+    source = f"scikit-learn {sklearn.__version__}"
+    return (images[~test], labels[~test]), (images[test], labels[test]), source

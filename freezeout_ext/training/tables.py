@@ -1,0 +1,305 @@
+"""The texts of runs and comparisons: lines, and tables of phases, arms and traffic."""
+
+from collections.abc import Sequence
+
+from ..text import table
+
+# A difference that chance makes less often than this has a winner.
+CLEAR = 0.05
+
+
+def comparison_tables(summary: dict) -> str:
+    """The text that `freezeout compare` ends in."""
+    where = summary["conditions"]
+    device = where["device"]
+    if device == "cpu":
+        device += f" ({where['cpu']}), {where['threads']} thread{'s' * (where['threads'] != 1)}"
+    parts = [
+        f"{what_was_trained(summary['config'])}, seeds {', '.join(map(str, summary['seeds']))}\n"
+        f"{device}; torch {where['torch']}, commit {where['commit'] or '-'}",
+        table(arms_rows(summary), left=[0]),
+    ]
+    for arm in summary["arms"]:
+        if arm.get("features"):
+            parts.append(f"{arm['name']}:\n{arm['features']['text']}")
+        if arm["kind"] == "freezeout" and arm["transitions"]:
+            rows = phases_rows(arm["phases"], arm["transitions"], arm["num_layers"])
+            text = "\n".join(filter(None, (graphs_text(arm), engagement_text(arm))))
+            parts.append(f"{arm['name']}: between its transitions\n{table(rows, left=[2])}\n{text}")
+    parts.append(
+        "p: two-sided paired t-test over the seeds, of the difference to full training; ahead: of full training on a"
+        " cosine shortened to the same seconds. ms/step: median over the steps between two transitions."
+        f" peak memory: {summary['memory_measured']}."
+    )
+    parts.append(verdict(summary))
+    return "\n\n".join(parts)
+
+
+def what_was_trained(config: dict) -> str:
+    net = "" if config["model"] == "own" else f", {config['model']}"
+    lr = "" if config["lr"] is None else f" lr {config['lr']:g}"
+    optimizer = "its own optimizer" if config["optimizer"] == "task" else config["optimizer"]
+    return f"{config['data']}{net}, batch {config['batch_size']}, {optimizer}{lr}"
+
+
+def verdict(summary: dict) -> str:
+    """Who won, in one sentence: the freezing arm that is most ahead of full training at equal seconds, or not ahead.
+
+    With several such arms the chance that one of them is ahead by accident is as many times larger: p is multiplied by
+    their number (Bonferroni).
+    """
+    judge = judge_of(summary)
+    metric = judge.removeprefix("test_")
+    rated = [arm for arm in summary["arms"] if "ahead_of_rival" in arm]
+    if not rated:
+        best = _best(summary["arms"], judge, summary["metric"]["higher_is_better"] if "metric" in summary else True)
+        return (
+            f"Nobody won: no arm stood against a cosine shortened to its own seconds. Best test {metric}:"
+            f" {metric_text(metric, best[judge]['mean'])}, {best['name']}."
+        )
+    arm = max(rated, key=lambda each: each["ahead_of_rival"]["mean"])
+    lead = arm["ahead_of_rival"]
+    seconds = f"{arm['train_seconds']['mean']:.1f} s against {lead['seconds']:.1f} s"
+    by = _lead_text(metric, lead)
+    n = lead["n"]
+    if lead["sd"] is None:
+        return (
+            f"Nobody won: one seed shows no winner. {arm['name']} ended {by} {_side(lead)} {lead['rival']} ({seconds});"
+            " take --seeds 5."
+        )
+    if lead["test"]["p"] is None:
+        return f"Nobody won: all {n} seeds show {arm['name']} {by} {_side(lead)} {lead['rival']}, without a scatter."
+    p = min(1.0, lead["test"]["p"] * len(rated))
+    several = f", p times {len(rated)} for as many arms" if len(rated) > 1 else ""
+    error = _lead_text(metric, lead, lead["sd"] / n**0.5)
+    how_sure = f"(standard error {error}, p = {p:.2g}, n = {n}{several}; {seconds})"
+    if p >= CLEAR:
+        return f"Nobody won: {arm['name']} ended {by} {_side(lead)} {lead['rival']}, within the noise {how_sure}."
+    if lead["mean"] > 0:
+        return f"{arm['name']} won: at equal seconds it is {by} ahead of {lead['rival']} {how_sure}."
+    return f"Full training won: shortened to equal seconds, {lead['rival']} is {by} ahead of {arm['name']} {how_sure}."
+
+
+def _side(lead: dict) -> str:
+    return "ahead of" if lead["mean"] >= 0 else "behind"
+
+
+def _lead_text(metric: str, lead: dict, value: float | None = None) -> str:
+    value = abs(lead["mean"]) if value is None else value
+    return f"{100 * value:.2f} points of {metric}" if in_percent(metric) else f"{value:.4g} of {metric}"
+
+
+def _best(arms: list[dict], judge: str, higher_is_better: bool) -> dict:
+    return max(arms, key=lambda arm: arm[judge]["mean"] if higher_is_better else -arm[judge]["mean"])
+
+
+def judge_of(summary: dict) -> str:
+    """The name of the evaluation's metric in a summary; earlier versions knew accuracy alone."""
+    return f"test_{summary['metric']['name']}" if "metric" in summary else "test_accuracy"
+
+
+def arms_rows(summary: dict) -> list[tuple[str, ...]]:
+    """One row an arm, header first."""
+    arms, judge = summary["arms"], judge_of(summary)
+    metric = judge.removeprefix("test_")
+    factor, digits, unit = (100, 2, ", %") if in_percent(metric) else (1, 4, "")
+    targets = [found["accuracy"] for found in arms[0]["time_to_accuracy"]]
+    is_rated = any("ahead_of_rival" in arm for arm in arms)
+    header = ("", f"test {metric}{unit}", "over full", "p", *(("ahead", "p") if is_rated else ()), "seconds", "saved")
+    header += ("steps", "ms/step", "peak MiB", *(f"s to {metric_target(metric, target)}" for target in targets))
+    rows = [header]
+    for arm in arms:
+        gain, ratio, lead = arm.get("accuracy_over_full"), arm.get("seconds_over_full"), arm.get("ahead_of_rival")
+        first, last = arm["phases"][0], arm["phases"][-1]
+        ahead = [_mean_sd(lead, factor, digits, sign="+"), _p(lead["test"])] if lead else ["", ""]
+        rows.append(
+            (
+                arm["name"],
+                f"{_mean_sd(arm[judge], factor, digits)} (n={arm[judge]['n']})",
+                _mean_sd(gain, factor, digits, sign="+") if gain else "",
+                _p(arm.get("accuracy_over_full_test")),
+                *(ahead if is_rated else ()),
+                _mean_sd(arm["train_seconds"], 1, 2),
+                f"{100 * (1 - ratio['mean']):.1f} %" if ratio else "",
+                str(arm["total_steps"]),
+                _change(first["seconds_per_step"], last["seconds_per_step"], 1e3, 2),
+                _change(first["memory_bytes"], last["memory_bytes"], 2**-20, 1),
+                *(_time_to(found, arm[judge]["n"]) for found in arm["time_to_accuracy"]),
+            )
+        )
+    return rows
+
+
+def metric_target(metric: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if in_percent(metric) else f"{value:.4g}"
+
+
+def _p(test: dict | None) -> str:
+    return "" if test is None or test["p"] is None else f"{test['p']:.3f}"
+
+
+def _change(before: float | None, after: float | None, factor: float, digits: int) -> str:
+    texts = ["-" if value is None else f"{value * factor:.{digits}f}" for value in (before, after)]
+    return texts[0] if texts[0] == texts[1] else " -> ".join(texts)
+
+
+def _time_to(found: dict, runs: int) -> str:
+    if found["seconds"] is None:
+        return "never"
+    part = "" if found["reached"] == runs else f" ({found['reached']} of {runs})"
+    return f"{found['seconds']['mean']:.2f}{part}"
+
+
+def _mean_sd(values: dict, factor: float, digits: int, sign: str = "") -> str:
+    mean = f"{values['mean'] * factor:{sign}.{digits}f}"
+    return mean if values["sd"] is None else f"{mean} ± {values['sd'] * factor:.{digits}f}"
+
+
+def epoch_line(row: dict, epochs: int, num_layers: int) -> str:
+    metric = metric_of(row)
+    judged = "".join(
+        f"  {split} {metric_text(metric, row[f'{split}_{metric}'])}"
+        for split in ("train", "val", "test")
+        if f"{split}_{metric}" in row and not (split == "train" and metric == "loss")
+    )
+    return (
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}{judged}"
+        f"  frozen {row['num_frozen']:>{len(str(num_layers))}}/{num_layers}"
+        f"  {milliseconds(row['seconds_per_step'])}/step"
+        f"  {row['examples_per_second']:,.0f} samples/s  {mebibytes(row['peak_memory_bytes'])}"
+    )
+
+
+def transition_line(transition: dict, num_layers: int) -> str:
+    before, after = transition["seconds_per_step_before"], transition["seconds_per_step_after"]
+    return (
+        f"step {transition['step']}: froze {', '.join(transition['layers'])}"
+        f" ({transition['num_frozen']} of {num_layers} layers; {transition['parameters_frozen']:,} parameters,"
+        f" {transition['state_bytes_freed']:,} bytes of optimizer state freed);"
+        f" {milliseconds(before)} -> {milliseconds(after)} a step"
+    )
+
+
+def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) -> list[tuple[str, ...]]:
+    """A row for each stretch between two transitions, header first; what a step saves there where that is known."""
+    opened_by = {t["num_frozen"]: t for t in transitions}
+    header = ["from step", "frozen", "newly frozen", "steps", "ms/step", "peak MiB"]
+    is_engaged = any("predicted_saving" in t for t in transitions)
+    rows = [tuple(header + ["saved, predicted", "measured", "engagement"] * is_engaged)]
+    for phase in phases:
+        transition = opened_by.get(phase["num_frozen"])
+        row = [
+            str(phase["first_step"]),
+            f"{phase['num_frozen']} of {num_layers}",
+            _names(transition["layers"]) if transition else "",
+            str(phase["steps"]),
+            _number(phase["seconds_per_step"], 1e3, 2),
+            _number(phase["memory_bytes"], 2**-20, 1),
+        ]
+        if is_engaged:
+            row += saving_cells(transition) if transition else [""] * 3
+        rows.append(tuple(row))
+    return rows
+
+
+def saving_cells(row: dict) -> list[str]:
+    """Predicted, measured, engagement: the numbers and their standard deviations."""
+    measured, ratio = row["measured_saving"], row["engagement"]
+    if row["measured_error"] is None:
+        engagement = "-"  # too few steps
+    elif ratio is None:
+        engagement = "in the noise"
+    else:
+        engagement = f"{ratio:.2f} ± {row['engagement_error']:.2f}"
+    return [
+        _percent_error(row["predicted_saving"], row["predicted_error"]),
+        _percent_error(measured, row["measured_error"]),
+        engagement,
+    ]
+
+
+def _names(layers: Sequence[str]) -> str:
+    return ", ".join(layers) if len(layers) < 3 else f"{layers[0]} .. {layers[-1]}"
+
+
+def _percent_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
+
+
+def graphs_text(result: dict) -> str:
+    """How often torch.compile compiled, "" where it was not asked."""
+    graphs = result.get("graphs_compiled") or {}
+    counts = ", ".join(f"{count} with {k} frozen" for k, count in graphs.items())
+    return f"graphs compiled: {counts}" if counts else ""
+
+
+def run_summary(result: dict) -> str:
+    """The table of a run's phases, and its last line."""
+    metric = metric_of(result)
+    compiled = f"{text}\n" if (text := graphs_text(result)) else ""
+    rows = phases_rows(result["phases"], result["transitions"], len(result["layers"]))
+    return (
+        f"{table(rows, left=[2])}\npeak memory: {result['memory_measured']}\n{compiled}"
+        f"test {metric} {metric_text(metric, result[f'test_{metric}'])} after {result['total_steps']} steps,"
+        f" {result['train_seconds']:.1f} s of training"
+    )
+
+
+def metric_of(row: dict) -> str:
+    """The name of the metric in a row of a log, or in a result: "loss" where there is no other."""
+    names = [name.removeprefix("test_") for name in row if name.startswith("test_")]
+    return next((name for name in names if name != "loss"), "loss")
+
+
+def in_percent(metric: str) -> bool:
+    """Whether a metric is shown in percent: accuracies are."""
+    return metric.endswith("accuracy")
+
+
+def metric_text(metric: str, value: float) -> str:
+    return percent(value) if in_percent(metric) else f"{value:.4f}"
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "- ms" if seconds is None else f"{1000 * seconds:.2f} ms"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _number(value: float | None, factor: float, digits: int) -> str:
+    return "-" if value is None else f"{value * factor:.{digits}f}"
+
+
+def engagement_text(result: dict) -> str:
+    """What stands below the table of a result (or an arm of a comparison): the whole run's line and the warnings."""
+    found = result.get("engagement")
+    if not found or not result["transitions"]:
+        return ""
+    lines = [f"saved of the {found['clock']} of a step with nothing frozen; predicted: {found['source']}"]
+    if found["whole_run"]["measured_saving"] is not None:
+        predicted, measured, engagement = saving_cells(found["whole_run"])
+        lines.append(f"all steps: predicted {predicted}, measured {measured}, engagement {engagement}")
+    return "\n".join(lines + [f"warning: {text}" for text in found["warnings"]])
+
+
+def traffic_table(result: dict) -> str:
+    """What each rank sent a step, from each time that DDP was wrapped on."""
+    rows = [("from step", "layers frozen", "KiB of gradients a step", "KiB of buffers")]
+    for t in result["traffic"]:
+        kib = [f"{t[name] / 1024:,.1f}" for name in ("gradient_bytes", "buffer_bytes")]
+        rows.append((str(t["step"]), f"{t['num_frozen']} of {len(result['layers'])}", *kib))
+    return table(rows)

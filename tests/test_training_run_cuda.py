@@ -1,0 +1,121 @@
+"""Training runs on a GPU as the command line makes them: eager and graphed, prefixes, precisions, a stop and a resume.
+
+What needs no GPU runs on the CPU too.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+
+from freezeout_ext.tasks.images import image_task, load_data
+from freezeout_ext.training.compare import Comparison, make_arms
+from freezeout_ext.training.config import TrainConfig
+from freezeout_ext.training.measure import COUNTED_MEMORY, CUDA_MEMORY
+from freezeout_ext.training.reporters import Reporter
+from freezeout_ext.training.run import Run
+
+
+def on_gpu(*values):
+    return pytest.param("cuda", *values, marks=pytest.mark.cuda)
+
+
+# 14 steps an epoch; 4 of the 5 layers freeze on the way.
+CONFIG = TrainConfig(
+    model="wrn-10-1", epochs=6, batch_size=96, lr=0.05, t_0=0.5, how_scale="cubic", amp="off", threads=1,
+    deterministic=True,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """A run sets torch's own; later tests want theirs."""
+    yield
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return {}
+
+
+def data_on(device, digits):
+    if device not in digits:
+        digits[device] = load_data("digits", device=device)
+    return digits[device]
+
+
+def train(config, out, digits, *, resume=False, reporter=None):
+    task = image_task(data_on(config.device, digits), config.model)
+    return Run.prepare(config, out, resume=resume, task=task).train(reporter or Reporter())
+
+
+@pytest.mark.parametrize(
+    ("device", "graph", "prefix"),
+    [
+        ("cpu", True, "exact"),  # the logic; the CPU's own tests are in test_loop.py
+        *(on_gpu(graph, prefix) for graph in (False, True) for prefix in ("off", "exact", "bf16")),
+    ],
+)
+def test_a_run_learns_the_digits(graph, prefix, device, digits, tmp_path):
+    config = replace(CONFIG, device=device, graph=graph, prefix=prefix)
+    result = train(config, tmp_path / "run", digits)
+    assert result["test_accuracy"] > 0.6
+    assert len(result["transitions"]) == 4 and result["memory_measured"] == (
+        CUDA_MEMORY if device == "cuda" else COUNTED_MEMORY
+    )
+    phases = result["phases"]
+    assert [phase["num_frozen"] for phase in phases] == [0, 1, 2, 3, 4]
+    assert all(phase["memory_bytes"] > 0 for phase in phases)
+    assert result["peak_memory_bytes"] == max(phase["memory_bytes"] for phase in phases)
+    assert result["conditions"]["device"] == (torch.cuda.get_device_name() if device == "cuda" else "cpu")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("optimizer", ["fused-sgd", "sgd", "adamw"])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_graphed_mixed_precision(amp, optimizer, digits, tmp_path):
+    config = replace(CONFIG, device="cuda", graph=True, amp=amp, optimizer=optimizer, lr=None)
+    assert train(config, tmp_path / "run", digits)["test_accuracy"] > 0.6
+
+
+class Stop(Reporter):
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def epoch(self, row):
+        if row["epoch"] == self.epochs:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("device", "graph", "prefix"),
+    [("cpu", True, "exact"), on_gpu(False, "exact"), on_gpu(True, "exact"), on_gpu(True, "off")],
+)
+def test_a_stopped_run_ends_in_the_same_weights(graph, prefix, device, digits, tmp_path):
+    config = replace(CONFIG, device=device, graph=graph, prefix=prefix)
+    train(config, tmp_path / "whole", digits)
+    for epoch in (1, 4):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "parts", digits, resume=True, reporter=Stop(epoch))
+    train(config, tmp_path / "parts", digits, resume=True)
+    whole, parts = (torch.load(tmp_path / name / "checkpoint.pt", map_location="cpu") for name in ("whole", "parts"))
+    for (name, a), b in zip(whole["model"].items(), parts["model"].values(), strict=True):
+        # A graph's rates are cos^2 of half the angle, an eager step's (1 + cos) / 2 in the host's arithmetic; after a
+        # resume other steps are eager. Both come from the device's counter with FusedSGD, so they are the same.
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.cuda
+def test_compare_on_a_gpu(tmp_path):
+    base = replace(CONFIG, device="cuda", epochs=3)
+    arms = make_arms(["full", "freezeout", "short"], [0.5], ["cubic"])
+    task = image_task(load_data("digits", device="cuda"), base.model)
+    summary = Comparison(base, tmp_path / "out", arms=arms, seeds=[0], task=task).run(
+        lambda title: Reporter(), say=lambda text: None
+    )
+    assert [arm["kind"] for arm in summary["arms"]] == ["full", "freezeout", "short"]
+    assert all(arm["peak_memory_bytes"] > 0 for arm in summary["arms"])
