@@ -158,14 +158,14 @@ def test_a_truncated_jpeg_is_found(tmp_path):
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="data_dir must be the folder whose subfolders are the classes, got None"):
         make(None)
-    with pytest.raises(ValueError, match="data_dir must be a folder, .*none is none"):
+    with pytest.raises(ValueError, match=r"data_dir must be a folder, .*none is none"):
         make(tmp_path / "none")
     photo(tmp_path / "one" / "a.png")
     with pytest.raises(ValueError, match="must have a subfolder for each of at least two classes, it has 1"):
         make(tmp_path)
     (tmp_path / "two").mkdir()
     photo(tmp_path / "one" / "b.png")
-    with pytest.raises(ValueError, match="must hold a training image of each class, .* has none of two"):
+    with pytest.raises(ValueError, match=r"must hold a training image of each class, .* has none of two"):
         make(tmp_path)
     with pytest.raises(ValueError, match="image_size must be >= 8, got 4"):
         built_in("imagefolder", "wrn-10-1", data_dir=tmp_path, image_size=4)

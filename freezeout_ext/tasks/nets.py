@@ -54,8 +54,8 @@ def find_net(
         name: a form of net_names().
         in_channels: of the images; nets that are not the paper's take three all the same.
         weights: a file with a state dict (torch's or safetensors); "efficientnet-lite0": those of its package, for that
-            net or timm/tf_efficientnet_lite0; "pretrained": that package's for efficientnet-lite0, for a net of timm its
-            own, from the Hugging Face hub or its cache. Where the number of classes differs, the head is new.
+            net or timm/tf_efficientnet_lite0; "pretrained": that package's for efficientnet-lite0, for a net of timm
+            its own, from the Hugging Face hub or its cache. Where the number of classes differs, the head is new.
 
     Raises:
         ValueError: no such net, or weights of another one.
