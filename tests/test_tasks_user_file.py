@@ -87,7 +87,8 @@ def test_what_names_a_file():
          f"my_task.py, line {LINE}: ValueError: batch_size must be >= 1, got 0"),
         ("task = Task(make_model=net, train=TensorDataset(torch.ones(0, 4)), evaluation=data)\n",
          f"my_task.py, line {LINE}: ValueError: train must hold at least one sample, got none"),
-        ("class D(IterableDataset):\n    def __iter__(self):\n        return iter(data)\ntask = Task(make_model=net, train=D(), evaluation=data)\n",
+        ("class D(IterableDataset):\n    def __iter__(self):\n        return iter(data)\n"
+         "task = Task(make_model=net, train=D(), evaluation=data)\n",
          f"my_task.py, line {LINE + 3}: TypeError: train must be a map-style dataset, with __len__ and __getitem__"),
         ("task = Task(make_model=net, train=data, evaluation=data, metric=F.l1_loss)\n",
          f"my_task.py, line {LINE}: TypeError: metric must be a Metric, such as mean_of"),
@@ -139,10 +140,10 @@ def test_a_missing_file_or_name(tmp_path):
     with pytest.raises(TaskFault, match=r"task must be a Python file, .*, .*none\.py is none"):
         load_task(str(tmp_path / "none.py"))
     path = write(tmp_path, GOOD)
-    with pytest.raises(TaskFault, match="must define flowers, .*; it holds my_task.py:task"):
+    with pytest.raises(TaskFault, match=r"must define flowers, .*; it holds my_task.py:task"):
         load_task(f"{path}:flowers")
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(TaskFault, match="my_task.py must be a Python file in UTF-8"):
+    with pytest.raises(TaskFault, match=r"my_task\.py must be a Python file in UTF-8"):
         load_task(str(path))
 
 

@@ -54,8 +54,8 @@ def find_net(
         name: a form of net_names().
         in_channels: of the images; nets that are not the paper's take three all the same.
         weights: a file with a state dict (torch's or safetensors); "efficientnet-lite0": those of its package, for that
-            net or timm/tf_efficientnet_lite0; "pretrained": that package's, or for another net of timm its own, from
-            the Hugging Face hub or its cache. Where the number of classes differs, the head stays freshly initialised.
+            net or timm/tf_efficientnet_lite0; "pretrained": that package's for efficientnet-lite0, for a net of timm
+            its own, from the Hugging Face hub or its cache. Where the number of classes differs, the head is new.
 
     Raises:
         ValueError: no such net, or weights of another one.
@@ -129,9 +129,7 @@ def _timms_weights(name: str, image_size: int) -> State:
             net = timm.create_model(short, pretrained=True, **_sized(timm.get_pretrained_cfg(short), image_size))
     except Exception as error:  # of the hub's client, which raises its own and its transport's
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"weights of {name} are neither in the cache nor on the hub, or out of reach: {reason}"
-        ) from error
+        raise ValueError(f"weights of {name} must be in the hub's cache or within reach: {reason}") from error
     return net.state_dict()
 
 
