@@ -376,7 +376,7 @@ class FeatureCache:
             if base is None:
                 self._need_inputs(absent[places])
             some = sliced((args, kwargs), places, len(keys))
-            with self._from(base, keys[places], length):
+            with self._from(base, keys[places], some):
                 watch = self._watch_of("prefix")
                 watch.start()
                 computed = frontier.computed(original, *some)
@@ -409,7 +409,7 @@ class FeatureCache:
         if base is None:
             self._need_inputs(absent)
         watch = self._watch_of("prefix")
-        with self._from(base, keys, _length(args, kwargs, now.frontier)):
+        with self._from(base, keys, (args, kwargs)):
             watch.start()
             with now.frontier.recorded(on_last=lambda: watch.stop(len(keys) if base is None else 0)) as rows:
                 output = original(*args, **kwargs)
@@ -429,10 +429,9 @@ class FeatureCache:
             if now is None:
                 return self._as_ever(original, args, kwargs, absent)
             return self._filling(now, original, args, kwargs, keys, now.store.has(keys), absent)
-        length = None if base is None else _length(args, kwargs, base.frontier)
         forward = Forward(
             self._model, original, args, kwargs, self._frozen_modules(), len(keys), self._lengths_of(kwargs),
-            lambda part: self._from(base, keys if part is None else keys[part], length),
+            lambda part: self._from(base, keys if part is None else keys[part], (args, kwargs)),
         )  # fmt: skip
         output, frontier = forward.watched(self._num_frozen, self.dtype, aliases=self._aliases)
         if isinstance(frontier, Seen) and not self._aliases:
@@ -509,11 +508,12 @@ class FeatureCache:
         return next((g for g in reversed(self._generations) if bool(g.store.has(keys).all())), None)
 
     @contextmanager
-    def _from(self, base: Generation | None, keys: Tensor, length: int | None) -> Iterator[None]:
+    def _from(self, base: Generation | None, keys: Tensor, inputs: tuple) -> Iterator[None]:
         """Kept rows of fewer layers in place of these, the other frozen modules as they are."""
         with ExitStack() as stack:
             if base is not None:
                 stack.enter_context(self._paused())
+                length = _length(*inputs, base.frontier)
                 rows = base.store.gather(keys, self._device(), length=length)
                 stack.enter_context(base.frontier.replaced(rows, length, whole=False))
             yield

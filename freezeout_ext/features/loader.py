@@ -245,9 +245,14 @@ class _Items:
         if not leaves or not all(isinstance(x, Tensor) and x.dim() and len(x) == len(keys) for x in leaves):
             self._off = True  # nothing to take rows of
             return
-        if self.template is None or self.template[1] != spec:
+        if self.template is None:
             self.template = [x[0].detach().clone() for x in leaves], spec
-            self._store = None
+        elif self.template[1] != spec or any(
+            x.shape[1:] != like.shape for x, like in zip(leaves, self.template[0], strict=True)
+        ):
+            # Padded batches and the like: nothing says what a sample that is not read would be padded to.
+            self._store, self._off = None, True
+            return
         needless = self._needless()
         if needless is None:
             return

@@ -93,6 +93,11 @@ class Watch(TorchDispatchMode):
         self._input_storages = {_address(x) for x in self.inputs if isinstance(x, Tensor)}
         self._own_storages = {_address(t) for t in self._state_tensors.values()}
         self._host_states = _host_states()
+        self._dropouts = [
+            name
+            for name, m in model.named_modules()
+            if m not in inside and isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p
+        ]
 
     # The forward
 
@@ -115,7 +120,8 @@ class Watch(TorchDispatchMode):
             advice = ": set model.config.use_cache = False" if "Cache" in kind else ""
             self._refuse(f"{name} is handed a {kind}, which it may change{advice}")
         if RANDOM in taint or _host_states() != self._host_states:
-            self._refuse(f"random numbers are drawn in front of {name}, such as by a dropout that still trains")
+            advice = f": set p = 0 in {', '.join(self._dropouts[:3])}, or name it in layers=" if self._dropouts else ""
+            self._refuse(f"random numbers are drawn in front of {name}, and differ at every step{advice}")
         if INSIDE in taint:
             self._refuse(f"{name} reads a value from inside a frozen module")
         if module in self._called:
@@ -148,7 +154,7 @@ class Watch(TorchDispatchMode):
             if self._state_tensors[name]._version != self._versions.get(name, self._state_tensors[name]._version):
                 self._refuse(f"{name} goes into frozen modules and changes in each forward")
         if self.refusals:
-            raise Refused("; ".join(dict.fromkeys(self.refusals)))
+            raise Refused("; ".join(list(dict.fromkeys(self.refusals))[:3]))
 
     def _source(self, name: str, module: nn.Module, output: Any, given: Taint) -> None:
         try:

@@ -1,8 +1,8 @@
 """Whole runs on real CIFAR-100: full training, freezing, freezing with kept features, and cosines as short as these.
 
-    python bench/bench_finetune.py --data-dir DIR --task finetune --out OUT --seeds 5
-    python bench/bench_finetune.py --data-dir DIR --task scratch --out OUT --seeds 5
-    python bench/bench_finetune.py --task finetune --out OUT --json bench/results/finetune.json   # what is there by then
+    python bench/bench_kept_runs.py --data-dir DIR --task finetune --out OUT --seeds 5
+    python bench/bench_kept_runs.py --data-dir DIR --task scratch --out OUT --seeds 5
+    python bench/bench_kept_runs.py --task finetune --out OUT --json bench/results/kept_runs.json   # what is there by then
 
 DIR holds the official cifar-100-python folder with all 10,000 test images. finetune: a small VGG trained on 50 classes
 (5 epochs), then on the other 50 with 40 images a class for 8 epochs; the test is the 5,000 official images of these 50.
