@@ -83,7 +83,11 @@ def check_counts(batch_size: int, first_step: int) -> None:
 
 def epoch_order(count: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
     """The samples 0 .. count - 1 in the order of an epoch, int64 [count]."""
-    return torch.randperm(count, generator=generator(seed, epoch)) if shuffle else torch.arange(count)
+    return (
+        torch.randperm(count, generator=generator(seed, epoch), device="cpu")
+        if shuffle
+        else torch.arange(count, device="cpu")
+    )
 
 
 def collated(dataset: Any, collate: Callable[[list], Any] | None, count: int) -> Batch:

@@ -46,7 +46,7 @@ class DeviceData:
 
     def __getitem__(self, i: int) -> tuple[Any, Tensor]:
         """(input, target) of sample i."""
-        sample = torch.arange(len(self))[i].reshape(1)
+        sample = torch.arange(len(self), device="cpu")[i].reshape(1)
         seeds = torch.randint(MOST_SEED, (1,), device="cpu")
         return self.batch(sample, seeds)[0], self.targets(sample)[0]
 
@@ -77,7 +77,7 @@ class DeviceData:
         """See `tasks.batches.batches`."""
         check_counts(batch_size, first_step)
         samples = epoch_order(len(self), shuffle, seed, epoch)
-        seeds = torch.randint(MOST_SEED, (len(self),), generator=generator(seed, epoch, 1))[samples]
+        seeds = torch.randint(MOST_SEED, (len(self),), generator=generator(seed, epoch, 1), device="cpu")[samples]
         end = len(self) - len(self) % batch_size if drop_last else len(self)
         for start in range(first_step * batch_size, end, batch_size):
             where = slice(start, min(start + batch_size, end))

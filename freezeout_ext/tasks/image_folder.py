@@ -40,7 +40,7 @@ class ImageFiles:
         std: Sequence[float] = STD,
     ) -> None:
         self.files, self.size, self.augmented = list(files), size, augmented
-        self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self._mean, self._std = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in (mean, std))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -55,7 +55,7 @@ class ImageFiles:
         image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         pixels = pixels.view(self.size, self.size, 3).permute(2, 0, 1).float().div_(255)
-        if self.augmented and torch.rand(()) < 0.5:
+        if self.augmented and torch.rand((), device="cpu") < 0.5:
             pixels = pixels.flip(2)
         return pixels.sub(self._mean).div_(self._std).contiguous(), label
 
@@ -184,7 +184,7 @@ def _divided(files: Files, fraction: float, num_classes: int, seed: int) -> tupl
     part: Files = []
     for label in range(num_classes):
         own = [file for file in files if file[1] == label]
-        order = torch.randperm(len(own), generator=generator(seed, label)).tolist()
+        order = torch.randperm(len(own), generator=generator(seed, label), device="cpu").tolist()
         count = min(max(1, round(fraction * len(own))), len(own) - 1) if own else 0
         drawn = set(order[:count])
         part += [file for k, file in enumerate(own) if k in drawn]
@@ -219,10 +219,10 @@ def _readable(
 
 def _random_box(width: int, height: int) -> tuple[float, float, float, float]:
     """A crop of LEAST_AREA..1 of the area, its sides in a ratio of 3:4 to 4:3."""
-    area = (LEAST_AREA + (1 - LEAST_AREA) * torch.rand(()).item()) * width * height
-    ratio = math.exp((2 * torch.rand(()).item() - 1) * math.log(4 / 3))
+    area = (LEAST_AREA + (1 - LEAST_AREA) * torch.rand((), device="cpu").item()) * width * height
+    ratio = math.exp((2 * torch.rand((), device="cpu").item() - 1) * math.log(4 / 3))
     w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
-    left, top = (torch.rand(2) * torch.tensor([width - w, height - h])).tolist()
+    left, top = (torch.rand(2, device="cpu") * torch.tensor([width - w, height - h], device="cpu")).tolist()
     return left, top, left + w, top + h
 
 

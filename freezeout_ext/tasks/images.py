@@ -71,8 +71,8 @@ class Split:
         """(input, target) of sample i; its augmentation draws from torch's generator."""
         images = self.images[i : i + 1]
         if self.augmented:
-            top, left = torch.randint(2 * self.padding + 1, (2, 1)).to(images.device)
-            flip = torch.randint(2, (1,)).bool().to(images.device) & self.flip
+            top, left = torch.randint(2 * self.padding + 1, (2, 1), device="cpu").to(images.device)
+            flip = torch.randint(2, (1,), device="cpu").bool().to(images.device) & self.flip
             images = _crop_flip(images, top, left, flip, padding=self.padding)
         return self.inputs(images)[0], self.labels[i]
 
@@ -170,8 +170,8 @@ def _papers_optimizer(parameters: Iterable) -> torch.optim.Optimizer:
 def random_images(name: str, count: int, seed: int = 0, device: str | torch.device = "cpu") -> DataSplits:
     """`count` images of noise in the shape of the set called `name`, for measuring without it."""
     known, drawn = SETS[name], generator(seed)
-    images = torch.randint(256, (count, *known.shape), dtype=torch.uint8, generator=drawn)
-    labels = torch.randint(known.num_classes, (count,), generator=drawn)
+    images = torch.randint(256, (count, *known.shape), dtype=torch.uint8, generator=drawn, device="cpu")
+    labels = torch.randint(known.num_classes, (count,), generator=drawn, device="cpu")
     half = (0.5,) * known.shape[0]
     split = Split(images.to(device), labels.to(device), half, half, known.padding, known.flip)
     return DataSplits(split, None, split, known.num_classes, f"random images of {name}'s shape")
@@ -214,7 +214,7 @@ def load_data(
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"{name} needs numpy, found none: pip install 'freezeout_ext[train]'") from error
         (images, labels), test, source = read_cifar(name, data_dir, download=download)
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    held = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     if val_fraction:
         count = max(1, round(val_fraction * len(labels)))
         if count == len(labels):
@@ -265,9 +265,9 @@ def batches(
 def _batches(split, batch_size, shuffle, augment, drawn, first_step, drop_last):
     n, padding, device = len(split), split.padding, split.images.device
     # All of the epoch at once: one copy to the device, and every draw is made whatever is used of it.
-    order = torch.randperm(n, generator=drawn) if shuffle else torch.arange(n)
-    shifts = torch.randint(2 * padding + 1, (2, n), generator=drawn)
-    flips = torch.randint(2, (n,), generator=drawn).bool() & split.flip
+    order = torch.randperm(n, generator=drawn, device="cpu") if shuffle else torch.arange(n)
+    shifts = torch.randint(2 * padding + 1, (2, n), generator=drawn, device="cpu")
+    flips = torch.randint(2, (n,), generator=drawn, device="cpu").bool() & split.flip
     order, shifts, flips = order.to(device), shifts.to(device), flips.to(device)
     end = n - n % batch_size if drop_last else n
     for start in range(first_step * batch_size, end, batch_size):
@@ -292,11 +292,11 @@ def _crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, *, paddi
 
 def _held_out(labels: Tensor, count: int, seed: int) -> Tensor:
     """Mask [N] of `count` images drawn by seed, each class in proportion (largest remainders)."""
-    order = torch.randperm(len(labels), generator=generator(seed))
+    order = torch.randperm(len(labels), generator=generator(seed), device="cpu")
     share = torch.bincount(labels) * count
     quota = share // len(labels)
     quota[(share % len(labels)).argsort(descending=True, stable=True)[: count - int(quota.sum())]] += 1
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    held = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label, wanted in enumerate(quota.tolist()):
         held[order[labels[order] == label][:wanted]] = True
     return held
@@ -304,7 +304,7 @@ def _held_out(labels: Tensor, count: int, seed: int) -> Tensor:
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, pixels in 0..1: uint8 [N, C, H, W] -> C numbers each."""
-    values = torch.arange(256, dtype=torch.float64) / 255
+    values = torch.arange(256, dtype=torch.float64, device="cpu") / 255
     # From counts: exact, and no float copy of the set.
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
     weights = counts / counts.sum(1, keepdim=True, dtype=torch.float64)
