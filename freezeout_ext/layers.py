@@ -162,7 +162,9 @@ def _assign_parameters(model: nn.Module, units: list[Unit]) -> list[Layer]:
         parameters = {names[p]: p for p in held if owner[p] == i}
         submodules = tuple(module for module in dict.fromkeys(unit.submodules()) if holder[module] == i)
         if next(unit.parameters(), None) is not None:
-            found.append(Layer(unit.name, unit.modules, parameters, submodules))
+            # A module that a later layer holds as well runs with that one.
+            modules = {name: module for name, module in unit.modules.items() if module in submodules}
+            found.append(Layer(unit.name, modules, parameters, submodules))
     if tied:
         warnings.warn(
             f"{', '.join(sorted(tied))}: used by several layers, freezes with the last of them; until then the "

@@ -199,13 +199,11 @@ def _repeats(module: nn.Module) -> bool:
     """
     for holder in module.modules():
         if isinstance(holder, CONTAINERS):
-            lists, residual = [holder] if holder is module else [], False
+            lists, residual = ([holder] if holder is module else []), False
         else:
             lists, residual = list(_lists(holder)), adds(type(holder))
         for each in lists:
-            blocks = [block for block in each.children() if _is_block(block)]
-            if residual and all(_num_weights(block) < 2 for block in blocks):
-                continue
+            blocks = [b for b in each.children() if _is_block(b) and not (residual and _num_weights(b) < 2)]
             if len(blocks) > len(set(map(type, blocks))):
                 return True
     return False
@@ -249,6 +247,8 @@ def named_units(model: nn.Module, layers: Sequence) -> list[Unit]:
         for item in entry if isinstance(entry, list | tuple) else [entry]:
             unit.absorb(_resolve(model, item, f"layers[{i}]"))
         names = [*unit.modules, *unit.loose]
+        if not names:
+            raise ValueError(f"layers[{i}] must name at least one module or parameter, got {entry!r}")
         unit.name = names[0] if names else ""
         for name in names:
             for held, j in holder.items():

@@ -191,3 +191,38 @@ def test_a_layer_that_is_compiled_already_is_refused():
     model[1].compile(backend="eager")
     with pytest.raises(ValueError, match="must not be compiled already, 1 is"):
         CompiledLayers(freezeout, backend="eager")
+
+
+class Rows(nn.Module):
+    """Blocks that are plain Sequentials: their layers hold the leaves."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(4))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_sequentials_of_leaves_are_compiled_as_blocks():
+    model = Rows()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freezeout = FreezeOut(model, optimizer, total_steps=8, t_0=0.3, how_scale="linear")
+    compiled = CompiledLayers(freezeout, backend="eager")
+    assert list(compiled.blocks) == [f"blocks.{i}" for i in range(4)] and list(compiled.left_out) == ["head"]
+    for _ in range(8):
+        model(torch.randn(2, 3, 4, 4)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        freezeout.step()
+    assert freezeout.num_frozen == 4 and sum(compiled.graphs.values()) > 1
+
+
+def test_layers_without_a_block_are_a_warning():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    freezeout = FreezeOut(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=8)
+    with pytest.warns(UserWarning, match=r"no layer holds a block that could be compiled: 0 \(a single Linear"):
+        CompiledLayers(freezeout, backend="eager")

@@ -14,6 +14,7 @@ from prefix_cases import ShyOfHooks
 from torch import nn
 
 from freezeout_ext.freezeout import FreezeOut
+from freezeout_ext.layers import find_layers
 from freezeout_ext.models import build_model
 
 TOTAL_STEPS = 24
@@ -627,3 +628,90 @@ def test_refused_arguments_are_named():
     torch.optim.lr_scheduler.StepLR(scheduled, 3)
     with pytest.raises(ValueError, match="LR scheduler yet"):
         FreezeOut(model, scheduled, total_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": None}, TypeError, "model must be a torch.nn.Module, got NoneType"),
+        ({"optimizer": []}, ValueError, "optimizer must be an optimizer or several, got none"),
+        ({"optimizer": "sgd"}, TypeError, "optimizer must be a torch optimizer, got str"),
+        ({"twice": True}, ValueError, "each optimizer once, got the same SGD twice"),
+        ({"shared": True}, ValueError, "each parameter once, optimizers 0 and 1 share one of shape"),
+        ({"total_steps": 1.5}, TypeError, "total_steps must be a whole number, got 1.5"),
+        ({"total_steps": "10"}, TypeError, "total_steps must be a whole number, got '10'"),
+        ({"t_0": "late"}, ValueError, r"t_0 must be in \(0, 1\], got 'late'"),
+        ({"how_scale": None}, ValueError, "how_scale must be one of linear, squared, cubic or a positive power"),
+        ({"scale_lr": "yes"}, TypeError, "scale_lr must be True or False, got 'yes'"),
+        ({"anneal": 3}, TypeError, "anneal must be True or False, got 3"),
+        ({"measure_prefix": "x"}, TypeError, "measure_prefix must be True or False, got 'x'"),
+        ({"prefix": 3}, ValueError, "prefix must be one of"),
+        ({"layers": [[], "stem", "blocks", "head"]}, ValueError, r"layers\[0\] must name at least one module"),
+        ({"layers": 3}, TypeError, "layers must be a sequence with one entry a layer, got int"),
+        ({"foreign": True}, ValueError, r"layers must be of this model, layer 0 \(stem\) has parameters that are not"),
+        ({"schedulers": [3], "anneal": False}, TypeError, "schedulers must be torch LR schedulers, got int"),
+    ],
+)
+def test_objects_of_the_wrong_kind_are_named_and_nothing_is_changed(arguments, error, message):
+    model = small_net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    given = {"model": model, "optimizer": optimizer, "total_steps": 10, **arguments}
+    if given.pop("twice", False):
+        given["optimizer"] = [optimizer, optimizer]
+    if given.pop("shared", False):
+        given["optimizer"] = [optimizer, OPTIMIZERS["sgd"](model.head.parameters())]
+    if given.pop("foreign", False):
+        given["layers"] = find_layers(small_net())
+    with pytest.raises(error, match=message):
+        FreezeOut(given.pop("model"), given.pop("optimizer"), **given)
+    assert len(optimizer.param_groups) == 1 and "layer" not in optimizer.param_groups[0]
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "train" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": -1}, r"state_dict\['step'\] must be a whole number in 0..24, got -1"),
+        ({"step": 1.5}, r"\['step'\] must be a whole number in 0..24, got 1.5"),
+        ({"step": 10**9}, r"\['step'\] must be a whole number in 0..24, got 1000000000"),
+        ({"step": True}, r"\['step'\] must be a whole number"),
+        ({"step": None}, r"\['step'\] must be a whole number"),
+        ({"transitions": [{}]}, r"state_dict\['transitions'\]\[0\] must have the entries"),
+        ({"transitions": [3]}, r"\['transitions'\]\[0\] must be a dict, got int"),
+        ({"transitions": "none"}, r"\['transitions'\] must be a list, got str"),
+        ({"schedule": 3}, r"\['schedule'\] must be a dict, got int"),
+        ({"layers": ["stem"]}, "must be of the same layers, got "),
+        ({"layers": None}, "must be of the same layers, got None"),
+        ({"by_hand": 3}, r"\['by_hand'\] must be None or \(step, number of layers\), got 3"),
+        ({"by_hand": (20, 1)}, r"\['by_hand'\] must be a whole number in 0..16, got 20"),
+        ({"by_hand": (3, 5)}, r"\['by_hand'\] must be a whole number in 0..4, got 5"),
+    ],
+)
+def test_a_damaged_state_is_named_and_freezes_nothing(change, message):
+    _, optimizer, freezeout = controlled()
+    rates = freezeout.learning_rates()
+    state = {**freezeout.state_dict(), "step": 16, **change}
+    with pytest.raises((ValueError, TypeError), match=message):
+        freezeout.load_state_dict(state)
+    with pytest.raises(TypeError, match="state_dict must be a dict, got list"):
+        freezeout.load_state_dict([])
+    with pytest.raises(ValueError, match="schedule, layers, transitions is missing"):
+        freezeout.load_state_dict({"step": 3})
+    assert (freezeout.num_frozen, freezeout.step_count, freezeout.transitions) == (0, 0, [])
+    assert freezeout.learning_rates() == rates and not any(group["frozen"] for group in optimizer.param_groups)
+
+
+def test_a_run_beyond_its_end_and_a_state_of_an_earlier_release_can_be_loaded():
+    model, optimizer, freezeout = controlled()
+    train(model, optimizer, freezeout, range(TOTAL_STEPS))
+    with pytest.warns(UserWarning, match="beyond total_steps"):
+        freezeout.step()
+    state = freezeout.state_dict()
+    _, _, resumed = controlled()
+    for key in ("start_frozen", "milestones"):
+        del state["schedule"][key]
+    del state["by_hand"]
+    for transition in state["transitions"]:
+        del transition["by_hand"]
+    resumed.load_state_dict(state)
+    assert resumed.num_frozen == 4 and resumed.step_count == TOTAL_STEPS

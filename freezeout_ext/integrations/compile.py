@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..freezeout import FreezeOut, Transition
+from . import checked_freezeout
 
 logger = logging.getLogger("freezeout_ext")
 
@@ -38,6 +39,7 @@ class CompiledLayers:
     """
 
     def __init__(self, freezeout: FreezeOut, **arguments: Any) -> None:
+        checked_freezeout(freezeout)
         self.graphs: dict[int, int] = {0: 0} | {freezeout.num_frozen: 0}
         self.blocks: dict[str, nn.Module] = {}
         self.left_out: dict[str, str] = {}

@@ -53,6 +53,8 @@ def add_freezeout(trainer: Trainer, **arguments: Any) -> FreezeOutCallback:
     Raises:
         ValueError: the trainer was given an LR scheduler.
     """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
     if trainer.lr_scheduler is not None:
         raise ValueError("trainer must not have an LR scheduler: pass optimizers=(optimizer, None)")
     callback = FreezeOutCallback()
