@@ -66,3 +66,27 @@ def test_the_example_fine_tunes_on_an_image_folder(timm, tmp_path, monkeypatch, 
     runpy.run_path(str(example), run_name="__main__")
     printed = capsys.readouterr().out
     assert "epoch 4" in printed and "5 of 6 frozen" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "arguments"),
+    [
+        ("coat_lite_tiny", 13, {"img_size": 64}),  # modules shared among blocks
+        ("pvt_v2_b0", 12, {}),  # groups that are whole stages
+        ("lcnet_050", 12, {}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*used by several layers")
+def test_shared_modules_and_stages_are_divided_in_the_order_of_execution(name, least, arguments):
+    with importable_timm() as timm:
+        model = timm.create_model(name, num_classes=5, **arguments)
+        layers = find_layers(model)
+    assert len(layers) >= least
+    held = [p for layer in layers for p in layer.parameters.values()]
+    assert len(held) == len(set(held)) and set(held) == set(model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    freezeout = FreezeOut(model, optimizer, total_steps=10, t_0=0.1, how_scale="linear", layers=layers)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    optimizer.step()
+    freezeout.step()
+    assert freezeout.num_frozen == 1
