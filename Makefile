@@ -1,4 +1,5 @@
 # make demo   trains with FreezeOut on real images and shows what it saved
+# make finetune   fine-tunes a pretrained net: full, full shortened, frozen, and with kept features
 # make test   passes the tests
 # make simulate   passes the tests that need a GPU on a simulated one
 PYTHON ?= python3
@@ -7,11 +8,19 @@ INPUTS := scripts/setup_venv.sh pyproject.toml constraints.txt setup.py CMakeLis
 # .venv is installed without bytecode: the first import of a module writes it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test simulate lint sanitize clean
+.PHONY: demo finetune test simulate lint sanitize clean
 .NOTPARALLEL:
 
 demo: .venv/demo-ready
 	.venv/bin/freezeout compare --data digits --model wrn-16-1 --epochs 10 --seeds 3 --t0 0.5 --threads 1 --out demo-run --resume
+
+# Real images that need no download: scikit-learn's digits, at the size that the net needs.
+FINETUNE_DATA ?= --data digits
+finetune: .venv/finetune-ready
+	.venv/bin/freezeout compare $(FINETUNE_DATA) --image-size 64 --model efficientnet-lite0 --weights pretrained --epochs 3 \
+	  --batch-size 50 --arms full no-anneal cached short --shorter 0.33 --start-frozen _blocks.11 --t0 1 --views 2 \
+	  --cache-dtype bf16 --seeds 2 --threads 2 --out finetune-run --resume
+	.venv/bin/freezeout report finetune-run
 
 test: .venv/test-ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
@@ -34,12 +43,16 @@ sanitize: .venv/test-ready
 	  -k "not cuda and not on_the_host and not compiled_code and not option_grid"
 
 clean:
-	rm -rf .venv build dist demo-run *.egg-info freezeout_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist demo-run finetune-run *.egg-info freezeout_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/demo-ready: $(INPUTS)
 	PYTHON="$(PYTHON)" sh scripts/setup_venv.sh train
 	touch $@
+
+.venv/finetune-ready: $(INPUTS)
+	PYTHON="$(PYTHON)" sh scripts/setup_venv.sh train,finetune
+	touch .venv/demo-ready $@
 
 .venv/test-ready: $(INPUTS)
 	PYTHON="$(PYTHON)" sh scripts/setup_venv.sh train,tensorboard,lightning,transformers,dev

@@ -10,6 +10,13 @@ parent=${PYTHON:-python3}
 # A user's own pip settings must not send the packages elsewhere.
 unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_VIRTUALENV
 
+# This machine's cards are enough here, while `pip install .` builds for all. Without one: the oldest that the CUDA
+# half's code is written for, whose PTX later ones translate.
+if [ -z "${CUDAARCHS:-}" ]; then
+  if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then CUDAARCHS=native; else CUDAARCHS=80; fi
+  export CUDAARCHS
+fi
+
 registry_answers() {
   target=$(mktemp -d)
   "$parent" -m pip download --quiet --no-deps --retries 0 --timeout 15 --dest "$target" \
@@ -40,7 +47,31 @@ else
   # Bytecode comes with the first import of a module; compiling all of it here takes minutes.
   pip() { .venv/bin/python -m pip install --quiet --no-compile --constraint constraints.txt "$@"; }
   pip cmake ninja pybind11 setuptools
-  pip --no-build-isolation --editable ".[$extras]"
+  # What the extras need, by the package's own metadata: downloading takes as long as compiling, so both at once.
+  .venv/bin/python - "$extras" >.venv/requirements.txt <<'PYTHON'
+import sys
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+wanted, found = sys.argv[1].split(","), list(project["dependencies"])
+while wanted:
+    for requirement in project["optional-dependencies"][wanted.pop()]:
+        if requirement.startswith(project["name"] + "["):
+            wanted += requirement.partition("[")[2].rstrip("]").split(",")
+        else:
+            found.append(requirement)
+print(*dict.fromkeys(found), sep="\n")
+PYTHON
+  .venv/bin/python setup.py --quiet build_ext --inplace >.venv/build.log 2>&1 &
+  build=$!
+  pip --requirement .venv/requirements.txt
+  wait $build || { cat .venv/build.log >&2; exit 1; }
+  # The module is built already: this writes the metadata and the command.
+  pip --no-build-isolation --no-deps --editable .
   # For the tests of its models: alone, since PyPI's torchvision needs a CUDA build of torch.
   case $extras in *dev*) pip --no-deps timm ;; esac
 fi

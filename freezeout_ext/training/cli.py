@@ -1,4 +1,4 @@
-"""freezeout train | compare | plan | plot | report.
+"""freezeout train | compare | plan | tune | plot | report.
 
 Exit status 0; 2 for bad input, and where nothing more can be written, with one sentence on stderr; 130 for Ctrl-C.
 """
@@ -111,7 +111,7 @@ def saving(text: str) -> float:
 
 def _parser() -> Parser:
     parser = Parser(prog="freezeout", description="Train any task with FreezeOut, and measure what it saves.")
-    parts = parser.add_subparsers(required=True, metavar="{train,compare,plan,plot,report}")
+    parts = parser.add_subparsers(required=True, metavar="{train,compare,plan,tune,plot,report}")
 
     train = parts.add_parser("train", help="train one net", argument_default=argparse.SUPPRESS)
     train.set_defaults(command=commands.train)
@@ -162,6 +162,16 @@ def _parser() -> Parser:
     _add_run_options(plan, out=False)
     _add_freezeout_options(plan, lists=True)
     _add_plan_options(plan)
+
+    tune = parts.add_parser(
+        "tune", help="try few settings within given seconds, and print the best", argument_default=argparse.SUPPRESS
+    )
+    tune.set_defaults(command=commands.tune)
+    _add_run_options(tune)
+    tune.add_argument("--seed", type=int, help="of weights, data order and augmentation (0)")
+    tune.add_argument("--seconds", type=float, default=None, help="of training that the run may take")
+    tune.add_argument("--want", type=saving, default=None, metavar="SAVING", help="instead: of full training's seconds")
+    tune.add_argument("--resume", action="store_true", default=False, help="keep what is done in --out and go on")
 
     draw = parts.add_parser("plot", help="draw a run, a comparison or schedules as PNG")
     draw.set_defaults(command=commands.draw)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from ..schedule import POWERS, Schedule
 from ..tasks import Task, built_in, load_task
 from ..tasks.images import SETS, image_task, random_images
 from . import plot
-from .compare import KINDS, Comparison, curves, make_arms
+from .compare import Comparison, curves, default_kinds, make_arms
 from .config import OWN_MODEL, TrainConfig, faults_of_input
-from .costing import kept_costs, training_costs
+from .costing import kept_costs, schedule_of, training_costs
 from .html import write_report
 from .measure import conditions
 from .ranks import Ranks, ranks_of_torchrun
@@ -34,6 +35,7 @@ from .run import Run
 from .run_folder import RunFolder, check_file, make_folder, read_json, write_json
 from .tables import comparison_tables, engagement_text, run_summary, traffic_table, what_was_trained
 from .trainer import Trainer
+from .tune import Tuning
 
 BACKWARDS = (1.0, 2.0)
 MOST_LAYERS = 10_000  # of schedules that are drawn
@@ -53,6 +55,8 @@ def _train_as(args: argparse.Namespace, ranks: Ranks) -> None:
         if there is not None and there.model == OWN_MODEL and own is None:
             raise ValueError(f"the run in {out} is of {there.data}: name that file too")
         config = replace(there or _base(own, args), **given(args))
+        if own is not None:
+            config = replace(config, data=own.name, fingerprint=own.fingerprint)
         reporters: list[Reporter] = []
         if ranks.is_first:
             reporters.append(BarReporter() if has_live_bar(sys.stdout) else LineReporter())
@@ -98,7 +102,7 @@ def compare(args: argparse.Namespace) -> None:
             raise ValueError(f"seeds must be >= 1, got {args.seeds}")
         own = own_task(args)
         base = replace(_base(own, args), **given(args)).resolved()
-        kinds = [*(args.arms or default_arms(base)), *args.const_time]
+        kinds = [*(args.arms or default_kinds(base)), *args.const_time]
         arms = make_arms(kinds, args.t0s or [base.t_0], args.how_scales or [base.how_scale], args.shorter)
         task = own or task_of(args, base)
     out = args.out or Path("runs") / f"compare-{folder_name(base)}"
@@ -112,10 +116,38 @@ def compare(args: argparse.Namespace) -> None:
     print(f"\nwritten to {out}: compare.json, compare.png; a page: freezeout report {out}")
 
 
-def default_arms(base: TrainConfig) -> list[str]:
-    """All but const-time; `cached` only where features are to be kept, or layers are frozen from the start."""
-    cached = base.cache is not None or base.start_frozen
-    return [kind for kind in KINDS if kind != "const-time" and (kind != "cached" or cached)]
+def tune(args: argparse.Namespace) -> None:
+    with faults_of_input():
+        own = own_task(args)
+        base = replace(_base(own, args), **given(args)).resolved()
+        task = own or task_of(args, base)
+    out = args.out or Path("runs") / f"tune-{folder_name(base)}"
+    tuning = Tuning(base, out, task=task, seconds=args.seconds, saving=args.want, resume=args.resume)
+    print(*task.notes, sep="\n", flush=True)
+    try:
+        tuning.run(run_reporter)
+    except KeyboardInterrupt:
+        if not tuning.rows:
+            raise
+        print("\ninterrupted: the best of what is done; --resume goes on", file=sys.stderr)
+        print(f"\n{tuning.text(_train_command(args))}")
+        raise
+    print(f"\n{tuning.text(_train_command(args))}\n\nwritten to {out}: tune.json")
+
+
+def _train_command(args: argparse.Namespace) -> str:
+    """The command that trains what `args` name, without what tune has chosen."""
+    words = ["freezeout", "train", *([args.task] if args.task else [])]
+    left_out = {"steps", "epochs", "method", "start_frozen", "t_0", "how_scale", "cache", "views", "seed"}
+    flags = {"data_dir": args.data_dir, "workers": args.workers, **given(args)}
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if value is None or name in left_out:
+            continue
+        words += (
+            ([f"--{flag}"] if value else [f"--no-{flag}"]) if isinstance(value, bool) else [f"--{flag}", str(value)]
+        )
+    return shlex.join(words)
 
 
 def run_reporter(title: str) -> Reporter:
@@ -222,9 +254,7 @@ def _counted(args: argparse.Namespace, config: TrainConfig, own: Task | None, ba
 
 
 def _plan(args: argparse.Namespace, config: TrainConfig, costs: StepCosts, steps_per_epoch: int) -> Plan:
-    total_steps = config.steps or config.epochs * steps_per_epoch
-    warmup = config.warmup_steps or round(config.warmup_epochs * steps_per_epoch)
-    schedule = {"total_steps": total_steps, "warmup_steps": warmup, "max_transitions": config.max_transitions}
+    schedule = schedule_of(config, steps_per_epoch, costs.layers)
     return plan_from_costs(costs, schedule, args.t0s or T_0S, args.how_scales or tuple(POWERS))
 
 

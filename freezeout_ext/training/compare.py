@@ -78,6 +78,12 @@ class Arm:
         return config.resolved()
 
 
+def default_kinds(base: TrainConfig) -> list[str]:
+    """All but const-time; `cached` only where features are to be kept, or layers are frozen from the start."""
+    cached = base.cache is not None or base.start_frozen
+    return [kind for kind in KINDS if kind != "const-time" and (kind != "cached" or cached)]
+
+
 def make_arms(
     kinds: Iterable[str], t_0s: Iterable[float], how_scales: Iterable[str | float], parts: Iterable[float] = ()
 ) -> list[Arm]:

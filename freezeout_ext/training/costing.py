@@ -72,5 +72,20 @@ def training_costs(trainer: Trainer, *, rounds: int, max_seconds: float) -> Step
     )
 
 
+def schedule_of(config: TrainConfig, steps_per_epoch: int, layers: Sequence[str]) -> dict:
+    """What `plan_from_costs` takes as the schedule of a run of `config`, apart from t_0 and how_scale."""
+    start = config.start_frozen
+    if isinstance(start, str):
+        if start not in layers:
+            raise ValueError(f"start_frozen must name a layer, of {', '.join(layers)}, got {start!r}")
+        start = list(layers).index(start) + 1
+    return {
+        "total_steps": config.steps or config.epochs * steps_per_epoch,
+        "warmup_steps": config.warmup_steps or round(config.warmup_epochs * steps_per_epoch),
+        "max_transitions": config.max_transitions,
+        **({"start_frozen": start} if start else {}),
+    }
+
+
 def _batch(trainer: Trainer) -> tuple[Batch, Batch]:
     return next(iter(trainer.train_batches()))

@@ -39,7 +39,8 @@ def what_was_trained(config: dict) -> str:
     net = "" if config["model"] == "own" else f", {config['model']}"
     lr = "" if config["lr"] is None else f" lr {config['lr']:g}"
     optimizer = "its own optimizer" if config["optimizer"] == "task" else config["optimizer"]
-    return f"{config['data']}{net}, batch {config['batch_size']}, {optimizer}{lr}"
+    start = f", {config['start_frozen']} and before never train" if config.get("start_frozen") else ""
+    return f"{config['data']}{net}, batch {config['batch_size']}, {optimizer}{lr}{start}"
 
 
 def verdict(summary: dict) -> str:

@@ -1,0 +1,107 @@
+"""train, plan, compare: what the command line does, for a task in Python."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..planner import T_0S, Plan, plan_from_costs
+from ..schedule import POWERS
+from ..tasks import Task
+from . import plot
+from .compare import Comparison, curves, default_kinds, make_arms
+from .config import TrainConfig, faults_of_input
+from .costing import kept_costs, schedule_of, training_costs
+from .reporters import LineReporter, Reporter, StepReporter
+from .run import Run
+from .tables import what_was_trained
+from .trainer import Trainer
+
+
+def train(task: Task, out: str | Path, *, resume: bool = False, reporter: Reporter | None = None, **options) -> dict:
+    """Trains the task in the folder `out` and returns what its result.json then holds.
+
+    Args:
+        resume: go on with the run in `out`, where there is one.
+        reporter: is told of each step and epoch (lines on stdout).
+        options: fields of `TrainConfig`, such as epochs, lr, t_0, start_frozen, cache.
+
+    Raises:
+        BadInput: one sentence on what is wrong; nothing was written.
+    """
+    config = _config(task, options)
+    run = Run.prepare(config, out, task=task, resume=resume)
+    costs = None
+    if run.trainer.freezeout:
+        costs = kept_costs(Path(out) / "costs.json", run.trainer.config, task, run.trainer.layer_names)
+    reporter = reporter or LineReporter()
+    try:
+        return run.train(reporter, costs)
+    finally:
+        reporter.close()
+
+
+@faults_of_input()
+def plan(
+    task: Task,
+    *,
+    t_0s: Iterable[float] = T_0S,
+    how_scales: Iterable[str | float] = tuple(POWERS),
+    rounds: int = 3,
+    max_seconds: float = 120.0,
+    **options,
+) -> Plan:
+    """What each schedule would save of training the task, from the times of its layers on this machine.
+
+    Args:
+        rounds, max_seconds: see `planner.measure_costs`.
+        options: fields of `TrainConfig`.
+    """
+    config = _config(task, options).resolved()
+    trainer = Trainer(config, task)
+    costs = training_costs(trainer, rounds=rounds, max_seconds=max_seconds)
+    schedule = schedule_of(config, trainer.steps_per_epoch, costs.layers)
+    return plan_from_costs(costs, schedule, t_0s, how_scales)
+
+
+def compare(
+    task: Task,
+    out: str | Path,
+    *,
+    seeds: int = 3,
+    kinds: Sequence[str] | None = None,
+    t_0s: Sequence[float] | None = None,
+    how_scales: Sequence[str | float] | None = None,
+    shorter: Sequence[float] = (),
+    resume: bool = False,
+    accuracies: Sequence[float] = (),
+    **options,
+) -> dict:
+    """Trains the task in several ways and returns what compare.json then holds; writes compare.png beside it.
+
+    `tables.comparison_tables(summary)` is its text, `tables.verdict(summary)` the sentence that says who won.
+
+    Args:
+        kinds: of arms, see `compare.KINDS`.
+        t_0s, how_scales: of the freezing arms, one arm for each pair.
+        shorter: parts of full training's steps, see `make_arms`.
+        accuracies: see `Comparison`.
+        options: fields of `TrainConfig`.
+    """
+    with faults_of_input():
+        if seeds < 1:
+            raise ValueError(f"seeds must be >= 1, got {seeds}")
+        base = _config(task, options).resolved()
+        kinds = default_kinds(base) if kinds is None else kinds
+        arms = make_arms(kinds, t_0s or [base.t_0], how_scales or [base.how_scale], shorter)
+    comparison = Comparison(base, out, arms=arms, seeds=range(seeds), task=task, resume=resume, accuracies=accuracies)
+    summary = comparison.run(StepReporter)
+    figure = plot.plot_comparison(curves(Path(out), summary), summary, what_was_trained(summary["config"]))
+    plot.save(figure, Path(out) / "compare.png")
+    return summary
+
+
+def _config(task: Task, options: dict) -> TrainConfig:
+    with faults_of_input():
+        if not isinstance(task, Task):
+            raise TypeError(f"task must be a Task, got {type(task).__name__}")
+        return replace(TrainConfig.of_task(task), **options)
