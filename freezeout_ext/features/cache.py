@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -76,6 +76,7 @@ class FeatureCache:
         self._kept = Generations(self.views, os.fspath(store), dtype, limit, self._note)
         self._forwards = Forwards(self._kept, measure=measure, note=self._note)
         self._freezeout: FreezeOutLike | None = None
+        self._paused: Callable[[], AbstractContextManager] = nullcontext
         self._closed = False
         self._read = self._skipped = 0
         self._whole_due = Schedule()
@@ -134,7 +135,9 @@ class FeatureCache:
         forwards.keys, forwards.lengths, before = self._checked(keys), lengths, forwards.count
         self._follow()
         try:
-            with through({"": self._freezeout.model}, forwards.run):
+            # The frozen prefix must not watch a forward that its modules take no part in.
+            pause = nullcontext if forwards.from_inputs(forwards.keys) else self._paused
+            with pause(), through({"": self._freezeout.model}, forwards.run):
                 yield
         finally:
             forwards.keys = forwards.lengths = None
@@ -203,7 +206,7 @@ class FeatureCache:
         if self._freezeout is not None:
             raise ValueError("cache must be of one FreezeOut: close() the other one first, or make another cache")
         self._freezeout, self._kept.model = freezeout, freezeout.model
-        self._forwards.paused = getattr(freezeout, "prefix_paused", nullcontext)
+        self._paused = getattr(getattr(freezeout, "_prefix", None), "paused", nullcontext)
 
     def detach(self) -> None:
         """FreezeOut was closed: nothing is frozen any more."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -52,7 +52,6 @@ class Forwards:
         frozen: name -> module of what is frozen, and how many layers these are.
         keys, lengths: of the present batch.
         absent: bool [keys], of which views the last batch brought no input.
-        paused: a context in which the frozen modules run as they are.
         refused: why nothing is kept behind the present number of layers.
         hits, pushed, misses, checks, difference: see CacheReport.
     """
@@ -64,7 +63,6 @@ class Forwards:
         self.keys: Tensor | None = None
         self.lengths: Tensor | None = None
         self.absent = torch.zeros(generations.views.num_keys, dtype=torch.bool)
-        self.paused: Callable[[], AbstractContextManager] = nullcontext
         self.refused: str | None = None
         self.gave_up = False
         self.hits = self.pushed = self.misses = self.checks = self.count = 0
@@ -105,6 +103,15 @@ class Forwards:
             return self._as_ever(original, args, kwargs, absent)
         return self._from_kept(now, original, args, kwargs, keys, absent)
 
+    def from_inputs(self, keys: Tensor) -> bool:
+        """Whether a forward over these keys is one as ever, from inputs alone: all frozen modules run."""
+        now = self._kept.latest
+        if not self.num_frozen or self.gave_up or bool((keys < 0).any()):
+            return True
+        if now is None or now.frontier.num_frozen != self.num_frozen:
+            return now is None and self.refused is not None
+        return not any(bool(g.store.has(keys).any()) for g in self._kept)
+
     def needs_inputs(self, absent: Tensor) -> None:
         """
         Raises:
@@ -138,7 +145,7 @@ class Forwards:
         rows = now.store.gather(keys, self._kept.device, length=length)
         watch.stop(len(keys))
         self.hits += len(keys)
-        with self.paused(), now.frontier.replaced(rows, length):
+        with now.frontier.replaced(rows, length):
             output = original(*args, **kwargs)
         self._weigh()
         return output
@@ -156,7 +163,7 @@ class Forwards:
             if base is None:
                 self.needs_inputs(absent[places])
             some = sliced((args, kwargs), places, len(keys))
-            with self._standing_in(base, keys[places], some):
+            with self._kept.standing_in(base, keys[places], some):
                 watch = self._watch("prefix")
                 watch.start()
                 computed = frontier.computed(original, *some)
@@ -169,7 +176,7 @@ class Forwards:
             parts.insert(0, (here, now.store.gather(keys[here], self._kept.device, length=length)))
             self.hits += len(here)
         rows = [_merged(len(keys), [(places, of[i]) for places, of in parts]) for i in range(len(frontier.columns))]
-        with self.paused(), frontier.replaced(rows, length):
+        with frontier.replaced(rows, length):
             return original(*args, **kwargs)
 
     def _whole(self, now, base: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
@@ -177,7 +184,7 @@ class Forwards:
         if base is None:
             self.needs_inputs(absent)
         watch = self._watch("prefix")
-        with self._standing_in(base, keys, (args, kwargs)):
+        with self._kept.standing_in(base, keys, (args, kwargs)):
             watch.start()
             with now.frontier.recorded(on_last=lambda: watch.stop(len(keys) if base is None else 0)) as rows:
                 output = original(*args, **kwargs)
@@ -197,7 +204,7 @@ class Forwards:
 
         def under(part: Tensor | None) -> AbstractContextManager:
             some = keys if part is None else keys[part]
-            return self._standing_in(base, some, (args, kwargs), plain=True)
+            return self._kept.standing_in(base, some, (args, kwargs))
 
         forward = Forward(
             self._kept.model, original, args, kwargs, self.frozen, len(keys), self._lengths_of(kwargs), under
@@ -215,12 +222,6 @@ class Forwards:
         return output
 
     # Parts of these
-
-    @contextmanager
-    def _standing_in(self, base: Generation | None, keys: Tensor, inputs: tuple, *, plain: bool = False):
-        """plain: frozen modules without what runs faster in their place."""
-        with self.paused() if plain or base is not None else nullcontext(), self._kept.standing_in(base, keys, inputs):
-            yield
 
     def _keep(self, now, keys: Tensor, rows: list[Tensor], kwargs: Mapping, part: Tensor | None = None) -> None:
         lengths = None
