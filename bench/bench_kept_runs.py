@@ -2,14 +2,14 @@
 
     python bench/bench_kept_runs.py --data-dir DIR --task finetune --out OUT --seeds 5
     python bench/bench_kept_runs.py --data-dir DIR --task scratch --out OUT --seeds 5
-    python bench/bench_kept_runs.py --task finetune --out OUT --json bench/results/kept_runs.json   # what is there by then
+    python bench/bench_kept_runs.py --task finetune --out OUT --json bench/results/kept_runs.json   # what is there
 
 DIR holds the official cifar-100-python folder with all 10,000 test images. finetune: a small VGG trained on 50 classes
 (5 epochs), then on the other 50 with 40 images a class for 8 epochs; the test is the 5,000 official images of these 50.
 scratch: the same net on 10,000 images of all classes for 5 epochs, tested on all 10,000. Batch 32, SGD Nesterov 0.9,
 weight decay 1e-4, rate 0.1 on one cosine over the run in all arms, channels-last, crop and flip: fresh ones for runs
 that keep nothing, K fixed views for runs that do. One thread. Seconds are CPU seconds of the process from the first
-batch to the last, so filling counts and other work on the machine does not. Evaluation, once at the end, does not count.
+batch to the last: filling counts, other work on the machine does not. Evaluation, once at the end, does not count.
 
 "ahead": accuracy over full training at the same CPU seconds, interpolated between the short runs of the same seed,
 linear in log(seconds), paired over seeds. Each run is a line in OUT/<task>.jsonl; runs that are there are not repeated.
@@ -22,6 +22,7 @@ import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -302,7 +303,7 @@ def summary(rows: list[dict]) -> list[dict]:
 def rival(runs: dict[str, dict], seconds: float, number: str) -> float | None:
     """What full training with this seed reaches in as many CPU seconds; None outside what was run."""
     points = sorted((r["cpu_seconds"], r[number]) for name, r in runs.items() if name.startswith(("full", "short")))
-    for (s, a), (t, b) in zip(points, points[1:], strict=False):
+    for (s, a), (t, b) in pairwise(points):
         if s <= seconds <= t:
             share = (math.log(seconds) - math.log(s)) / (math.log(t) - math.log(s))
             return a + share * (b - a)
@@ -318,7 +319,8 @@ def print_table(table: list[dict]) -> None:
         return f"{test['mean']:+.{digits}f}{error}{p}"
 
     print(
-        "| arm | n | CPU s | over full's | accuracy | - full | ahead (95 %) | loss ahead |\n|---|---|---|---|---|---|---|---|"
+        "| arm | n | CPU s | over full's | accuracy | - full | ahead (95 %) | loss ahead |"
+        "\n|---|---|---|---|---|---|---|---|"
     )
     for e in table:
         sd = f" +- {e['accuracy'][1]:.2f}" if e["accuracy"][1] is not None else ""

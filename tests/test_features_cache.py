@@ -189,7 +189,7 @@ def test_three_caches_and_many_transitions_leave_no_memory():
         def move(step, freezeout):
             n = (step * 2 + 1) % 3
             (freezeout.freeze_to if n >= freezeout.num_frozen else freezeout.thaw_to)(n)
-            stores.extend(weakref.ref(g.store) for g in freezeout._cache._generations)
+            stores.extend(weakref.ref(g.store) for g in freezeout._cache._kept)
 
         _, cache, freezeout = train(model, Pictures(), epochs=5, on_batch=move)
         cache.close()
@@ -255,7 +255,7 @@ def test_autocast_is_part_of_what_is_kept():
             assert all(p.grad is not None for p in model[3:].parameters())
             optimizer.zero_grad()
     assert cache.report().hits == 32
-    assert cache._generations[0].store.columns[0].dtype == torch.bfloat16
-    with cache.samples(keys), pytest.raises(RuntimeError, match="another autocast"):
+    assert cache._kept.latest.store.columns[0].dtype == torch.bfloat16
+    with cache.samples(keys), pytest.raises(RuntimeError, match="were not read"):
         model(inputs)  # which was not read
     assert [n for n in cache.report().notes if "another autocast" in n]

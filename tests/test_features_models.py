@@ -103,12 +103,25 @@ def transformers_model(kind, *, use_cache=False, embd_pdrop=0.0):
         return transformers.BertForSequenceClassification(config)
     if kind == "gpt2":
         config = transformers.GPT2Config(
-            vocab_size=50, n_embd=16, n_layer=4, n_head=2, n_positions=32, pad_token_id=0,
-            use_cache=use_cache, embd_pdrop=embd_pdrop, **small
+            vocab_size=50,
+            n_embd=16,
+            n_layer=4,
+            n_head=2,
+            n_positions=32,
+            pad_token_id=0,
+            use_cache=use_cache,
+            embd_pdrop=embd_pdrop,
+            **small,
         )
         return transformers.GPT2ForSequenceClassification(config)
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4, **small
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=4,
+        **small,
     )
     return transformers.ViTForImageClassification(config)
 
@@ -121,7 +134,7 @@ def test_transformers_text_in_padded_batches_of_different_lengths(kind):
 
 def test_what_frozen_layers_may_not_do_is_refused_by_name_and_with_what_helps():
     model = transformers_model("gpt2", use_cache=True, embd_pdrop=0.1)
-    losses, cache = run(model, Sentences(), lambda model, batch: model(**batch).loss, cached=True, collate_fn=padded)
+    _, cache = run(model, Sentences(), lambda model, batch: model(**batch).loss, cached=True, collate_fn=padded)
     note = next(note for note in cache.report().notes if "not kept" in note)
     assert cache.report().kept == ("transformer.wte",)  # what froze first is still read back
     assert "set p = 0 in transformer.drop" in note and "model.config.use_cache = False" in note

@@ -33,7 +33,7 @@ class Files:
     def __init__(self, folder: Path, layout: Sequence[tuple[tuple[int, ...], torch.dtype]], fingerprint: str) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -60,7 +60,7 @@ class Files:
             _write_whole(described, json.dumps(said))
         scales = self.folder / "scales.json"
         self.scales: dict = json.loads(scales.read_text()) if scales.exists() else {}
-        self._journal = open(self.folder / "rows", "ab")
+        self._journal = open(self.folder / "rows", "ab")  # noqa: SIM115
         self.entries = self._read_journal()
         self._pending: list[Tensor] = []
         self._committed_at = time.monotonic()

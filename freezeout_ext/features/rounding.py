@@ -27,7 +27,7 @@ class Rounding:
         self._channel = self._candidates[-1]
 
     def encode(self, x: Tensor, row_of: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
-        """x [R, *unit] -> (q int8 like x, factor float32 [rows]); row_of: the row of each x[i], where rows have many."""
+        """x [R, *unit] -> (q int8 like x, factor float32 [rows]); row_of: the row of each x[i]."""
         x = x.to(torch.float32)
         if self.scale is None:
             self._choose(x)

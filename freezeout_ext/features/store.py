@@ -176,6 +176,22 @@ class Store:
         """-> int64 [B], of rows that differ in length."""
         return self._spans[self._row_of[keys].to(torch.int64), 1]
 
+    def compare(self, keys: Tensor, batches: Sequence[Tensor], length: int | None = None) -> tuple[float, int]:
+        """-> the largest difference between kept rows and computed ones over what rounding explains, and its place."""
+        kept, worst, place = self.gather(keys, batches[0].device, length=length), 0.0, 0
+        for column, a, b, allowed in zip(self.columns, kept, batches, self.allowed(keys, batches), strict=True):
+            if column.padded:
+                valid = torch.arange(b.shape[1]) < self.lengths(keys)[:, None]
+                b = b.masked_fill(~valid.to(b.device).view(*valid.shape, *[1] * (b.dim() - 2)), 0)
+            apart = (
+                (a.double() - b.double()).abs().flatten(1).amax(1) if b.dim() > 1 else (a.double() - b.double()).abs()
+            )
+            over = apart / allowed.double().clamp(min=torch.finfo(torch.float64).tiny)
+            over = over.where(apart != 0, 0).nan_to_num(torch.inf, torch.inf)
+            if float(over.max()) > worst:
+                worst, place = float(over.max()), int(over.argmax())
+        return worst, place
+
     def allowed(self, keys: Tensor, batches: Sequence[Tensor]) -> list[Tensor]:
         """-> for each column the largest difference [B] that rounding explains between kept rows and computed ones."""
         rows, found = self._row_of[keys].to(torch.int64), []

@@ -10,7 +10,7 @@ MOST = 32
 
 
 class Stopwatch:
-    """start(), stop(count) around work on `count` samples; `median()` is seconds a sample, None before `least` calls."""
+    """start(), stop(count) around work on `count` samples; median(): seconds a sample, None before `least` calls."""
 
     def __init__(self, device: torch.device, least: int = 4) -> None:
         self._cuda, self._least = device.type == "cuda", least

@@ -1,5 +1,6 @@
 """Views: a map-style dataset and its random augmentation become K fixed views of each sample."""
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,18 @@ class Views:
         """dataset[sample] with all generators seeded by `seed`, and restored afterwards."""
         with seeded(seed):
             return self.dataset[sample]
+
+    def digest(self) -> str:
+        """-> a hash of one sample's view: another data set of the same length has another one."""
+        self.check()
+        seed = 20170603
+        item = self.dataset.batch(torch.tensor([0]), torch.tensor([seed])) if self.batched else self.load(0, seed)
+        digest = hashlib.sha256()
+        for leaf in tree_leaves(item):
+            if isinstance(leaf, Tensor):
+                leaf = leaf.detach().cpu().contiguous().tolist()
+            digest.update(leaf.tobytes() if hasattr(leaf, "tobytes") else repr(leaf).encode())
+        return digest.hexdigest()
 
     def check(self) -> None:
         """Reads one sample twice with the same seeds.

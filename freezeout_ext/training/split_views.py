@@ -7,7 +7,7 @@ from ..tasks.images import Split, _crop_flip
 
 
 class SplitViews:
-    """A `features.BatchDataset`: inputs = (crop_flip(images) / 255 - mean) / std, with a shift and a flip for each seed.
+    """A `features.BatchDataset`: inputs = (crop_flip(images) / 255 - mean) / std, a shift and a flip for each seed.
 
     Args:
         augment: False gives each image as it is.

@@ -1,0 +1,130 @@
+"""A cached step beside the forward and backward of the layers that train; gathering beside a plain copy.
+
+    python -m pytest bench/bench_features.py --benchmark-json=features.json
+
+One thread, batch 64, the paper's nets at half and three quarters of their layers frozen, 32 x 32 images. Rivals run
+in one process, in turns: `cached` is all that a step does with kept features (the guard of the weights, the gather, the
+forward in which frozen modules hand out rows, the loss, backward); `suffix` is the same forward from rows that are
+there already, without the cache's own work; `full` and `frozen` are the step without freezing and with the frozen
+forward paid. Before anything is timed the cached loss is compared with the one computed anew.
+"""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from freezeout_ext import FeatureCache, FreezeOut
+from freezeout_ext.features.store import Column, Store
+from freezeout_ext.models import build_model
+
+BATCH, ROUNDS = 64, 9
+NETS = ("vgg-16", "wrn-16-4", "densenet-40-12")
+
+
+class Noise(torch.utils.data.Dataset):
+    def __init__(self, count):
+        self.images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i], i % 100
+
+
+def in_turns(steps, rounds=ROUNDS):
+    """-> name -> least seconds; the least of what other work on the machine only adds to."""
+    found = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            found[name].append(time.perf_counter() - start)
+    return {name: min(seconds) for name, seconds in found.items()}
+
+
+def loss_of(model, inputs, targets):
+    loss = nn.functional.cross_entropy(model(inputs), targets)
+    loss.backward()
+    model.zero_grad()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75])
+@pytest.mark.parametrize("name", NETS)
+def test_cached_step(benchmark, name, share):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = build_model(name, 100).to(memory_format=torch.channels_last)
+    dataset = Noise(BATCH)
+    inputs = dataset.images.contiguous(memory_format=torch.channels_last)
+    targets, keys = torch.arange(BATCH) % 100, torch.arange(BATCH)
+    model.train()
+    full = in_turns({"full": lambda: loss_of(model, inputs, targets)}, 3)["full"]
+    cache = FeatureCache(dataset, views=1, measure=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layers = len(FreezeOut(model, optimizer, total_steps=10).layers)
+    model = build_model(name, 100).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    FreezeOut(model, optimizer, total_steps=10, start_frozen=round(share * layers), prefix="off", cache=cache)
+
+    def cached():
+        with cache.samples(keys):
+            return loss_of(model, inputs, targets)
+
+    first = cached()  # watched and kept
+    torch.testing.assert_close(cached(), first, rtol=1e-4, atol=1e-5)  # gathered, and checked
+    cache._forwards._checks_due._next = 10**9  # spot checks are not what is timed
+    now = cache._kept.latest
+    rows = now.store.gather(keys)
+
+    def suffix():
+        with now.frontier.replaced(rows):
+            return loss_of(model, inputs, targets)
+
+    steps = {"cached": cached, "suffix": suffix, "frozen": lambda: loss_of(model, inputs, targets)}
+    seconds = in_turns(steps)
+    benchmark.extra_info.update(
+        net=name, share=share, frozen=round(share * layers), layers=layers, row_bytes=now.store.bytes // BATCH,
+        milliseconds={k: 1e3 * v for k, v in (seconds | {"full": full}).items()},
+        cached_over_suffix=seconds["cached"] / seconds["suffix"], cached_over_full=seconds["cached"] / full,
+        frozen_over_full=seconds["frozen"] / full, threads=1, torch=torch.__version__,
+    )  # fmt: skip
+    print(
+        f"\n{name} {share}: cached / suffix {seconds['cached'] / seconds['suffix']:.3f}, / full "
+        f"{seconds['cached'] / full:.3f}; frozen / full {seconds['frozen'] / full:.3f}"
+    )
+    benchmark.pedantic(cached, rounds=2)
+
+
+@pytest.mark.parametrize("kept", [None, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("shape", [(8, 16, 16), (64, 8, 8), (197, 192)], ids=str)
+def test_gather(benchmark, shape, kept):
+    torch.set_num_threads(1)
+    count = 2048
+    store = Store([Column.like(torch.zeros(1, *shape), kept)], count, count, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    for first in range(0, count, 64):
+        store.put(torch.arange(first, first + 64), [torch.randn(64, *shape, generator=generator)])
+    order = torch.randperm(count, generator=generator)
+    # Both walk through all rows, so that both read from memory what no cache holds.
+    plain, parts = torch.randn(count, *shape), list(order.split(64))
+    at = {"gather": 0, "copy": 0}
+
+    def gather():
+        at["gather"] = (at["gather"] + 1) % len(parts)
+        return store.gather(parts[at["gather"]])
+
+    def copy():
+        at["copy"] = (at["copy"] + 1) % len(parts)
+        return plain[64 * at["copy"] : 64 * at["copy"] + 64].clone()
+
+    seconds = in_turns({"gather": gather, "copy": copy}, 200)
+    benchmark.extra_info.update(
+        shape=shape, kept=str(kept), rate=seconds["copy"] / seconds["gather"],
+        gigabytes_per_second=plain[:64].nbytes / seconds["gather"] / 1e9, threads=1, torch=torch.__version__,
+    )  # fmt: skip
+    print(f"\n{shape} {kept}: gather at {seconds['copy'] / seconds['gather']:.2f} of a copy's rate")
+    benchmark.pedantic(gather, rounds=20)

@@ -1,0 +1,302 @@
+"""Forwards: how one forward over known keys runs: from what is kept, filling it, watched, or as ever."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .frontier import sliced
+from .generations import Generation, Generations
+from .probe import Forward, Seen, autocast_state, lengths_of, right_padded
+from .timing import Stopwatch
+from .watch import Refused
+
+logger = logging.getLogger("freezeout_ext")
+
+# Cached batches between two spot checks: 1, 2, 4, ... and no more than this.
+MOST_UNCHECKED = 256
+
+
+class Schedule:
+    """Which of the events counted are due: the first, then 1, 2, 4, ... of them later, at most `MOST_UNCHECKED`."""
+
+    def __init__(self) -> None:
+        self.count, self._next = 0, 0
+
+    def due(self) -> bool:
+        """Whether the present event is due; counts it only where `pass_on` is called."""
+        return self.count >= self._next
+
+    def pass_on(self, *, done: bool) -> None:
+        self.count += 1
+        if done:
+            self._next = self.count + min(self.count, MOST_UNCHECKED)
+
+    def restart(self) -> None:
+        self._next = self.count
+
+
+class Forwards:
+    """Runs the model's forward over the samples `keys`.
+
+    Args:
+        generations: what is kept.
+        measure: gives up where reading is slower than computing.
+        note: takes what happened, for the report.
+
+    Attributes:
+        frozen: name -> module of what is frozen, and how many layers these are.
+        keys, lengths: of the present batch.
+        absent: bool [keys], of which views the last batch brought no input.
+        refused: why nothing is kept behind the present number of layers.
+        hits, pushed, misses, checks, difference: see CacheReport.
+    """
+
+    def __init__(self, generations: Generations, *, measure: bool, note: Callable[[str], None]) -> None:
+        self._kept, self._measure, self._note = generations, measure, note
+        self.frozen: dict[str, nn.Module] = {}
+        self.num_frozen = 0
+        self.keys: Tensor | None = None
+        self.lengths: Tensor | None = None
+        self.absent = torch.zeros(generations.views.num_keys, dtype=torch.bool)
+        self.refused: str | None = None
+        self.gave_up = False
+        self.hits = self.pushed = self.misses = self.checks = self.count = 0
+        self.difference = 0.0
+        self._aliases = False
+        self._checks_due = Schedule()
+        self._watches: dict[str, Stopwatch] = {}
+
+    def moved(self, num_frozen: int, frozen: dict[str, nn.Module]) -> None:
+        """Other layers are frozen now."""
+        self.num_frozen, self.frozen = num_frozen, frozen
+        self.refused, self.gave_up, self._aliases = None, False, False
+        self._watches.clear()
+        self._checks_due.restart()
+
+    def seconds(self, name: str) -> float | None:
+        """-> median seconds a sample of "gather" or "prefix"."""
+        return self._watches[name].median() if name in self._watches else None
+
+    def run(self, name: str, model: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """original(*args, **kwargs), from what is kept where that is right."""
+        if not (model.training and torch.is_grad_enabled() and self.num_frozen):
+            return original(*args, **kwargs)
+        self.count += 1
+        keys = self.keys
+        self._check_batch(keys, args, kwargs)
+        self._kept.drop_changed()
+        absent = self.absent[keys.clamp(min=0)] & (keys >= 0)
+        now = self._kept.latest
+        if bool((keys < 0).any()) or (self.gave_up and not bool(absent.any())):
+            return self._as_ever(original, args, kwargs, absent)
+        if (now is None or now.frontier.num_frozen != self.num_frozen) and self.refused is None:
+            return self._watched(original, args, kwargs, keys, absent)
+        if now is not None and now.frontier.autocast != autocast_state(args, kwargs):
+            self._note("a forward under another autocast than the one that was watched ran as ever")
+            now = None
+        if now is None:
+            return self._as_ever(original, args, kwargs, absent)
+        return self._from_kept(now, original, args, kwargs, keys, absent)
+
+    def from_inputs(self, keys: Tensor) -> bool:
+        """Whether a forward over these keys is one as ever, from inputs alone: all frozen modules run."""
+        now = self._kept.latest
+        if not self.num_frozen or self.gave_up or bool((keys < 0).any()):
+            return True
+        if now is None or now.frontier.num_frozen != self.num_frozen:
+            return now is None and self.refused is not None
+        return not any(bool(g.store.has(keys).any()) for g in self._kept)
+
+    def needs_inputs(self, absent: Tensor) -> None:
+        """
+        Raises:
+            RuntimeError: these samples were not read from the data set.
+        """
+        if bool(absent.any()):
+            raise RuntimeError(
+                f"{int(absent.sum())} samples of this batch were not read, since their features were kept, and these "
+                "cannot be used in this forward. Freeze and thaw between a step and the next batch, not between a "
+                "batch and its forward, and let nothing fetch batches far ahead"
+            )
+
+    # The ways
+
+    def _as_ever(self, original: Callable, args: tuple, kwargs: dict, absent: Tensor) -> Any:
+        self.needs_inputs(absent)
+        return original(*args, **kwargs)
+
+    def _from_kept(self, now: Generation, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
+        have = now.store.has(keys)
+        if not bool(have.all()):
+            return self._filling(now, original, args, kwargs, keys, have, absent)
+        check = self._checks_due.due() and not bool(absent.any())
+        self._checks_due.pass_on(done=check)
+        if check:
+            self._spot_check(now, original, args, kwargs, keys)
+            if now not in self._kept:
+                return self.run("", self._kept.model, original, args, kwargs)
+        length, watch = now.length(args, kwargs), self._watch("gather")
+        watch.start()
+        rows = now.store.gather(keys, self._kept.device, length=length)
+        watch.stop(len(keys))
+        self.hits += len(keys)
+        with now.frontier.replaced(rows, length):
+            output = original(*args, **kwargs)
+        self._weigh()
+        return output
+
+    def _filling(self, now, original, args, kwargs, keys: Tensor, have: Tensor, absent: Tensor) -> Any:
+        """Some views are new: their rows are computed and kept, as far as there is room."""
+        frontier, length = now.frontier, now.length(args, kwargs)
+        groups = self._kept.groups(now, keys)
+        if not bool(have.any()) and len(groups) == 1:
+            return self._whole(now, groups[0][0], original, args, kwargs, keys, absent)
+        if not frontier.sliceable:
+            return self._whole(now, None, original, args, kwargs, keys, absent)
+        parts = []
+        for base, places in groups:
+            if base is None:
+                self.needs_inputs(absent[places])
+            some = sliced((args, kwargs), places, len(keys))
+            with self._kept.standing_in(base, keys[places], some):
+                watch = self._watch("prefix")
+                watch.start()
+                computed = frontier.computed(original, *some)
+                watch.stop(len(places) if base is None else 0)
+            self._counted(base, len(places))
+            self._keep(now, keys[places], computed, some[1], places)
+            parts.append((places, computed))
+        if bool(have.any()):
+            here = have.nonzero().squeeze(1)
+            parts.insert(0, (here, now.store.gather(keys[here], self._kept.device, length=length)))
+            self.hits += len(here)
+        rows = [_merged(len(keys), [(places, of[i]) for places, of in parts]) for i in range(len(frontier.columns))]
+        with frontier.replaced(rows, length):
+            return original(*args, **kwargs)
+
+    def _whole(self, now, base: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
+        """The forward as ever, from kept rows of fewer layers where `base` has them; its frontier is kept."""
+        if base is None:
+            self.needs_inputs(absent)
+        watch = self._watch("prefix")
+        with self._kept.standing_in(base, keys, (args, kwargs)):
+            watch.start()
+            with now.frontier.recorded(on_last=lambda: watch.stop(len(keys) if base is None else 0)) as rows:
+                output = original(*args, **kwargs)
+        self._counted(base, len(keys))
+        if rows:
+            self._keep(now, keys, rows, kwargs)
+        return output
+
+    def _watched(self, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
+        """The first forward behind a transition: shows what must be kept, and is checked."""
+        base, now = self._kept.with_all(keys), self._kept.latest
+        if len(keys) < 2 or (base is None and bool(absent.any())):
+            # One sample shows nothing about batches, and without inputs nothing can be watched: as before the freeze.
+            if now is None or now.frontier.autocast != autocast_state(args, kwargs):
+                return self._as_ever(original, args, kwargs, absent)
+            return self._from_kept(now, original, args, kwargs, keys, absent)
+
+        def under(part: Tensor | None) -> AbstractContextManager:
+            some = keys if part is None else keys[part]
+            return self._kept.standing_in(base, some, (args, kwargs))
+
+        forward = Forward(
+            self._kept.model, original, args, kwargs, self.frozen, len(keys), self._lengths_of(kwargs), under
+        )
+        output, frontier = forward.watched(self.num_frozen, self._kept.dtype, aliases=self._aliases)
+        if isinstance(frontier, Seen) and not self._aliases:
+            self._aliases = True  # the next forward is watched once more
+        elif isinstance(frontier, Refused):
+            self.refused = str(frontier)
+            self._note(f"not kept behind {self.num_frozen} layers: {frontier}")
+            logger.warning("features are not kept behind %d layers: %s", self.num_frozen, frontier)
+        else:
+            self._keep(self._kept.begin(frontier), keys, forward.rows, kwargs)
+            self._counted(base, len(keys))
+        return output
+
+    # Parts of these
+
+    def _keep(self, now, keys: Tensor, rows: list[Tensor], kwargs: Mapping, part: Tensor | None = None) -> None:
+        lengths = None
+        if now.frontier.length is not None:
+            lengths = self._lengths_of(kwargs)
+            if part is not None and self.lengths is not None:
+                lengths = lengths[part]
+            try:
+                right_padded(kwargs, lengths)
+            except Refused as reason:
+                return self._note(f"a batch was not kept: {reason}")
+        kept = now.store.put(keys, rows, lengths)
+        if not kept and len(now.store) < now.store.rows:
+            self._note("a batch was not kept: its samples have another shape or dtype than those of the first one")
+        self._kept.retire()
+
+    def _spot_check(self, now: Generation, original, args, kwargs, keys: Tensor) -> None:
+        """Computes a cached batch anew.
+
+        Raises:
+            RuntimeError: it differs by more than rounding.
+        """
+        self._kept.drop_changed(thorough=True)
+        if now not in self._kept or not now.frontier.sliceable:
+            return
+        computed = now.frontier.computed(original, args, kwargs)
+        worst, place = now.store.compare(keys, computed, now.length(args, kwargs))
+        self.difference = max(self.difference, worst)
+        if not worst <= 1:
+            sample = int(self._kept.views.samples(keys[place]))
+            self._kept.close()
+            self.num_frozen = 0
+            raise RuntimeError(
+                f"kept features of sample {sample} differ from the same view computed anew, {worst:.1f} times as far "
+                "as rounding explains: the view draws from a generator of its own, inputs are mixed across samples "
+                "(mixup, cutmix) or changed at random between loader and model, or the frozen layers are no function "
+                "of their input. The cache is closed"
+            )
+        self.checks += 1
+
+    def _counted(self, base: Generation | None, samples: int) -> None:
+        if base is None:
+            self.misses += samples
+        else:
+            self.pushed += samples
+
+    def _watch(self, name: str) -> Stopwatch:
+        if name not in self._watches:
+            self._watches[name] = Stopwatch(self._kept.device)
+        return self._watches[name]
+
+    def _weigh(self) -> None:
+        prefix, gather = self.seconds("prefix"), self.seconds("gather")
+        if self._measure and prefix is not None and gather is not None and gather > prefix:
+            self.gave_up = True
+            self._note(
+                f"given up until the next freeze: reading a sample's features takes {1e6 * gather:.0f} us, computing "
+                f"them {1e6 * prefix:.0f} us"
+            )
+
+    def _lengths_of(self, kwargs: Mapping) -> Tensor | None:
+        return lengths_of(kwargs) if self.lengths is None else self.lengths.to("cpu", torch.int64)
+
+    def _check_batch(self, keys: Tensor, args: tuple, kwargs: dict) -> None:
+        sizes = {len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()}
+        if sizes and len(keys) not in sizes:
+            raise ValueError(f"keys must be one for each sample, got {len(keys)} for a batch of {min(sizes)}")
+
+
+def _merged(batch_size: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """One batch of rows from parts (places [b], rows [b, ...]), with the strides of the first."""
+    like = parts[0][1]
+    order = sorted(range(1, like.dim()), key=lambda d: -like.stride(d))
+    whole = like.new_empty((batch_size, *(like.shape[d] for d in order)))
+    whole = whole.permute(0, *(1 + order.index(d) for d in range(1, like.dim())))
+    for places, rows in parts:
+        whole[places.to(whole.device)] = rows
+    return whole

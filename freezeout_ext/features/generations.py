@@ -1,0 +1,242 @@
+"""Generations: what is kept behind each number of frozen layers, where it lies, and until when it holds."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .frontier import Frontier
+from .guard import Guard, fingerprint
+from .probe import padded_length
+from .room import ensure_room, room_for
+from .store import Column, Store
+from .views import Views
+
+logger = logging.getLogger("freezeout_ext")
+
+
+@dataclass
+class Generation:
+    """What is kept behind one number of frozen layers."""
+
+    frontier: Frontier
+    store: Store
+    guard: Guard
+
+    def length(self, args: tuple, kwargs: Mapping) -> int | None:
+        """-> what a batch is padded to, None where rows are all as long."""
+        return None if self.frontier.length is None else padded_length(args, kwargs)
+
+
+class Generations:
+    """The latest is read first; earlier ones serve what has not passed through the layers that froze since.
+
+    Args:
+        views: whose rows these are.
+        where: "device", "host" or the path of a folder.
+        dtype: of kept features.
+        limit: in bytes, over all generations and items.
+        note: takes what happened, for the report.
+    """
+
+    def __init__(
+        self, views: Views, where: str, dtype: torch.dtype | None, limit: int | None, note: Callable[[str], None]
+    ) -> None:
+        self.views, self.where, self.dtype, self.limit, self._note = views, where, dtype, limit, note
+        self.folder = None if where in ("device", "host") else Path(where)
+        self.rank, self.world_size = 0, 1
+        self.items: Store | None = None
+        self.model: nn.Module | None = None
+        self._all: list[Generation] = []
+
+    def __iter__(self) -> Iterator[Generation]:
+        return iter(tuple(self._all))
+
+    def __contains__(self, generation: Generation) -> bool:
+        return any(g is generation for g in self._all)
+
+    @property
+    def latest(self) -> Generation | None:
+        return self._all[-1] if self._all else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.model.parameters())).device
+
+    @property
+    def owned(self) -> int:
+        """How many views this process may see."""
+        return -(-self.views.num_samples // self.world_size) * self.views.count
+
+    def stores(self) -> list[Store]:
+        return [g.store for g in self._all] + ([] if self.items is None else [self.items])
+
+    # Rows
+
+    def with_all(self, keys: Tensor) -> Generation | None:
+        """The latest generation that holds all of these keys."""
+        return next((g for g in reversed(self._all) if bool(g.store.has(keys).all())), None)
+
+    def groups(self, now: Generation, keys: Tensor) -> list[tuple[Generation | None, Tensor]]:
+        """The places of keys that `now` lacks, by the latest earlier generation that holds them."""
+        missing, found = ~now.store.has(keys), []
+        before = self._all[: next(i for i, g in enumerate(self._all) if g is now)]
+        for base in reversed(before):
+            here = missing & base.store.has(keys)
+            if bool(here.any()):
+                found.append((base, here.nonzero().squeeze(1)))
+                missing = missing & ~here
+        if bool(missing.any()):
+            found.append((None, missing.nonzero().squeeze(1)))
+        return found
+
+    @contextmanager
+    def standing_in(self, base: Generation | None, keys: Tensor, inputs: tuple[tuple, dict]) -> Iterator[None]:
+        """Kept rows of fewer layers in place of these layers; the other frozen modules as they are."""
+        with ExitStack() as stack:
+            if base is not None:
+                length = base.length(*inputs)
+                rows = base.store.gather(keys, self.device, length=length)
+                stack.enter_context(base.frontier.replaced(rows, length, whole=False))
+            yield
+
+    # Life
+
+    def begin(self, frontier: Frontier) -> Generation:
+        """A new generation, empty, or what its folder holds.
+
+        Raises:
+            MemoryError, OSError: there is no room for all views, and no limit that says how many to keep.
+        """
+        length = frontier.length or 0
+        row_bytes = sum(column.row_bytes(length) for column in frontier.columns)
+        rows = self._rows(row_bytes)
+        guard = Guard(frontier.modules, {name: _place(self.model, name) for name in frontier.states})
+        folder = None if self.folder is None else self.part() / f"frozen-{frontier.num_frozen}"
+        store = Store(
+            frontier.columns, self.views.num_keys, rows, self._store_device(), folder=folder, positions=rows * length,
+            fingerprint=f"{frontier.names} {frontier.autocast} {fingerprint(guard.tensors())}",
+        )  # fmt: skip
+        if store.files is not None and store.files.was_emptied is not None:
+            found = (
+                f"holds {len(store):,} rows" if not store.files.was_emptied else "was of other weights, and was emptied"
+            )
+            self._note(f"the folder {folder.name} {found}")
+        self._all.append(Generation(frontier, store, guard))
+        logger.info(
+            "features of %s are kept: %s bytes a view, %s for %s views, on %s",
+            ", ".join(frontier.names), f"{row_bytes:,}", f"{rows * row_bytes:,}", f"{rows:,}", self.where,
+        )  # fmt: skip
+        return self._all[-1]
+
+    def retire(self) -> None:
+        """Frees generations whose rows are all in the latest one."""
+        *before, last = self._all
+        for generation in before:
+            if len(generation.store) <= len(last.store) and bool(last.store.has(generation.store.keys()).all()):
+                self._drop(generation)
+
+    def thaw_to(self, num_frozen: int) -> None:
+        for generation in self:
+            if generation.frontier.num_frozen > num_frozen:
+                self._note(f"thawed to {num_frozen} layers: what was kept behind more was dropped")
+                self._drop(generation)
+
+    def drop_changed(self, *, thorough: bool = False) -> None:
+        """Empties what was computed with other weights than the present ones; `thorough`: compares all values."""
+        for generation in self:
+            changed = generation.guard.changed(thorough=thorough)
+            if changed is not None:
+                behind = f"what was kept behind {generation.frontier.num_frozen} layers"
+                self._note(f"{changed} was changed: {behind} was dropped")
+                generation.store.clear()  # a folder must not bring it back
+                self._drop(generation)
+
+    def open_items(self, columns: list[Column], keys: int) -> Store | None:
+        """-> a new store of batches' entries that are needed although features are kept; None without room."""
+        if self.items is not None:
+            self.items.close()
+            self.items = None
+        needed = self.owned * sum(column.row_bytes() for column in columns)
+        if self.limit is not None and needed > self.limit // 4:
+            self._note(f"targets take {needed:,} bytes, too much beside the features: all samples are read")
+            return None
+        folder = None if self.folder is None else self.part() / "items"
+        self.items = Store(columns, keys, self.owned, "cpu", folder=folder, fingerprint="items")
+        return self.items
+
+    def commit(self) -> None:
+        for store in self.stores():
+            store.commit()
+
+    def close(self) -> None:
+        for generation in self:
+            self._drop(generation)
+        if self.items is not None:
+            self.items.close()
+            self.items = None
+
+    def drop_all(self) -> None:
+        for generation in self:
+            self._drop(generation)
+
+    def _drop(self, generation: Generation) -> None:
+        self._all = [g for g in self._all if g is not generation]
+        generation.store.close()
+
+    def _rows(self, row_bytes: int) -> int:
+        """How many rows there is room for; earlier generations make room."""
+        wanted = self.owned * row_bytes
+        room = self._room(wanted)
+        if room < wanted and self._all:
+            self._note("what was kept behind fewer layers was dropped to make room, and is computed from inputs again")
+            self.drop_all()
+            room = self._room(wanted)
+        if self.limit is None:
+            ensure_room(wanted, room, self._store_device(), self.folder, f"{self.views.num_samples} samples' features")
+        elif room < wanted:
+            self._note(f"limit: {room // row_bytes:,} of {self.owned:,} views fit, {wanted:,} bytes would hold all")
+        return min(self.owned, room // row_bytes)
+
+    def _room(self, wanted: int) -> int:
+        taken = sum(store.bytes_taken for store in self.stores())
+        return room_for(wanted, self._store_device(), self.folder, self.limit, taken)
+
+    def _store_device(self) -> torch.device:
+        return self.device if self.where == "device" else torch.device("cpu")
+
+    # Folders
+
+    def part(self) -> Path:
+        """The folder of this process."""
+        return self.folder if self.world_size == 1 else self.folder / f"rank-{self.rank}-of-{self.world_size}"
+
+    def claim_folder(self, described: dict) -> None:
+        """
+        Raises:
+            ValueError: the folder is of other views.
+        """
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "views.json"
+        found = json.loads(path.read_text()) if path.exists() else described
+        if found != described:
+            differ = ", ".join(k for k in described if found.get(k) != described[k])
+            raise ValueError(
+                f"store must be of the same views, {self.folder} differs in {differ}: it is of {found}, "
+                f"here {described}"
+            )
+        path.write_text(json.dumps(described))
+
+
+def _place(model: nn.Module, name: str) -> tuple[dict, str]:
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module._parameters if key in module._parameters else module._buffers), key
