@@ -37,6 +37,11 @@ class Arm:
     def freezes(self) -> bool:
         return bool(self.start or self.rule)
 
+    @property
+    def is_rival(self) -> bool:
+        """Whether this is full training, of whatever length."""
+        return self == Arm(length=self.length)
+
 
 BF16, INT8 = torch.bfloat16, torch.int8
 # Between the classes: the first 4 layers, or 2 or 4 and then the others one by one, or 6 of the 9.
@@ -97,3 +102,32 @@ SCRATCH = {
     "linear 0.5, K=2": replace(LINEAR, views=2, kept=BF16),
 }
 ARMS = {"classes": CLASSES, "pretrained": PRETRAINED, "scratch-vgg": SCRATCH, "scratch-wrn": SCRATCH}
+# What is compared run by run besides: (arm, the arm that it is held against).
+PAIRS = {
+    "classes": [
+        *((f"{name}, K={k}", f"{name}, paid") for name in RULES for k in (1, 2, 4)),
+        *((f"{name}, K=4, int8", f"{name}, K=4") for name in RULES),
+        *((f"{name}, paid, norms adapted", f"{name}, paid") for name in ("first 4", "first 6")),
+        *((f"{name}, K=4, rate x{rate}", f"{name}, K=4") for name in ("first 4", "first 6") for rate in (0.5, 2)),
+        *((f"first 4, rest from 0.4, K=4, x{rate} after", "first 4, rest from 0.4, K=4") for rate in (0.5, 2)),
+        *((f"full, rate x{rate}", "full") for rate in (0.5, 2)),
+        ("full, norms adapted", "full"),
+    ],
+    "pretrained": [
+        ("6 blocks, 2 epochs, paid, norms adapted", "6 blocks, 2 epochs, paid"),
+        ("12 blocks, 4 epochs, paid, norms adapted", "12 blocks, 4 epochs, paid"),
+        ("6 blocks, 2 epochs, K=1", "6 blocks, 2 epochs, paid"),
+        ("12 blocks, 4 epochs, K=1", "12 blocks, 4 epochs, paid"),
+    ],
+    **dict.fromkeys(
+        ("scratch-vgg", "scratch-wrn"),
+        [
+            ("cubic 0.8, annealed", "cubic 0.8"),
+            ("linear 0.5, annealed", "linear 0.5"),
+            ("cubic 0.8, K=1", "cubic 0.8"),
+            ("cubic 0.8, K=4", "cubic 0.8"),
+            ("linear 0.5, K=1", "linear 0.5"),
+            ("linear 0.5, K=2", "linear 0.5"),
+        ],
+    ),
+}
