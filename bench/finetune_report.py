@@ -47,7 +47,7 @@ def _table(experiment: str, runs: dict[str, dict[int, dict]]) -> str:
     quiet = min(row["full_step_seconds"] for each in runs.values() for row in each.values())
     head = f"Cost 1 is {unit:,} full steps; a full step takes {1e3 * quiet:.1f} ms of CPU time on a quiet machine.\n\n"
     lines = [
-        "| | n | accuracy, % | test loss | cost | CPU seconds | − full | ahead at equal cost | loss | MiB | kept MiB |",
+        "| | n | accuracy, % | test loss | cost | CPU seconds | over full | ahead at equal cost | loss | MiB | kept MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, each in runs.items():
@@ -76,15 +76,19 @@ def _table(experiment: str, runs: dict[str, dict[int, dict]]) -> str:
 def _pairs(experiment: str, runs: dict[str, dict[int, dict]]) -> str:
     lines = ["| | n | accuracy | test loss | cost, ratio |", "|---|---|---|---|---|"]
     for a, b in PAIRS[experiment]:
-        seeds = sorted(runs[a].keys() & runs[b].keys()) if a in runs and b in runs else []
-        if not seeds:
+        ours, theirs = runs.get(a, {}), runs.get(b, {})
+        both = ours.keys() & theirs.keys()
+        if not both:
             continue
-        both = [(runs[a][seed], runs[b][seed]) for seed in seeds]
-        ratio = fmean(x["full_steps"] / y["full_steps"] for x, y in both)
-        accuracy = _difference([x["accuracy"] - y["accuracy"] for x, y in both])
-        loss = _difference([x["loss"] - y["loss"] for x, y in both], 3)
-        lines.append(f"| {a} − {b} | {len(seeds)} | {accuracy} | {loss} | {ratio:.2f} |")
+        ratio = fmean(ours[seed]["full_steps"] / theirs[seed]["full_steps"] for seed in both)
+        accuracy = _difference(_pairwise(ours, theirs, "accuracy"))
+        loss = _difference(_pairwise(ours, theirs, "loss"), 3)
+        lines.append(f"| {a}, over {b} | {len(both)} | {accuracy} | {loss} | {ratio:.2f} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _pairwise(each: dict[int, dict], other: dict[int, dict], what: str) -> list[float]:
+    return [row[what] - other[seed][what] for seed, row in each.items() if seed in other]
 
 
 def rival_at(cost: float, seed: int, rivals: Iterable[dict[int, dict]], what: str) -> tuple[float, str] | None:
