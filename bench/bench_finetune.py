@@ -38,11 +38,9 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     experiment = EXPERIMENTS[args.experiment](args.data_dir, args.work)
-    arms = {
-        name: arm
-        for name, arm in ARMS[args.experiment].items()
-        if not args.arms or any(fnmatchcase(name, pattern) for pattern in args.arms)
-    }
+    known = ARMS[args.experiment]
+    # In the order of the patterns.
+    arms = {name: known[name] for pattern in args.arms for name in known if fnmatchcase(name, pattern)}
     where = conditions(torch.device("cpu"))
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for name, arm in arms.items():
@@ -65,7 +63,7 @@ def main() -> None:
     add = parser.add_argument
     add("experiment", nargs="?", choices=sorted(EXPERIMENTS))
     add("--data-dir", type=Path)
-    add("--arms", nargs="+", help="names or patterns (all)")
+    add("--arms", nargs="+", default=["*"], help="names or patterns (all)")
     add("--seeds", type=int, default=5)
     add("--first-seed", type=int, default=0)
     add("--rows", type=Path, default=Path("runs/finetune/rows.jsonl"))

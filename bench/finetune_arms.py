@@ -71,8 +71,7 @@ CLASSES = {
 }
 # Of EfficientNet-Lite0's 19 layers: the stem and 6 or 12 of the 16 blocks.
 PRETRAINED = {
-    "full 4 epochs": Arm(),
-    **{f"full {epochs} epochs": Arm(length=epochs / 4) for epochs in (1, 2, 6, 8)},
+    **{f"full {epochs} epochs": Arm(length=epochs / 4) for epochs in (1, 2, 4, 6, 8)},
     "6 blocks, 2 epochs, K=1": Arm(length=2 / 4, start=7, views=1, kept=BF16),
     "6 blocks, 4 epochs, K=2": Arm(length=4 / 4, start=7, views=2, kept=BF16),
     "12 blocks, 4 epochs, K=1": Arm(length=4 / 4, start=13, views=1, kept=BF16),

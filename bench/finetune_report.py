@@ -47,7 +47,7 @@ def _table(experiment: str, runs: dict[str, dict[int, dict]]) -> str:
     quiet = min(row["full_step_seconds"] for each in runs.values() for row in each.values())
     head = f"Cost 1 is {unit:,} full steps; a full step takes {1e3 * quiet:.1f} ms of CPU time on a quiet machine.\n\n"
     lines = [
-        "| | n | accuracy, % | test loss | cost | CPU seconds | over full | ahead at equal cost | loss | MiB | kept MiB |",
+        "| | n | accuracy, % | test loss | cost | CPU s | over full | ahead at equal cost | in loss | MiB | kept MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, each in runs.items():

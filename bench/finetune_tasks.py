@@ -130,7 +130,7 @@ def between_classes(data_dir: Path, work: Path) -> Experiment:
         make_optimizer=sgd,
         epochs=8,
         batch_size=32,
-        timed=(20, 1.0),
+        timed=(10, 1.5),
         data=f"{data.conditions}; 25,000 images of 50 classes for 5 epochs, then 2,000 of the other 50, by the seed",
     )
 
@@ -180,7 +180,7 @@ def pretrained(data_dir: Path, work: Path) -> Experiment:
         make_optimizer=adamw,
         epochs=4,
         batch_size=50,
-        timed=(2, 8.0),
+        timed=(1, 8.0),
         data=f"{data.conditions}; 2,000 training images drawn by the seed",
     )
 
@@ -216,8 +216,8 @@ def from_scratch(name: str, epochs: int, timed: tuple[int, float]) -> Callable[[
 EXPERIMENTS = {
     "classes": between_classes,
     "pretrained": pretrained,
-    "scratch-vgg": from_scratch("vgg-11-x0.125", 8, (20, 2.0)),
-    "scratch-wrn": from_scratch("wrn-10-1", 5, (8, 4.0)),
+    "scratch-vgg": from_scratch("vgg-11-x0.125", 6, (10, 3.0)),
+    "scratch-wrn": from_scratch("wrn-10-1", 4, (5, 5.0)),
 }
 
 
