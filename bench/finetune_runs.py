@@ -134,13 +134,13 @@ class Run:
             self.freezeout.thaw_to(self.arm.thaw[1])
         num_frozen = 0 if self.freezeout is None else self.freezeout.num_frozen
         counting = self.counted is None or num_frozen < self.counted
-        saved = SavedBytes(self.model)
-        counted = saved.watch() if counting else nullcontext()
+        saved = SavedBytes(self.model) if counting else None
+        counted = nullcontext() if saved is None else saved.watch()
         with counted, nullcontext() if keys is None else self.cache.samples(keys):
             loss = functional.cross_entropy(self.model(inputs), targets)
         loss.backward()
         self.optimizer.step()
-        if counting:
+        if saved is not None:
             held = held_memory(self.model, [self.optimizer], saved.total)
             self.memory = max(self.memory, held.weights + held.gradients + held.state + held.saved)
             self.counted = num_frozen
