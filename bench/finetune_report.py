@@ -43,9 +43,11 @@ def tables(rows: Sequence[dict]) -> str:
 def _table(experiment: str, runs: dict[str, dict[int, dict]]) -> str:
     arms = ARMS[experiment]
     rivals = [runs[name] for name in runs if arms[name].is_rival]
-    unit = next(steps for name, steps in _steps(runs) if arms[name] == Arm())
+    full = _of(arms, runs, Arm())
+    # What full training of length 1 took, batches and scheduler included.
+    unit = fmean(row["full_steps"] for row in full.values())
     quiet = min(row["full_step_seconds"] for each in runs.values() for row in each.values())
-    head = f"Cost 1 is {unit:,} full steps; a full step takes {1e3 * quiet:.1f} ms of CPU time on a quiet machine.\n\n"
+    head = f"Cost 1: {unit * quiet:.1f} CPU seconds, at {1e3 * quiet:.1f} ms for a full training step.\n\n"
     lines = [
         "| | n | accuracy, % | test loss | cost | CPU s | over full | ahead at equal cost | in loss | MiB | kept MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -53,7 +55,6 @@ def _table(experiment: str, runs: dict[str, dict[int, dict]]) -> str:
     for name, each in runs.items():
         values = list(each.values())
         cost = fmean(row["full_steps"] for row in values)
-        full = _of(arms, runs, Arm())
         cells = [
             name,
             len(values),
@@ -132,10 +133,6 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 def _of(arms: dict[str, Arm], runs: dict, arm: Arm) -> dict[int, dict]:
     return next((each for name, each in runs.items() if arms[name] == arm), {})
-
-
-def _steps(runs: dict[str, dict[int, dict]]) -> Iterable[tuple[str, int]]:
-    return ((name, next(iter(each.values()))["steps"]) for name, each in runs.items())
 
 
 def _in_order(rows: Sequence[dict]) -> list[dict]:
