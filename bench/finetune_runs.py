@@ -7,11 +7,11 @@ from contextlib import nullcontext
 import torch
 from finetune_arms import Arm
 from finetune_tasks import Experiment, cosine, evaluate
-from freezeout_ext.features import FeatureCache
 from torch import Tensor
 from torch.nn import functional
 
 from freezeout_ext import FreezeOut
+from freezeout_ext.features import FeatureCache
 from freezeout_ext.memory import SavedBytes, held_memory
 
 

