@@ -82,10 +82,8 @@ PRETRAINED = {
     "12 blocks, 10 epochs, K=2, thawed to 6 for 3": Arm(
         length=10 / 4, start=13, views=2, kept=BF16, thaw=(0.7, 7, 2.0)
     ),
-    "6 blocks, 2 epochs, paid": Arm(length=2 / 4, start=7),
-    "12 blocks, 4 epochs, paid": Arm(length=4 / 4, start=13),
-    "12 blocks, 4 epochs, paid, norms adapted": Arm(length=4 / 4, start=13, adapt=1),
-    "6 blocks, 2 epochs, paid, norms adapted": Arm(length=2 / 4, start=7, adapt=1),
+    "6 blocks, 2 epochs, K=1, norms adapted": Arm(length=2 / 4, start=7, views=1, kept=BF16, adapt=1),
+    "12 blocks, 4 epochs, K=1, norms adapted": Arm(length=4 / 4, start=13, views=1, kept=BF16, adapt=1),
 }
 CUBIC, LINEAR = Arm(rule=("cubic", 0.8)), Arm(rule=("linear", 0.5))
 SCRATCH = {
@@ -119,10 +117,8 @@ PAIRS = {
         ("full, norms adapted", "full"),
     ],
     "pretrained": [
-        ("6 blocks, 2 epochs, paid, norms adapted", "6 blocks, 2 epochs, paid"),
-        ("12 blocks, 4 epochs, paid, norms adapted", "12 blocks, 4 epochs, paid"),
-        ("6 blocks, 2 epochs, K=1", "6 blocks, 2 epochs, paid"),
-        ("12 blocks, 4 epochs, K=1", "12 blocks, 4 epochs, paid"),
+        ("6 blocks, 2 epochs, K=1, norms adapted", "6 blocks, 2 epochs, K=1"),
+        ("12 blocks, 4 epochs, K=1, norms adapted", "12 blocks, 4 epochs, K=1"),
     ],
     "scratch-vgg": SCRATCH_PAIRS,
     "scratch-wrn": SCRATCH_PAIRS,
