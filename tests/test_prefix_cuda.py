@@ -18,7 +18,7 @@ from freezeout_ext.prefix import Prefix, cuda
 from freezeout_ext.prefix.cuda_conv import CUDNN, PLAIN, Constants, ConvCall
 from freezeout_ext.prefix.cuda_plan import FusedConv, PooledAffine, outs, plan
 from freezeout_ext.prefix.folding import Affine, Cat, lower_chain
-from freezeout_ext.prefix.runtime import Refused
+from freezeout_ext.prefix.judge import Refused
 
 # Folding rounds each weight anew, float32 sums in another order; bfloat16 rounds each of some 30 images.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}

@@ -9,7 +9,7 @@ from prefix_cases import assert_within_perturbation, pair
 from timm_models import MISSING, importable_timm
 
 from freezeout_ext.layers import find_layers
-from freezeout_ext.prefix.runtime import TOLERANCE
+from freezeout_ext.prefix.judge import TOLERANCE
 
 if MISSING:
     pytest.skip(MISSING, allow_module_level=True)
