@@ -79,9 +79,9 @@ class Form:
 
 
 def flatten(tree: Any) -> tuple[list, TreeSpec]:
-    """Tuples are opened, and the dict of keyword arguments; what may be written to is a leaf."""
+    """Tuples and lists are opened, and the dict of keyword arguments; other objects, which may change, are leaves."""
     keywords = tree[1] if type(tree) is tuple and len(tree) == 2 and type(tree[1]) is dict else None
-    return tree_flatten(tree, is_leaf=lambda node: type(node) is not tuple and node is not keywords)
+    return tree_flatten(tree, is_leaf=lambda node: type(node) not in (tuple, list) and node is not keywords)
 
 
 @dataclass
@@ -292,7 +292,11 @@ class Chain:
         if found is None or type(found[at]) is not Deferred:
             return None
         value, passage = found[at], found[at]._passage
-        if passage.chain is not self or value._index != i - 1 or (passage.y is not None and i - 1 in self.looked_inside):
+        if (
+            passage.chain is not self
+            or value._index != i - 1
+            or (passage.y is not None and i - 1 in self.looked_inside)
+        ):
             return None
         same = all(
             leaf is passage.inputs[known.index]
@@ -300,7 +304,9 @@ class Chain:
             if type(known) is Input
         )
         # Values were compared at the first unit's call; in the rehearsal once more.
-        changed = link.guard.broken(values=passage.y is None) or autocast_state(passage.inputs[0].device) != self.autocast
+        changed = (
+            link.guard.broken(values=passage.y is None) or autocast_state(passage.inputs[0].device) != self.autocast
+        )
         others = len(passage.inputs) > 1 and not passage.is_as_it_was()
         if same and not changed and not others:
             return passage

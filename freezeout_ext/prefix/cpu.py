@@ -168,9 +168,7 @@ class CpuEngine(Engine):
             return (_add_relu(y, other, op.relu),)
         mine = op.add in state.dead and op.add in state.fresh and _storage(other) != _storage(x)
         if mine and other.is_contiguous(memory_format=CHANNELS_LAST):
-            return (
-                ops._convolution_pointwise_.binary(other, x, weight, bias, *geometry, "add", 1.0, relu, [], None),
-            )
+            return (ops._convolution_pointwise_.binary(other, x, weight, bias, *geometry, "add", 1.0, relu, [], None),)
         other = other.contiguous(memory_format=CHANNELS_LAST)
         return (ops._convolution_pointwise.binary(x, other, weight, bias, *geometry, "add", 1.0, relu, [], None),)
 
@@ -178,7 +176,11 @@ class CpuEngine(Engine):
         (result,) = super().call(op, state)
         kept = {buffer.untyped_storage().data_ptr() for buffer in self._held.values()}
         # A view of a buffer would not outlive the value.
-        return (map_tree(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and _storage(leaf) in kept else leaf, result),)
+        return (
+            map_tree(
+                lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and _storage(leaf) in kept else leaf, result
+            ),
+        )
 
     def _packed(self, op: Conv, x: Tensor, *, packed: bool) -> tuple[Tensor, Tensor | None]:
         key = (packed, x.dtype, tuple(x.shape[2:]) if packed else (), *map(id, op.key))

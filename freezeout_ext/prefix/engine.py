@@ -1,4 +1,4 @@
-"""The interpreter of Programs: y = program(*inputs). What ops compute differs from device to device (cpu.py, cuda.py)."""
+"""The interpreter of Programs: y = program(*inputs); cpu.py and cuda.py are its two tables of ops."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field

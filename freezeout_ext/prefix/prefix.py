@@ -32,11 +32,11 @@ class LayerLike(Protocol):
 class Prefix:
     """frontier = frozen layers(inputs), under no_grad, at every call of the model from the freeze on.
 
-    `freeze(n)` is cheap and cannot fail half-way: it uninstalls the engines and remembers n. The model's next forward in
-    training mode runs as it is and is watched: that batch is the probe. At its end the prefix is captured, checked on a
-    few samples against the modules, and installed. In the forward after that, the rehearsal, the modules run as they are
-    once more and show whether anyone looks at a value inside a chain. Then the engine and eager take turns for 2 * 3
-    calls of the same shape, timed; eager stays unless the engine's median is smaller.
+    `freeze(n)` is cheap and cannot fail half-way: it uninstalls the engines and remembers n. The model's next forward
+    in training mode runs as it is and is watched: that batch is the probe. At its end the prefix is captured, checked
+    on a few samples against the modules, and installed. In the forward after that, the rehearsal, the modules run as
+    they are once more and show whether anyone looks at a value inside a chain. Then the engine and eager take turns for
+    2 * 3 calls of the same shape, timed; eager stays unless the engine's median is smaller.
 
     A module is part of it only if all that its forward can read is under guard; the others run as they are, and the
     report says why. Whatever changes of a guarded module, `p.data.copy_()` included, the modules run as they are from
@@ -94,7 +94,9 @@ class Prefix:
     @property
     def is_settled(self) -> bool:
         """Whether nothing is left to capture, rehearse or time; all read from the device, as no CUDA graph may."""
-        return not self._waits and all(c.rehearsed and not c.looked_inside and not c.runner.trial.open for c in self._chains)
+        return not self._waits and all(
+            c.rehearsed and not c.looked_inside and not c.runner.trial.open for c in self._chains
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -200,10 +202,11 @@ class Prefix:
 
     def _capture(self) -> None:
         recording = self._recorder.finish()
-        self._begin(waits=bool(recording.left_out), anew=False)
+        self._begin(waits=bool(recording.left_out or recording.cut_after), anew=False)
         self._left_out.update(recording.left_out)
+        self._cut_after.update(recording.cut_after)
         if self._waits:
-            return  # without them, in the next forward
+            return  # in the next forward
         self._fallbacks += [f"{name} runs as it is: {reason}" for name, reason in recording.refused.items()]
         if any(guard.broken() for guard in self._guards.values()):
             self._forget()

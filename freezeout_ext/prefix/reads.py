@@ -6,7 +6,6 @@ the environment; objects that cannot be compared. Functions of torch and of libr
 their arguments alone.
 """
 
-import builtins
 import dis
 import enum
 import functools
@@ -27,8 +26,8 @@ PLAIN = (
 )  # fmt: skip
 TRUSTED = {
     "torch", "timm", "transformers", "torchvision", "einops", "math", "cmath", "operator", "functools", "itertools",
-    "collections", "typing", "types", "abc", "enum", "dataclasses", "builtins", "copy", "warnings", "logging", "inspect",
-    "contextlib", "packaging", "typing_extensions", "numbers", "string", "re", "huggingface_hub",
+    "collections", "typing", "types", "abc", "enum", "dataclasses", "builtins", "copy", "warnings", "logging",
+    "inspect", "contextlib", "packaging", "typing_extensions", "numbers", "string", "re", "huggingface_hub",
 }  # fmt: skip
 WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR"}
 WRITING_FUNCTIONS = {"setattr", "delattr", "globals", "exec", "eval", "compile", "open", "input", "print", "__import__"}
@@ -39,7 +38,8 @@ WRITING_METHODS = {
 # Any attribute may be meant.
 DYNAMIC = {"getattr", "vars", "dir", "locals", "__getattribute__", "attrgetter"}
 # What a traced value answers otherwise than a tensor.
-ASKS = {"hasattr", "type", "callable", "id", "is_scripting", "is_tracing", "is_fx_tracing", "is_torch_fx_proxy"}
+ASKS = {"hasattr", "type", "callable", "id", "is_torch_fx_proxy"}
+LIST_WRITERS = {"append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse"}
 HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
 
@@ -51,12 +51,13 @@ class Code:
     globals: frozenset[str]
     writes: str | None
     imports: frozenset[str]
+    adds_in_place: bool
 
 
 @functools.cache
 def code_of(code: types.CodeType) -> Code:
     """-> what the code and the functions written inside it name."""
-    names, globals_, imports, writes = set(), set(), set(), None
+    names, globals_, imports, writes, adds = set(), set(), set(), None, False
     for each in _nested(code):
         names.update(c for c in each.co_consts if isinstance(c, str) and len(c) < 100)
         for instruction in dis.get_instructions(each):
@@ -65,11 +66,13 @@ def code_of(code: types.CodeType) -> Code:
                 writes = writes or (name if isinstance(name, str) else "an element of a container or tensor")
             elif op in ("LOAD_GLOBAL", "LOAD_NAME"):
                 globals_.add(name)
+            elif op == "INPLACE_ADD" or (op == "BINARY_OP" and instruction.argrepr.endswith("=")):
+                adds = True
             elif op == "IMPORT_NAME":
                 imports.add(name.split(".")[0])
             elif op in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
                 names.add(name)
-    return Code(frozenset(names), frozenset(globals_), writes, frozenset(imports))
+    return Code(frozenset(names), frozenset(globals_), writes, frozenset(imports), adds)
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -307,14 +310,24 @@ def _has_slots(cls: type) -> bool:
 @functools.cache
 def asks(cls: type) -> str | None:
     """-> by which function the forward of a class would take a traced value for something else than a tensor."""
-    names, done = {"forward"}, set()
+    found = sorted(name for code in _methods(cls) for name in (code.globals | code.names) & ASKS)
+    return found[0] if found else None
+
+
+@functools.cache
+def may_write_lists(cls: type) -> bool:
+    """Whether the forward of a class may change a list that it is given."""
+    return any(code.adds_in_place or code.names & LIST_WRITERS for code in _methods(cls))
+
+
+def _methods(cls: type) -> list[Code]:
+    """The code of a class's forward and of all methods that it names in turn."""
+    names, done, found = {"forward"}, set(), []
     while not of_torch(cls) and names - done:
         name = (names - done).pop()
         done.add(name)
         for function in [f for each in cls.__mro__ for f in _functions(vars(each).get(name))]:
             if not function.__module__.startswith("torch."):
-                code = code_of(function.__code__)
-                names |= code.names
-                if found := sorted((code.globals | code.names) & ASKS):
-                    return found[0]
-    return None
+                found.append(code_of(function.__code__))
+                names |= found[-1].names
+    return found

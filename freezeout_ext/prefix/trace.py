@@ -1,6 +1,6 @@
 """One module's forward, read by running it once on stand-ins for tensors; submodules are leaves.
 
-Nothing of torch is patched. For the time of the run each submodule's forward is one on the instance that notes the call.
+Nothing of torch is patched. During the run each submodule's forward is one on the instance that notes the call.
 Parameters, buffers and what is computed from them alone are constants of the trace, as are all attributes: the guard
 compares them at each call.
 """

@@ -1,5 +1,6 @@
 """What of a model is the frozen prefix: seen in one real forward, cut into chains of units."""
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +13,7 @@ from ..attach import OwnForward
 from .chain import Form, Link, Unit, flatten
 from .guard import Guard, autocast_state, guarded, version_of
 from .judge import Refused, drawn_since, foreign_random_states
+from .reads import may_write_lists
 
 PROBE_SAMPLES = 4
 
@@ -38,11 +40,13 @@ class Segment:
 
 @dataclass
 class Recording:
-    """What was seen: chains; units that run as they are; units to leave out, for which to watch once more."""
+    """What was seen: chains; units that run as they are; units to leave out or to cut after, for which
+    to watch once more."""
 
     segments: list[Segment] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     left_out: dict[nn.Module, str] = field(default_factory=dict)
+    cut_after: set[nn.Module] = field(default_factory=set)
 
 
 class Recorder:
@@ -61,6 +65,7 @@ class Recorder:
         self._cut_after = cut_after
         self._segment: Segment | None = None
         self._called: dict[nn.Module, int] = {}
+        self._inner: list[tuple[weakref.ref, nn.Module]] = []  # what units returned, for the next one alone so far
         self._forwards: list[OwnForward] = []
         for unit in units:
             if unit.module in refused:
@@ -80,6 +85,8 @@ class Recorder:
                 recording.left_out[link.unit.module] = "it runs several times in a forward"
             elif link.guard.broken():
                 recording.left_out[link.unit.module] = "the model changes it behind its call"
+        inner = {link.unit.module for segment in recording.segments for link in segment.links[:-1]}
+        recording.cut_after &= inner
         return recording
 
     def remove(self) -> None:
@@ -98,6 +105,7 @@ class Recorder:
         states = foreign_random_states(), _torch_states()
         tensors = list(_tensors((args, kwargs)))
         versions = [version_of(x) for x in tensors]
+        self._note_other_uses(segment, tensors)
         output = forward(*args, **kwargs)
         try:
             if drawn_since(states[0]) or not _equal(states[1], _torch_states()):
@@ -107,7 +115,8 @@ class Recorder:
             written = [t for t, v in zip(tensors, versions, strict=True) if version_of(t) != v]
             if any(t is not output for t in written):
                 raise Refused("it changes its input in place")
-            if segment is not None and any(t is segment.y and v != segment.y_version for t, v in zip(tensors, versions)):
+            before = [v for t, v in zip(tensors, versions, strict=True) if segment is not None and t is segment.y]
+            if any(v != segment.y_version for v in before):
                 segment = None  # the model's own code wrote to it
             self._add(segment, unit, guard, (args, kwargs), output, bool(written))
         except Refused as reason:
@@ -119,7 +128,9 @@ class Recorder:
     ) -> None:
         tensors = list(_tensors(given))
         if not tensors:
-            raise Refused("it is called with no tensor of its own, but perhaps a list of them")
+            raise Refused("it is called without a tensor")
+        if _has_list(given) and any(may_write_lists(type(m)) for m in guard.modules):
+            raise Refused("it is called with a list, which it may change")
         if any(type(t) is not Tensor for t in tensors):
             raise Refused("it is called with something else than plain tensors")
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -138,7 +149,14 @@ class Recorder:
         segment.links.append(Link(unit, guard, call, result, in_place))
         if segment not in self.recording.segments:
             self.recording.segments.append(segment)
+        self._inner.append((weakref.ref(y), unit.module))
         self._segment = None if unit.module in self._cut_after else segment
+
+    def _note_other_uses(self, segment: Segment | None, tensors: list[Tensor]) -> None:
+        """A value that is given to another unit than the next one ends its chain."""
+        for t in tensors:
+            if segment is None or t is not segment.y:
+                self.recording.cut_after.update(m for inner, m in self._inner if inner() is t)
 
     def _continued(self, segment: Segment, given: tuple, tensors: list[Tensor], autocast: tuple) -> Form | None:
         """How the unit is called as the next one of the segment, None where it begins another."""
@@ -174,6 +192,11 @@ class Recorder:
         segment.few_y = _few(y, segment.inputs[0])
 
 
+def _has_list(tree: Any) -> bool:
+    parts = tree.values() if type(tree) is dict else tree if type(tree) in (tuple, list) else ()
+    return type(tree) is list or any(map(_has_list, parts))
+
+
 _NOTHING = torch.empty(0)
 
 
@@ -199,4 +222,3 @@ def _torch_states() -> list[Tensor]:
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
