@@ -264,7 +264,7 @@ def perturb_frontier(prefix: Prefix, size: float, seed: int) -> None:
             return leaf + size * leaf.abs().max() * (2 * torch.rand(leaf.shape, generator=generator) - 1)
         return leaf
 
-    for part in prefix._parts:
+    for part in prefix._chains:
         engine = part.runner.engine
         part.runner.engine = lambda *inputs, engine=engine: tree_map(noisy, engine(*inputs))
 

@@ -1,4 +1,4 @@
-"""The GPU runtime of the prefix: its plan, and its steps with the kernels' references on the CPU; the rest on a GPU."""
+"""The ops of the prefix on a GPU: what is fused and placed, the kernels' references on the CPU, the rest there."""
 
 import copy
 from collections import Counter
@@ -14,11 +14,13 @@ import prefix_cases as cases
 
 from freezeout_ext import FreezeOut, kernels
 from freezeout_ext.models import VGG, DenseNet, ResNet, WideResNet, build_model
-from freezeout_ext.prefix import Prefix, cuda
+from freezeout_ext.prefix import Prefix, cuda, graphs
+from freezeout_ext.prefix.cuda import FusedConv, PooledAffine, fuse
 from freezeout_ext.prefix.cuda_conv import CUDNN, PLAIN, Constants, ConvCall
-from freezeout_ext.prefix.cuda_plan import FusedConv, PooledAffine, outs, plan
-from freezeout_ext.prefix.folding import Affine, Cat, lower_chain
-from freezeout_ext.prefix.runtime import Refused
+from freezeout_ext.prefix.engine import last_uses, place
+from freezeout_ext.prefix.judge import Refused
+from freezeout_ext.prefix.lower import lower_units
+from freezeout_ext.prefix.program import Cat
 
 # Folding rounds each weight anew, float32 sums in another order; bfloat16 rounds each of some 30 images.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -105,7 +107,7 @@ def prefix_of(name: str, count: int | None = None) -> Units:
 
 def engine_of(net: Units, *, dtype: torch.dtype = torch.float32, ops: SimpleNamespace = kernels) -> cuda.CudaEngine:
     return cuda.CudaEngine(
-        lower_chain(list(net.units)), dtype=dtype, output_dtypes=[torch.float32], channels_last=[False], weights={},
+        lower_units(*net.units), dtype=dtype, output_dtype=torch.float32, channels_last=False, weights={},
         ops=ops,
     )  # fmt: skip
 
@@ -119,41 +121,44 @@ def images(n: int = 3, size: int = 8, device: str = "cpu") -> Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
 
 
-# The plan
+# What is fused, and where it lies
 
 
 def test_launches_of_the_paper_nets() -> None:
     """DenseNet-76-12: 77, WRN-40-4: 40, a Cat being none; and nothing but fused convolutions and pools."""
     for net, launches, also in ((DenseNet(76, 12), 77, {Cat: 36, PooledAffine: 2}), (WideResNet(40, 4), 40, {})):
-        steps = plan(lower_chain(list(trained(Units([net.stem, *net.blocks])).units))).steps
+        steps = fuse(lower_units(*trained(Units([net.stem, *net.blocks])).units))
         kinds = Counter(type(step) for step in steps)
         assert sum(kinds.values()) - kinds[Cat] == launches
         assert {kind: n for kind, n in kinds.items() if kind is not FusedConv} == also
 
 
-def test_plan_of_densenet() -> None:
+def test_ops_of_densenet() -> None:
     net = prefix_of("densenet")
-    found = plan(lower_chain(list(net.units)))
-    convs = [step for step in found.steps if isinstance(step, FusedConv)]
+    program = lower_units(*net.units)
+    ops = fuse(program)
+    places, _ = place(program, ops, cuda.CudaEngine.padding)
+    convs = [op for op in ops if isinstance(op, FusedConv)]
     ones = [step for step in convs if step.conv.module.kernel_size == (1, 1)]
     # Two bottlenecks a stage read the block through bn1 and ReLU; a transition's conv reads what was pooled.
-    assert [step.before is not None for step in ones] == [True, True, False, True, True, False, True, True]
+    assert [op.before is not None for op in ones] == [True, True, False, True, True, False, True, True]
     assert not any(step.after for step in convs)
-    blocks = {id(block): block for block, _, _ in found.places.values()}
+    blocks = {id(block): block for block, _, _ in places.values()}
     assert [(len(b.pieces), b.channels) for b in blocks.values()] == [(3, 48), (3, 48), (3, 48)]
     # The stem and each bottleneck's second conv, or the transition, write their slice themselves.
     pieces = [piece for block in blocks.values() for piece in block.pieces]
     assert set(pieces) <= {step.out for step in convs}
-    assert [found.places[piece][1:] for piece in next(iter(blocks.values())).pieces] == [(0, 24), (24, 12), (36, 12)]
+    assert [places[piece][1:] for piece in next(iter(blocks.values())).pieces] == [(0, 24), (24, 12), (36, 12)]
 
 
-def test_plan_of_wide_resnet() -> None:
-    found = plan(lower_chain(list(prefix_of("wrn").units)))
-    convs = [step for step in found.steps if isinstance(step, FusedConv)]
-    assert len(convs) == len(found.steps)
+def test_ops_of_wide_resnet() -> None:
+    program = lower_units(*prefix_of("wrn").units)
+    ops = fuse(program)
+    convs = [op for op in ops if isinstance(op, FusedConv)]
+    assert len(convs) == len(ops)
     # Each block's last conv gives the sum and relu(bn(sum)) of the next block; there is none behind the last.
     assert [step.after is not None for step in convs if step.conv.add is not None] == [True] * 5 + [False]
-    assert not any(Affine in map(type, found.steps) for _ in found.steps) and not found.places
+    assert place(program, ops, 16) == ({}, set())
 
 
 def test_only_one_affine_runs_behind_a_convolution() -> None:
@@ -226,13 +231,12 @@ def test_a_capture_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
     x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     constants = Constants.of(module.weight, module.bias, torch.float32)
-    call = ConvCall(kernels, module, x, constants, None, None, True, None, None, False)
+    call = ConvCall(kernels, module, x, (2, 8, 4, 4), constants, None, None, True, None, None, False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch, "Generator", operands)
-    for measure in (call.way, lambda: kernels.verified_config(x, constants.weight, out=torch.empty_like(x))):
-        with pytest.raises(RuntimeError, match="must be run once before a CUDA graph is captured"):
-            measure()
+    with pytest.raises(RuntimeError, match="must be run once before a CUDA graph is captured"):
+        call.way()
 
 
 def test_a_longer_block_is_not_measured_anew() -> None:
@@ -251,7 +255,7 @@ def test_a_longer_block_is_not_measured_anew() -> None:
         keys.append(set())
         engine = engine_of(Units(units[:count]), ops=references(choose))
         engine.run_measured(images())
-        widths.append({block.channels for block, _, _ in engine.plan.places.values()})
+        widths.append({block.channels for block, _, _ in engine.places.values()})
     assert widths == [{48}, {64}]
     assert len(keys[0]) == 5 and keys[0] < keys[1] and len(keys[1] - keys[0]) <= 2  # the new bottleneck's
 
@@ -270,7 +274,7 @@ def test_a_value_is_placed_once() -> None:
     for way in (first_way, last_way):
         engine = engine_of(net, ops=references(way))
         assert error(engine.run_measured(images())[0], net(images())) < 1e-5
-    places = {v: place for v, place in engine.plan.places.items() if v not in engine.plan.joined}
+    places = {v: place for v, place in engine.places.items() if v not in engine.joined}
     ranges = [(id(block), i) for block, first, n in places.values() for i in range(first, first + n)]
     assert ranges and len(set(ranges)) == len(ranges)
     assert {block.channels for block, _, _ in places.values()} == {32}  # 18 channels used: 16 bytes a step
@@ -287,7 +291,7 @@ def test_engine_against_eager(name: str, way, dtype: torch.dtype) -> None:
     net, x = prefix_of(name), images()
     engine = engine_of(net, dtype=dtype, ops=references(way))
     (wanted,) = (net(x),)
-    (found,) = engine._finish(engine.run_measured(x))
+    found = engine.finish(*engine.run_measured(x))
     assert found.dtype == torch.float32 and found.is_contiguous()
     assert error(found, wanted) <= TOLERANCE[dtype]
     (called,) = engine(x)  # off the GPU the plain way, and no graph
@@ -302,10 +306,10 @@ def test_every_frontier(name: str) -> None:
     for count in range(1, len(whole.units) + 1):
         net = Units(list(whole.units)[:count])
         engine = cuda.CudaEngine(
-            lower_chain(list(net.units)), dtype=torch.float32, output_dtypes=[torch.float32], channels_last=[True],
+            lower_units(*net.units), dtype=torch.float32, output_dtype=torch.float32, channels_last=True,
             weights=weights, ops=references(last_way),
         )  # fmt: skip
-        (found,) = engine._finish(engine.run_measured(x))
+        found = engine.finish(*engine.run_measured(x))
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert error(found, net(x)) <= 1e-5, count
 
@@ -317,17 +321,17 @@ def test_nothing_is_copied_into_a_block(way, monkeypatch: pytest.MonkeyPatch) ->
     engine = engine_of(net, ops=references(way))
     buffers = []
 
-    def place(value, shape, blocks, _place=engine._place):
-        known = set(blocks)
-        found = _place(value, shape, blocks)
-        for block in set(blocks) - known:
-            buffers.append(blocks[block].fill_(torch.nan))
+    def place_of(value, shape, state, original=engine.place_of):
+        known = set(state.blocks)
+        found = original(value, shape, state)
+        for block in set(state.blocks) - known:
+            buffers.append(state.blocks[block].fill_(torch.nan))
         return found
 
     def no_cat(*_):
         raise AssertionError("the pieces were concatenated by a copy")
 
-    monkeypatch.setattr(engine, "_place", place)
+    monkeypatch.setattr(engine, "place_of", place_of)
     monkeypatch.setattr(torch, "cat", no_cat)
     results = engine.run_measured(x)
     monkeypatch.undo()
@@ -338,13 +342,15 @@ def test_nothing_is_copied_into_a_block(way, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_values_are_dropped_after_their_last_use() -> None:
-    found = plan(lower_chain(list(prefix_of("wrn").units)))
-    made = [value for step in found.steps for value in outs(step)]
-    dropped = [value for dead in found.dead_after for value in dead]
+    program = lower_units(*prefix_of("wrn").units)
+    ops = fuse(program)
+    dead_after = last_uses(program, ops)
+    made = [value for op in ops for value in op.outs()]
+    dropped = [value for dead in dead_after for value in dead]
     assert len(dropped) == len(set(dropped)) and set(made) - set(dropped) == {made[-1]}
-    for i, dead in enumerate(found.dead_after):
-        for step in found.steps[i + 1 :]:
-            assert not set(dead) & set(step.inputs())
+    for i, dead in enumerate(dead_after):
+        for op in ops[i + 1 :]:
+            assert not set(dead) & set(op.inputs())
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -391,7 +397,7 @@ def test_what_is_expected_of_the_first_and_the_last_image(groups: int) -> None:
     module = nn.Conv2d(8, 8, 3, padding=1, groups=groups).requires_grad_(False)
     x, add = (torch.randn(4, 8, 6, 6).contiguous(memory_format=torch.channels_last) for _ in range(2))
     constants = Constants.of(module.weight, module.bias, torch.float32)
-    call = ConvCall(references(first_way), module, x, constants, None, add, True, None, None, False)
+    call = ConvCall(references(first_way), module, x, (4, 8, 6, 6), constants, None, add, True, None, None, False)
     (found,) = call.expected(slice(None, None, 3))
     assert error(found, torch.relu(module(x) + add)[[0, 3]]) < 1e-6
     (plain,) = call.run(PLAIN)
@@ -403,7 +409,7 @@ def test_linear_and_vectors() -> None:
                          nn.BatchNorm1d(6), nn.ReLU(), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))  # fmt: skip
     net, x = trained(Units([head])), images()
     engine = engine_of(net, ops=references(last_way))
-    assert error(engine._finish(engine.run_measured(x))[0], net(x)) < 1e-5
+    assert error(engine.finish(*engine.run_measured(x)), net(x)) < 1e-5
 
 
 def test_a_stranger_sees_the_layout_that_eager_has() -> None:
@@ -413,7 +419,7 @@ def test_a_stranger_sees_the_layout_that_eager_has() -> None:
 
     net, x = trained(Units([nn.Sequential(nn.Conv2d(3, 4, 3), Flat())])), images()
     engine = engine_of(net, ops=references(last_way))
-    assert error(engine._finish(engine.run_measured(x))[0], net(x)) < 1e-5
+    assert error(engine.finish(*engine.run_measured(x)), net(x)) < 1e-5
 
 
 def test_a_double_net_is_refused() -> None:
@@ -427,7 +433,7 @@ def test_outputs_are_copies() -> None:
     engine = engine_of(net, ops=references(last_way))
     x = images()
     (raw,) = engine.run_plain(x)
-    (found,) = engine._finish((raw,))
+    found = engine.finish(raw)
     assert found.data_ptr() != raw.data_ptr() and torch.equal(found, raw)
 
 
@@ -437,7 +443,7 @@ class FakeGraph:
 
 def test_when_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second call in a row of one shape; four shapes at most; never again a shape that was refused."""
-    monkeypatch.setattr(cuda, "on_gpu", lambda inputs: True)
+    monkeypatch.setattr(graphs, "on_gpu", lambda inputs: True)
     captured, prepared = [], []
 
     def capture(self, inputs, prepare):
@@ -447,37 +453,37 @@ def test_when_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("waits for the device")
         return FakeGraph(), [x.clone() for x in inputs], (inputs[0].shape[0],)
 
-    monkeypatch.setattr(cuda.Graphs, "_capture", capture)
-    graphs = cuda.Graphs(lambda x: (x,))
+    monkeypatch.setattr(graphs.Graphs, "_capture", capture)
+    held = graphs.Graphs(lambda x: (x,))
 
     def call(n: int) -> tuple | None:
-        return graphs((torch.full((n, 2), float(n)),), prepare=lambda: prepared.append(n))
+        return held((torch.full((n, 2), float(n)),), prepare=lambda: prepared.append(n))
 
     assert [call(n) for n in (8, 8, 8, 3, 8, 3, 8)] == [None, (8,), (8,), None, (8,), None, (8,)]
     assert captured == prepared == [8]
     assert call(9) is None and call(9) is None and call(9) is None and captured.count(9) == 1
-    assert list(graphs.refused.values()) == ["RuntimeError: waits for the device"]
+    assert list(held.refused.values()) == ["RuntimeError: waits for the device"]
     for n in (20, 21, 22, 23):
         call(n), call(n)
-    assert len(graphs._held) == cuda.MOST_GRAPHS
+    assert len(held._held) == graphs.MOST_GRAPHS
 
 
 def test_inputs_are_copied_to_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "on_gpu", lambda inputs: True)
+    monkeypatch.setattr(graphs, "on_gpu", lambda inputs: True)
     mine = torch.zeros(2, 3)
-    monkeypatch.setattr(cuda.Graphs, "_capture", lambda self, inputs, prepare: (FakeGraph(), [mine], (mine,)))
-    graphs = cuda.Graphs(lambda x: (x,))
-    graphs((torch.ones(2, 3),))
-    (out,) = graphs((torch.full((2, 3), 5.0),))
+    monkeypatch.setattr(graphs.Graphs, "_capture", lambda self, inputs, prepare: (FakeGraph(), [mine], (mine,)))
+    held = graphs.Graphs(lambda x: (x,))
+    held((torch.ones(2, 3),))
+    (out,) = held((torch.full((2, 3), 5.0),))
     assert torch.equal(out, torch.full((2, 3), 5.0))
     # Another layout or dtype of the same shape is another graph.
-    assert cuda.shape_key((mine,)) != cuda.shape_key((mine.t().contiguous().t(),))
-    assert cuda.shape_key((mine,)) != cuda.shape_key((mine.half(),))
+    assert graphs.shape_key((mine,)) != graphs.shape_key((mine.t().contiguous().t(),))
+    assert graphs.shape_key((mine,)) != graphs.shape_key((mine.half(),))
 
 
 def test_exact_engine_off_the_gpu_is_the_originals() -> None:
     net, x = prefix_of("wrn", 3), images()
-    engine = cuda.CudaExactEngine(lambda x: (net(x),))
+    engine = graphs.ExactEngine(lambda x: (net(x),))
     for _ in range(3):
         assert torch.equal(engine(x)[0], net(x))
     assert engine.fallbacks == [] and engine.bytes_held == 0
@@ -510,7 +516,7 @@ def test_engine_on_gpu(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["densenet", "wrn"])
 def test_exact_engine_on_gpu_is_bit_equal(name: str) -> None:
     net, x = prefix_of(name).cuda(), images(32, 32, "cuda")
-    engine = cuda.CudaExactEngine(lambda x: (net(x),))
+    engine = graphs.ExactEngine(lambda x: (net(x),))
     with torch.no_grad():
         for i in range(4):
             assert torch.equal(engine(x * i)[0], net(x * i))
@@ -519,7 +525,7 @@ def test_exact_engine_on_gpu_is_bit_equal(name: str) -> None:
 
 @pytest.mark.cuda
 def test_a_prefix_that_waits_is_not_captured() -> None:
-    engine = cuda.CudaExactEngine(lambda x: (x * x.sum().item(),))
+    engine = graphs.ExactEngine(lambda x: (x * x.sum().item(),))
     x = torch.randn(4, 3, device="cuda")
     for _ in range(4):
         assert torch.equal(engine(x)[0], x * x.sum().item())
@@ -556,7 +562,7 @@ def test_ways_agree_on_gpu() -> None:
         x, add = (t.contiguous(memory_format=torch.channels_last) for t in (x, add))
         constants = Constants.of(module.weight.detach(), torch.randn(k, device="cuda"), torch.bfloat16)
         affine = tuple(torch.randn(2, k, device="cuda"))
-        call = ConvCall(kernels, module, x, constants, None, add if residual else None, relu,
+        call = ConvCall(kernels, module, x, tuple(add.shape), constants, None, add if residual else None, relu,
                         affine if second else None, None, False)  # fmt: skip
         call.way()
         rejected = kernels.choices()[call._key(call.ways())].rejected

@@ -14,7 +14,8 @@ from freezeout_ext import native
 from freezeout_ext.layers import find_layers
 from freezeout_ext.prefix import Prefix, cpu
 from freezeout_ext.prefix.cpu import Arena, CpuEngine
-from freezeout_ext.prefix.folding import Add, Affine, Call, Cat, Conv, Program, Ref, batch_norm_affine, lower_chain
+from freezeout_ext.prefix.lower import lower_units
+from freezeout_ext.prefix.program import Add, Affine, Call, Cat, Conv, Program, Ref, batch_norm_affine
 
 needs_kernel = pytest.mark.skipif(
     not hasattr(native.C, "affine_relu"), reason=f"the compiled half has no affine_relu: {native.import_error}"
@@ -32,17 +33,16 @@ def randomized(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def engine(program: Program, dtype: torch.dtype = torch.float32, outputs: int = 1, last: bool = False) -> CpuEngine:
-    kinds = [torch.float32] * outputs
-    return CpuEngine(program, dtype=dtype, output_dtypes=kinds, channels_last=[last] * outputs, weights={})
+def engine(program: Program, dtype: torch.dtype = torch.float32, last: bool = False) -> CpuEngine:
+    return CpuEngine(program, dtype=dtype, output_dtype=torch.float32, channels_last=last, weights={})
 
 
 def kinds(program: Program) -> list[type]:
-    return [type(step) for step in program.steps]
+    return [type(op) for op in program.ops]
 
 
 def assert_folded(units: nn.Module, *inputs: torch.Tensor, tolerance: float = 1e-5) -> CpuEngine:
-    run = engine(lower_chain([randomized(units)]))
+    run = engine(lower_units(randomized(units)))
     with torch.no_grad():
         for x in inputs:
             expected, (found,) = units(x), run(x)
@@ -96,7 +96,7 @@ def test_a_norm_in_front_of_a_padded_convolution_stays_at_the_operand():
     run = assert_folded(
         nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1)), torch.randn(2, 3, 6, 6)
     )
-    assert kinds(run.program) == [Affine, Conv] and run.program.steps[0].relu
+    assert kinds(run.program) == [Affine, Conv] and run.program.ops[0].relu
 
 
 def test_a_value_used_twice_is_not_folded_away():
@@ -170,7 +170,7 @@ def test_sums_and_writing_in_place(form):
 def test_the_inputs_are_left_alone():
     x = torch.randn(2, 4, 6, 6)
     kept = x.clone()
-    run = engine(lower_chain([randomized(Residual("x + a"))]))
+    run = engine(lower_units(randomized(Residual("x + a"))))
     with torch.no_grad():
         run(x), run(x)
     assert torch.equal(x, kept)
@@ -178,9 +178,9 @@ def test_the_inputs_are_left_alone():
 
 def test_a_dense_block_grows_in_one_buffer_and_outputs_are_fresh():
     model = randomized(trained("densenet"))
-    run = engine(lower_chain([model.stem, *model.blocks[:2]]))
+    run = engine(lower_units(model.stem, *model.blocks[:2]))
     assert run.fused()["cat in a block buffer"] == 2
-    assert len(run._total_appended) == 1
+    assert len({block for block, _, _ in run.places.values()}) == 1
     with torch.no_grad():
         first = run(torch.randn(4, 3, 16, 16))[0]
         kept, held = first.clone(), run.bytes_held
@@ -198,9 +198,9 @@ def test_a_dense_block_grows_in_one_buffer_and_outputs_are_fresh():
 def test_a_dense_block_runs_in_parts_of_the_batch(batch, last, monkeypatch):
     model = randomized(trained("densenet"))
     units = [model.stem, *model.blocks[:4]]
-    run, sizes = engine(lower_chain(units), last=last), []
-    whole = run._run_whole
-    monkeypatch.setattr(run, "_run_whole", lambda x: sizes.append(len(x)) or whole(x))
+    run, sizes = engine(lower_units(*units), last=last), []
+    whole = run.whole
+    monkeypatch.setattr(run, "whole", lambda x: sizes.append(len(x)) or whole(x))
     x = torch.randn(batch, 3, 16, 16)
     with torch.no_grad():
         expected, (found,) = nn.Sequential(*units)(x), run(x)
@@ -214,20 +214,22 @@ def test_what_mixes_images_runs_whole():
         def __init__(self):
             super().__init__()
             self.a, self.b, self.c = (nn.Conv2d(n, 4, 1) for n in (3, 7, 11))
+            self.first = nn.Conv2d(3, 3, 1)
 
         def forward(self, x):
+            x = self.first(x)
             x = torch.cat((x, self.a(x)), 1)
             x = torch.cat((x, self.b(x)), 1)
             return self.c(x - x.mean(0, keepdim=True))
 
     run = assert_folded(Mixing(), torch.randn(40, 3, 5, 5))
-    assert run._extends and not run._in_parts
+    assert run.joined and not run._in_parts
 
 
 @pytest.mark.parametrize("last", [True, False])
 def test_the_output_has_the_memory_format_that_eager_gave(last):
     model = randomized(trained("wrn"))
-    run = engine(lower_chain([model.stem, model.blocks[0]]), last=last)
+    run = engine(lower_units(model.stem, model.blocks[0]), last=last)
     with torch.no_grad():
         (y,) = run(torch.randn(2, 3, 16, 16))
     assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -261,7 +263,7 @@ def test_what_does_not_trace_runs_as_it_is_inside_the_program():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_module_that_is_not_written_as_steps_computes_in_half_precision_too(dtype):
+def test_a_module_that_is_not_written_as_ops_computes_in_half_precision_too(dtype):
     """Its weights stay float32: it runs under autocast."""
     torch.manual_seed(0)
     unit = nn.Sequential(nn.ConvTranspose2d(3, 6, 2, 2), nn.ReLU(), nn.GroupNorm(2, 6)).eval()
@@ -269,9 +271,7 @@ def test_a_module_that_is_not_written_as_steps_computes_in_half_precision_too(dt
         p.requires_grad_(False)
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
-        engine = CpuEngine(
-            lower_chain([unit]), dtype=dtype, output_dtypes=[torch.float32], channels_last=[False], weights={}
-        )
+        engine = CpuEngine(lower_units(unit), dtype=dtype, output_dtype=torch.float32, channels_last=False, weights={})
         (found,), expected = engine(x), unit(x)
     error = (found - expected).abs().max() / expected.abs().max()
     assert 0 < error < 2e-2
@@ -280,7 +280,7 @@ def test_a_module_that_is_not_written_as_steps_computes_in_half_precision_too(dt
 def test_double_precision_stays_double():
     units = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).double()
     run = CpuEngine(
-        lower_chain([units]), dtype=torch.float64, output_dtypes=[torch.float64], channels_last=[False], weights={}
+        lower_units(units), dtype=torch.float64, output_dtype=torch.float64, channels_last=False, weights={}
     )
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_double_precision_stays_double():
 def test_bfloat16_arithmetic_is_within_two_percent():
     # On plain operations where the processor has none of its own: right, if slow.
     model = randomized(trained("resnet-18"))
-    run = engine(lower_chain([model.stem, *model.blocks[:3]]), dtype=torch.bfloat16)
+    run = engine(lower_units(model.stem, *model.blocks[:3]), dtype=torch.bfloat16)
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         expected, (found,) = model.blocks[:3](model.stem(x)), run(x)
@@ -512,8 +512,8 @@ def test_every_net_of_the_judges_is_fused_somewhere():
         kind
         for name in ("densenet", "vit", "resnet-18")
         for kind in kinds(
-            lower_chain(
-                list(randomized(trained(name)).children())[:2] if name != "vit" else trained(name).eval().blocks
+            lower_units(
+                *(list(randomized(trained(name)).children())[:2] if name != "vit" else trained(name).eval().blocks)
             )
         )
     }

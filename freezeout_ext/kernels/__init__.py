@@ -11,7 +11,7 @@ from .affine import (
     affine_relu_reference,
 )
 from .choice import choices, choose, chosen, tolerance
-from .conv import Config, configs, conv1x1, conv1x1_reference, conv3x3, conv3x3_reference, verified_config
+from .conv import Config, configs, conv1x1, conv1x1_reference, conv3x3, conv3x3_reference
 from .layout import DTYPES, Rows, look_alike
 
 __all__ = [
@@ -32,5 +32,4 @@ __all__ = [
     "conv3x3_reference",
     "look_alike",
     "tolerance",
-    "verified_config",
 ]

@@ -1,7 +1,5 @@
 """1x1 and 3x3 convolutions of channels-last images, with what comes before and after them in the same kernel."""
 
-from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,15 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .choice import choose, chosen, tolerance
 from .layout import (
     Rows,
     check_affine,
     check_input,
     check_tensor,
-    look_alike,
     multiple,
-    own_generator,
     relu,
     vector_width,
 )
@@ -137,7 +132,7 @@ def conv1x1(
     relu: bool = False,
     second: Second | None = None,  # [K], [K], as out
     tf32: bool = False,
-    config: Config | None = None,
+    config: Config,
 ) -> Tensor:
     """out = relu(conv1x1(relu(scale * x + shift)) + bias + residual), out_second = relu(scale' * out + shift').
 
@@ -147,7 +142,7 @@ def conv1x1(
     of one dtype; `out` may be `residual`, or another slice of x's buffer.
 
     Args:
-        config: None takes `verified_config`'s, which measures once a shape: run once before a graph capture.
+        config: one of `configs`, compared with the reference before it is used (`choose`).
 
     Raises:
         ValueError: a shape, dtype, device or layout that is not as stated.
@@ -166,7 +161,7 @@ def conv3x3(
     relu: bool = False,
     second: Second | None = None,  # [K], [K], as out
     tf32: bool = False,
-    config: Config | None = None,
+    config: Config,
 ) -> Tensor:
     """out = relu(conv3x3(x, padding=1) + bias + residual), out_second = relu(scale' * out + shift').
 
@@ -259,66 +254,6 @@ def configs(n_in: int, n_out: int, size: int, dtype: torch.dtype, tf32: bool) ->
     return found
 
 
-def verified_config(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    out: Tensor,
-    stride: int = 1,
-    prologue: Affine | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    second: Second | None = None,
-    tf32: bool = False,
-    candidates: Sequence[Config] | None = None,
-) -> Config:
-    """The fastest of the candidates that agree with F.conv2d, for this shape, layout and fusion; cached.
-
-    Runs on random operands of its own, laid out as the arguments, and compares the first and the last images.
-    """
-    n, c, k = x.shape[0], x.shape[1], weight.shape[0]
-    found = tuple(candidates or configs(c, k, weight.shape[2], x.dtype, tf32))
-    given = (prologue is not None, bias is not None, residual is not None, relu, second is not None)
-    widths = (Rows.of("x", x).stride == c, vector_width(c, Rows.of("x", x)), vector_width(k, Rows.of("out", out)))
-    key = ("conv", tuple(x.shape), tuple(weight.shape), stride, x.dtype, tf32, str(x.device), widths, given, found)
-    if (known := chosen(key)) is not None:
-        return known
-
-    generator = own_generator(x.device)
-
-    def vector(channels: int) -> Tensor:
-        return torch.randn(channels, device=x.device, generator=generator)
-
-    ends = slice(None, None, max(n - 1, 1))  # the first and the last image
-    my_x, my_out = look_alike(x), look_alike(out)
-    my_weight = torch.empty_like(weight).normal_(0, weight[0].numel() ** -0.5, generator=generator)
-    my_prologue = None if prologue is None else (vector(c), vector(c))
-    my_bias = None if bias is None else vector(k)
-    my_residual = None if residual is None else look_alike(residual)
-    my_second = None if second is None else (vector(k), vector(k), look_alike(second[2]))
-    outputs = [my_out[ends]] + ([] if my_second is None else [my_second[2][ends]])
-
-    def run(config: Config) -> list[Tensor]:
-        _conv(
-            my_x, my_weight, weight.shape[2], my_out, stride, tf32, config, my_prologue, my_bias, my_residual, relu,
-            my_second,
-        )  # fmt: skip
-        return outputs
-
-    def expected() -> list[Tensor]:
-        wanted = [torch.empty_like(o, dtype=torch.float64) for o in outputs]
-        _conv_reference(
-            my_x[ends], my_weight, wanted[0], stride, my_prologue, my_bias,
-            None if my_residual is None else my_residual[ends], relu,
-            None if my_second is None else (*my_second[:2], wanted[1]),
-        )  # fmt: skip
-        return wanted
-
-    runs = {config: partial(run, config) for config in found}
-    return choose(key, runs, outputs=outputs, expected=expected, tolerance=tolerance(x.dtype, tf32))
-
-
 def _conv(
     x: Tensor,
     weight: Tensor,
@@ -326,7 +261,7 @@ def _conv(
     out: Tensor,
     stride: int,
     tf32: bool,
-    config: Config | None,
+    config: Config,
     prologue: Affine | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -353,13 +288,8 @@ def _conv(
     r_residual = None if residual is None else Rows.of("residual", residual)
     r_second = None if second is None else Rows.of("second out", second[2])
     # https://github.com/pytorch/pytorch/issues/173068
-    if config is not None and config.num_warps > 4:
+    if config.num_warps > 4:
         raise ValueError(f"config must have num_warps <= 4 (3x3 convs with 8 were miscompiled), got {config}")
-    if config is None:
-        config = verified_config(
-            x, weight, out=out, stride=stride, prologue=prologue, bias=bias, residual=residual, relu=relu,
-            second=second, tf32=tf32,
-        )  # fmt: skip
     none = Rows(None, 0, 0)
     n_pixels = n * h_out * w_out
     in_scale, in_shift = prologue or (None, None)

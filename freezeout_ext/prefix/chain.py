@@ -1,20 +1,90 @@
-"""Frozen units that feed only the next one, run as one engine: the first unit defers, the last one computes."""
+"""Frozen units that feed the next one, run as one engine at the call of the first.
+
+The first unit's call runs the engine for all of them. It and the middle ones return a placeholder, `Deferred`; the last
+one returns what the engine gave. Each unit looks again, at its own call, whether it is called as at the capture.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from ..attach import OwnForward
-from .guard import Guard, autocast_state, plain_tensor
-from .runtime import Runner, constant
+from .guard import Guard, autocast_state, has_global_hooks, plain_tensor, version_of
+from .judge import Refused, Runner, constant
+from .reads import PLAIN
+
+
+class Carried:
+    """In a Form: the value that goes from unit to unit."""
 
 
 @dataclass(frozen=True)
+class Input:
+    """In a Form: the chain's input of this number."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a unit is called, or what it returns: a tree of `Carried`, `Input` and constants."""
+
+    spec: TreeSpec
+    leaves: tuple
+
+    @classmethod
+    def of(cls, tree: Any, carried: Tensor, inputs: list[Tensor], new: Callable[[Tensor], object]) -> "Form":
+        """Of what was seen; `new` notes a tensor that is neither, as the next input, or raises.
+
+        Raises:
+            Refused: a leaf is neither a tensor nor a constant.
+        """
+        found, spec = flatten(tree)
+        leaves: list[Any] = []
+        for leaf in found:
+            if leaf is carried:
+                leaves.append(Carried)
+            elif isinstance(leaf, Tensor):
+                if not any(leaf is x for x in inputs):
+                    new(leaf)
+                leaves.append(next(Input(i) for i, x in enumerate(inputs) if x is leaf))
+            elif isinstance(leaf, PLAIN):
+                leaves.append(leaf)
+            else:
+                raise Refused(f"a {type(leaf).__name__}")
+        return cls(spec, tuple(leaves))
+
+    def fill(self, carried: Any, inputs: tuple) -> Any:
+        """-> the tree with values in it."""
+        if self.leaves == (Carried,) and self.spec.is_leaf():
+            return carried
+        values = [carried if a is Carried else inputs[a.index] if type(a) is Input else a for a in self.leaves]
+        return tree_unflatten(values, self.spec)
+
+    def match(self, tree: Any) -> list | None:
+        """-> the leaves of a tree of this form in which the constants are the same; None where it is another."""
+        found, spec = flatten(tree)
+        if spec != self.spec:
+            return None
+        for leaf, known in zip(found, self.leaves, strict=True):
+            is_constant = known is not Carried and type(known) is not Input
+            if is_constant and not (leaf is known or (type(leaf) is type(known) and leaf == known)):
+                return None
+        return found
+
+
+def flatten(tree: Any) -> tuple[list, TreeSpec]:
+    """Tuples and lists are opened, and the dict of keyword arguments; other objects, which may change, are leaves."""
+    keywords = tree[1] if type(tree) is tuple and len(tree) == 2 and type(tree[1]) is dict else None
+    return tree_flatten(tree, is_leaf=lambda node: type(node) not in (tuple, list) and node is not keywords)
+
+
+@dataclass
 class Unit:
     """A wholly frozen top module of a layer, by name."""
 
@@ -22,115 +92,228 @@ class Unit:
     module: nn.Module
 
 
+@dataclass
+class Link:
+    """A unit in a chain: its guard, how it is called, what it returns, whether it writes that into what it is given."""
+
+    unit: Unit
+    guard: Guard
+    call: Form
+    result: Form
+    in_place: bool = False
+
+
 class Deferred(torch.Tensor):
-    """What unit `index` of a chain gives for `source`, computed by the original modules once anyone looks at it."""
+    """What unit `index` of a chain gives in one passage, computed by the unit itself once anyone looks at it."""
 
     @staticmethod
-    def __new__(cls, chain: "Chain", index: int, source: Tensor) -> "Deferred":
+    def __new__(cls, passage: "Passage", index: int, value: Tensor | None = None) -> "Deferred":
+        kind = passage.chain.kinds[0]
         # No size that anyone could use by mistake; everything below goes through value().
-        self = torch.Tensor._make_wrapper_subclass(cls, (0,), dtype=source.dtype, device=source.device)
-        self._chain, self._index, self._source, self._value = chain, index, source, None
+        self = torch.Tensor._make_wrapper_subclass(cls, (0,), dtype=kind[0], device=kind[1])
+        self._passage, self._index, self._value = passage, index, value
         return self
 
     def value(self) -> Tensor:
+        self._passage.chain.looked_inside.add(self._index)
         if self._value is None:
-            self._value = self._chain.look_inside(self._index, self._source)
+            self._value = self._passage.value(self._index)
         return self._value
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         # What checkpoint() and DDP ask of their inputs is known without computing them.
         if func in _KNOWN and isinstance(args[0], Deferred):
-            return getattr(args[0]._source, _KNOWN[func])
+            return getattr(args[0]._passage.inputs[0], _KNOWN[func])
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*_real(args), **_real(kwargs or {}))
+            return func(*real(args), **real(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         # Where C++ was handed the tensor without asking Python first (autograd.Function).
-        return func(*_real(args), **_real(kwargs or {}))
+        return func(*real(args), **real(kwargs or {}))
 
 
-# A deferred value is on its source's device and needs no gradient, as the source: the chain was captured so.
+# A deferred value is on its input's device and needs no gradient, as the input: the chain was captured so.
 _KNOWN = {getattr(Tensor, name).__get__: name for name in ("device", "requires_grad", "is_cuda")}
 
 
-def _real(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.value() if isinstance(leaf, Deferred) else leaf, tree)
+def real(tree: Any) -> Any:
+    """-> the tree with the values of what is deferred in it."""
+    return tree_map_only(Deferred, Deferred.value, tree)
+
+
+@dataclass
+class Passage:
+    """One run of a chain: its inputs at the first unit's call, their versions then, the last unit's output.
+
+    `reached` is the last unit that was called.
+    """
+
+    chain: "Chain"
+    inputs: tuple[Tensor, ...]
+    y: Tensor | None
+    versions: list[int] = field(default_factory=list)
+    reached: int = 0
+
+    def __post_init__(self) -> None:
+        self.versions = [version_of(x) for x in self.inputs]
+
+    def is_as_it_was(self) -> bool:
+        return [version_of(x) for x in self.inputs] == self.versions
+
+    def value(self, index: int) -> Tensor:
+        """-> what unit `index` gives, by the units' own forwards."""
+        links = self.chain.links
+        if not self.is_as_it_was() or (index < self.reached and links[index + 1].in_place):
+            raise RuntimeError(
+                f"the output of frozen module {links[index].unit.name} was looked at after it, or the input of "
+                f"{links[0].unit.name}, was changed in place: it cannot be computed any more; pass prefix='off'"
+            )
+        with constant():
+            return self.chain.run(self.inputs, index)
 
 
 class Chain:
     """y = unit_n(... unit_1(x)) by a runner, installed as the units' own forwards.
 
-    A call that the chain was not captured for (input that needs a gradient, other dtype, device or autocast, changed
-    state of a unit) runs the original forwards; so does every unit that is given something else than the chain's own
-    deferred value. The code between the units sees tensors with the right values in either case.
+    A call that the chain was not captured for (an input that needs a gradient, another dtype, device or autocast,
+    changed state of a unit) runs the units' own forwards. So does a unit that is called otherwise than at the capture,
+    or whose state changed since the first unit's call: it gets the right values. The first passage, the rehearsal, runs
+    all units as they are and shows whether anyone looks at a value in between.
+
+    Attributes:
+        rehearsed: whether all units ran once as they are, called as at the capture.
+        looked_inside: units whose output was used by something else than the next unit.
+        bypassed: why calls ran the units as they are, and how many.
     """
 
-    def __init__(self, units: list[Unit], probe: Tensor, autocast: tuple) -> None:
-        self.units = units
-        self.guard = Guard([unit.module for unit in units])
+    def __init__(self, links: list[Link], inputs: list[Tensor], autocast: tuple[bool, torch.dtype]) -> None:
+        self.links = links
+        self.autocast = autocast
+        self.kinds = [(x.dtype, x.device, x.dim()) for x in inputs]
         self.runner: Runner | None = None
         self.looked_inside: set[int] = set()
-        self.on_bypass: Callable[[str], None] = lambda reason: None
         self.bypassed: dict[str, int] = {}
-        self.autocast = autocast
-        self.few: tuple[Tensor, Tensor] | None = None  # some samples of an input and what eager makes of them
-        self._kind = (probe.dtype, probe.device, probe.dim(), autocast)
+        self.on_bypass: Callable[[str], None] = lambda reason: None
+        self.is_paused: Callable[[], bool] = lambda: False
+        self.rehearsed = False
         self._forwards: list[OwnForward] = []
 
     @property
     def name(self) -> str:
-        first, last = self.units[0].name, self.units[-1].name
+        first, last = self.links[0].unit.name, self.links[-1].unit.name
         return first if first == last else f"{first} .. {last}"
 
-    def originals(self, x: Tensor) -> tuple:
-        """The units' own forwards one after the other."""
-        return (self._original(len(self.units) - 1, x),)
+    def originals(self, *inputs: Tensor) -> tuple:
+        """(y,) by the units' own forwards one after the other."""
+        return (self.run(inputs, len(self.links) - 1),)
+
+    def run(self, inputs: tuple[Tensor, ...], last: int) -> Tensor:
+        """-> what unit `last` gives by the units' own forwards."""
+        x: Any = None
+        for i in range(last + 1):
+            args, kwargs = self.links[i].call.fill(x, inputs)
+            x = self._carried(i, self._original(i)(*args, **kwargs))
+        return x
 
     def install(self, runner: Runner) -> None:
         self.runner = runner
-        self._forwards = [OwnForward(u.module, partial(self._forward, i)) for i, u in enumerate(self.units)]
+        self._forwards = [OwnForward(link.unit.module, partial(self._forward, i)) for i, link in enumerate(self.links)]
 
     def remove(self) -> None:
         for forward in self._forwards:
             forward.remove()
         self._forwards = []
 
-    def look_inside(self, index: int, source: Tensor) -> Tensor:
-        self.looked_inside.add(index)
-        with constant():
-            return self._original(index, source)
+    def _original(self, i: int) -> Callable:
+        return self._forwards[i].original if self._forwards else self.links[i].unit.module.forward
 
-    def _original(self, index: int, x: Any) -> Any:
-        for i in range(index + 1):
-            x = self._forwards[i].original(x) if self._forwards else self.units[i].module.forward(x)
-        return x
+    def _carried(self, i: int, output: Any) -> Tensor:
+        form = self.links[i].result
+        found = form.match(output)
+        if found is None:
+            raise RuntimeError(f"frozen module {self.links[i].unit.name} returned something else than at the capture")
+        return next(leaf for leaf, known in zip(found, form.leaves, strict=True) if known is Carried)
 
     def _forward(self, i: int, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if len(args) == 1 and not kwargs else None
-        last = len(self.units) - 1
-        if type(x) is Deferred and x._chain is self and x._index == i - 1:
-            if i < last:
-                return Deferred(self, i, x._source)
-            return self.runner(x._source)[0]
-        if i == 0 and self._usable(x):
-            return self.runner(x)[0] if last == 0 else Deferred(self, 0, x)
-        return self._forwards[i].original(*args, **kwargs)
+        passage = self._start(args, kwargs) if i == 0 else self._goes_on(i, args, kwargs)
+        if passage is None:
+            return self._original(i)(*real(args), **real(kwargs))
+        link, last, y = self.links[i], len(self.links) - 1, passage.y
+        passage.reached = i
+        if y is None:  # the rehearsal
+            y = self._carried(i, self._original(i)(*_silently(args), **_silently(kwargs)))
+            self.rehearsed |= i == last
+            return link.result.fill(y if i == last else Deferred(passage, i, y), passage.inputs)
+        return link.result.fill(y if i == last else Deferred(passage, i), passage.inputs)
 
     @torch.compiler.disable
-    def _usable(self, x: Any) -> bool:
-        reason = self._unusable(x)
+    def _start(self, args: tuple, kwargs: dict) -> Passage | None:
+        """The first unit's call: the engine runs, unless there is a reason not to."""
+        found = self.links[0].call.match((args, kwargs))
+        inputs: dict[int, Any] = {}
+        for leaf, known in zip(found or (), self.links[0].call.leaves if found else (), strict=True):
+            if type(known) is Input:
+                inputs[known.index] = leaf
+        given = tuple(inputs[i] for i in sorted(inputs))
+        reason = "called otherwise than at the capture" if found is None else self._unusable(given)
+        if self.is_paused() and (reason is not None or not self.rehearsed):
+            return None
         if reason is not None:
             self.bypassed[reason] = self.bypassed.get(reason, 0) + 1
             self.on_bypass(reason)
-        return reason is None
+            return None
+        passage = Passage(self, given, None)
+        if self.rehearsed:
+            passage.y = self.runner(*given)[0]
+        return passage
 
-    def _unusable(self, x: Any) -> str | None:
-        if not plain_tensor(x):
-            return "the input is not a plain tensor"
-        if x.requires_grad and torch.is_grad_enabled():
-            return "the input needs a gradient"
-        if (x.dtype, x.device, x.dim(), autocast_state(x.device)) != self._kind:
-            return "another dtype, device, rank or autocast than at the capture"
-        return self.guard.broken()
+    def _unusable(self, inputs: tuple) -> str | None:
+        for x, kind in zip(inputs, self.kinds, strict=True):
+            if not plain_tensor(x):
+                return "an input is not a plain tensor"
+            if x.requires_grad and torch.is_grad_enabled():
+                return "an input needs a gradient"
+            if (x.dtype, x.device, x.dim()) != kind:
+                return "another dtype, device or rank than at the capture"
+        if autocast_state(inputs[0].device) != self.autocast:
+            return "another autocast than at the capture"
+        if has_global_hooks():
+            return "a global module hook is registered"
+        return next((reason for link in self.links if (reason := link.guard.broken())), None)
+
+    @torch.compiler.disable
+    def _goes_on(self, i: int, args: tuple, kwargs: dict) -> Passage | None:
+        """A later unit's call: the passage whose value it was given, if all else is as at the capture too."""
+        link = self.links[i]
+        found = link.call.match((args, kwargs))
+        at = link.call.leaves.index(Carried)
+        if found is None or type(found[at]) is not Deferred:
+            return None
+        value, passage = found[at], found[at]._passage
+        if (
+            passage.chain is not self
+            or value._index != i - 1
+            or (passage.y is not None and i - 1 in self.looked_inside)
+        ):
+            return None
+        same = all(
+            leaf is passage.inputs[known.index]
+            for leaf, known in zip(found, link.call.leaves, strict=True)
+            if type(known) is Input
+        )
+        # Values were compared at the first unit's call; in the rehearsal once more.
+        changed = (
+            link.guard.broken(values=passage.y is None) or autocast_state(passage.inputs[0].device) != self.autocast
+        )
+        others = len(passage.inputs) > 1 and not passage.is_as_it_was()
+        if same and not changed and not others:
+            return passage
+        self.looked_inside.add(i - 1)
+        return None
+
+
+def _silently(tree: Any) -> Any:
+    """-> the tree with the values of what is deferred in it, which do not count as looked at."""
+    return tree_map_only(Deferred, lambda deferred: deferred._value, tree)

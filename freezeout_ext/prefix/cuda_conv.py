@@ -11,9 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Rows
-from .cuda_plan import is_triton_conv
 
 PLAIN, CUDNN = "plain", "cudnn"
+
+
+def is_triton_conv(module: nn.Module) -> bool:
+    """Whether the 1x1 and 3x3 kernels compute this convolution."""
+    if not isinstance(module, nn.Conv2d) or module.groups != 1 or module.stride[0] != module.stride[1]:
+        return False
+    size, padding = module.kernel_size, module.padding
+    return (size, padding) == ((1, 1), (0, 0)) or ((size, padding) == ((3, 3), (1, 1)) and module.dilation == (1, 1))
 
 
 class Constants(NamedTuple):
@@ -44,12 +51,14 @@ class ConvCall:
 
     Args:
         ops: the kernels, `freezeout_ext.kernels` or what has its names.
+        shape: of the result.
         out: where the result must lie (a slice of a block), None: in new memory.
     """
 
     ops: Any
     module: nn.Conv2d
     x: Tensor
+    shape: tuple[int, int, int, int]
     constants: Constants
     prologue: tuple[Tensor, Tensor] | None
     residual: Tensor | None
@@ -57,16 +66,6 @@ class ConvCall:
     second: tuple[Tensor, Tensor] | None
     out: Tensor | None
     tf32: bool
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        conv = self.module
-        geometry = zip(self.x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
-        height, width = (
-            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, pad, dilation in geometry
-        )
-        return self.x.shape[0], conv.out_channels, height, width
 
     def run(self, way: Hashable) -> tuple[Tensor, ...]:
         """-> out, and the second output where there is one."""
@@ -114,7 +113,7 @@ class ConvCall:
             None if t is None else t[images].contiguous(memory_format=torch.channels_last)
             for t in (self.x, self.residual)
         )  # fmt: skip
-        few = replace(self, x=x, residual=residual, out=None)
+        few = replace(self, x=x, shape=(len(x), *self.shape[1:]), residual=residual, out=None)
         if not is_triton_conv(self.module):
             return list(few._plain())
         wanted = [torch.empty(few.shape, dtype=torch.float64, device=self.x.device) for _ in self._results()]
@@ -152,7 +151,7 @@ class ConvCall:
         geometry = (self.constants.bias_like, conv.stride, conv.padding, conv.dilation, conv.groups)
         if self.residual is not None:
             y = torch.cudnn_convolution_add_relu(operand, self.constants.weight, self.residual, 1.0, *geometry)
-        elif operand.shape == self.shape:
+        elif tuple(operand.shape) == tuple(self.shape):
             # 0 times any image of the result's shape: written ones only, unlike below, and no image of zeros to hold.
             y = torch.cudnn_convolution_add_relu(operand, self.constants.weight, operand, 0.0, *geometry)
         else:
@@ -189,7 +188,7 @@ class ConvCall:
         return range(1 if self.second is None else 2)
 
     def _adds_evenly(self) -> bool:
-        return self.residual is None or tuple(self.residual.shape) == self.shape
+        return self.residual is None or tuple(self.residual.shape) == tuple(self.shape)
 
     def _has_cudnn(self) -> bool:
         ops = ("cudnn_convolution_relu", "cudnn_convolution_add_relu")

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten
-
-from freezeout_ext.prefix.trees import map_tensors
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 _pools = itertools.count(1)
 _recorders: list[Recorder] = []  # of the capture under way
@@ -65,7 +63,7 @@ class Recorder(TorchDispatchMode):
             written = [bound[n] for n, w in zip(names, writes, strict=True) if w and n in bound]
             return None if not schema.returns else written[0] if len(schema.returns) == 1 else tuple(written)
         if any(writes) or name in _WRITES_UNSAID:
-            outputs = func(*map_tensors(Tensor.clone, args), **map_tensors(Tensor.clone, kwargs))
+            outputs = func(*tree_map_only(Tensor, Tensor.clone, args), **tree_map_only(Tensor, Tensor.clone, kwargs))
         else:
             outputs = func(*args, **kwargs)
         made = [x for x in tree_flatten(outputs)[0] if isinstance(x, Tensor)]
@@ -78,7 +76,7 @@ class Recorder(TorchDispatchMode):
         return outputs
 
     def add(self, run: Callable[..., Any], args: tuple, kwargs: dict | None = None, outputs: list[Tensor] = ()) -> None:
-        held_args, held_kwargs = map_tensors(self._held, (args, kwargs or {}))
+        held_args, held_kwargs = tree_map_only(Tensor, self._held, (args, kwargs or {}))
 
         def call() -> None:
             results = [x for x in tree_flatten(run(*held_args, **held_kwargs))[0] if isinstance(x, Tensor)]

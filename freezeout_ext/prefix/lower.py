@@ -1,0 +1,244 @@
+"""Frozen modules in eval mode -> a Program.
+
+A BatchNorm on its running statistics is y = scale * x + shift with scale = weight / sqrt(var + eps) and
+shift = bias - mean * scale, in float64 here and cast once by the engine. Behind a convolution or linear it goes into
+the weights; elsewhere (BN-ReLU-conv) it stays an affine at the operand, since the padding is applied behind it.
+"""
+
+import copy
+import operator
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .chain import Carried, Form, Link, flatten
+from .judge import first_line
+from .program import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, batch_norm_affine, map_tree
+from .simplify import simplify
+from .trace import Trace, Unlowerable, gives_size, trace
+
+# A norm on running statistics, then the submodules of these names: the class says so, by exact name.
+NORM_ACTS = {("timm.layers.norm_act", "BatchNormAct2d"): ("drop", "act")}
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def lower_chain(
+    links: Sequence[Link], num_inputs: int, *, as_they_are: Container[nn.Module] = (), traces: dict | None = None,
+    carried: bool = False,
+) -> Program:  # fmt: skip
+    """-> the Program of unit_n(... unit_1(inputs)).
+
+    Args:
+        as_they_are: units that are called and not written as ops.
+        traces: those that were made for an earlier frontier, and where new ones are kept.
+        carried: the first link is inside a chain: what it is given from the one before is the last input.
+    """
+    program = Program()
+    lowering = Lowering(program, {} if traces is None else traces)
+    inputs = tuple(Ref(program.new()) for _ in range(num_inputs))
+    x: Any = Ref(program.new()) if carried else None
+    program.inputs = [value.value for value in inputs] + ([x.value] if carried else [])
+    for link in links:
+        module, (args, kwargs) = link.unit.module, link.call.fill(x, inputs)
+        if module in as_they_are:
+            output = lowering.call(module.forward, args, kwargs, link.unit.name)
+        else:
+            output = lowering.module(module, args, kwargs, type(module).__name__)
+        x = lowering.carried(output, link.result)
+    program.output = x.value
+    return simplify(program)
+
+
+def lower_units(*units: nn.Module) -> Program:
+    """-> the Program of unit_n(... unit_1(x)), each a function of one tensor."""
+    program = Program()
+    x = Ref(program.new())
+    program.inputs = [x.value]
+    for unit in units:
+        x = Lowering(program, {}).module(unit, (x,), {}, type(unit).__name__)
+    program.output = x.value
+    return simplify(program)
+
+
+class Lowering:
+    """Writes modules as ops of a program, a trace of each kept in `traces`."""
+
+    def __init__(self, program: Program, traces: dict) -> None:
+        self.program = program
+        self.traces = traces
+        self.renamed: dict[int, int] = {}  # what was changed in place is a new value from then on
+
+    def carried(self, output: Any, form: Form) -> Ref:
+        """-> the value that goes on, out of what a unit returned."""
+        at = form.leaves.index(Carried)
+        if isinstance(output, Ref):
+            return output if form.spec.is_leaf() else self.call(_leaf, (output, at), {}, "result")
+        return self.current(flatten(output)[0][at])
+
+    def current(self, leaf: Any) -> Any:
+        while isinstance(leaf, Ref) and leaf.value in self.renamed:
+            leaf = Ref(self.renamed[leaf.value])
+        return leaf
+
+    def module(self, module: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:
+        if len(args) == 1 and isinstance(args[0], Ref) and not kwargs:
+            known = self._known(module, args[0])
+            if known is not None:
+                return known
+        if _is_torch(module):
+            return self._torch_module(module, args, kwargs, name)
+        program = self.program
+        mark = len(program.ops), dict(self.renamed)
+        try:
+            return self._graph(self._trace(module, args, kwargs), args, kwargs)
+        except Unlowerable as error:
+            del program.ops[mark[0] :]
+            self.renamed = mark[1]
+            program.notes.append(f"{name} ({type(module).__name__}) runs as it is: {first_line(error)[13:]}")
+            return self.call(module.forward, args, kwargs, name)
+
+    def call(self, function: Callable, args: tuple, kwargs: dict, name: str, **flags: Any) -> Ref:
+        return self.program.emit(Call, function=function, args=tuple(args), kwargs=dict(kwargs), name=name, **flags)
+
+    def _known(self, module: nn.Module, x: Ref) -> Ref | None:
+        """The op of a module of torch's, or of another class that is known by name."""
+        emit, kind = self.program.emit, type(module)
+        if kind is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+            return emit(Conv, x=x.value, module=module, key=(module,))
+        if kind is nn.Linear:
+            return emit(Conv, x=x.value, module=module, key=(module,))
+        then = NORM_ACTS.get((kind.__module__, kind.__qualname__))
+        if (kind in NORMS or then) and module.running_mean is not None and not module.training:
+            scale, shift = batch_norm_affine(module)
+            y = emit(Affine, x=x.value, scale=scale, shift=shift, source=(module,))
+            for name in then or ():
+                y = self.module(getattr(module, name), (y,), {}, name)
+            return y
+        if kind is nn.ReLU:
+            return emit(Relu, x=x.value)
+        if kind is nn.Identity or (isinstance(module, nn.modules.dropout._DropoutNd) and not module.training):
+            return x
+        return None
+
+    def _torch_module(self, module: nn.Module, args: tuple, kwargs: dict, name: str) -> Ref:
+        if getattr(module, "inplace", False):
+            module = copy.copy(module)  # shares its tensors; the caller sees to what it changed
+            module.inplace = False
+        averages = type(module) is nn.AvgPool2d and not any(_pair(module.padding)) and not module.ceil_mode
+        flags = {"any_layout": isinstance(module, LAYOUT_SAFE), "averages": module if averages else None}
+        return self.call(module.forward, args, kwargs, name, **flags)
+
+    def _trace(self, module: nn.Module, args: tuple, kwargs: dict) -> Trace:
+        key = module, repr(map_tree(_described, (args, kwargs)))
+        if key not in self.traces:
+            self.traces[key] = trace(module, args, kwargs)
+        return self.traces[key]
+
+    def _graph(self, traced: Trace, args: tuple, kwargs: dict) -> Any:
+        given: list[Any] = []
+        map_tree(lambda leaf: given.append(leaf) if isinstance(leaf, Ref) else None, (args, kwargs))
+        remaining, env = iter(given), {}
+
+        def look_up(tree: Any) -> Any:
+            return map_tree(lambda leaf: self.current(env[leaf] if isinstance(leaf, fx.Node) else leaf), tree)
+
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(remaining)
+                continue
+            if node.op == "get_attr":
+                env[node] = traced.constants[node.target]
+                continue
+            args, kwargs = look_up(tuple(node.args)), look_up(dict(node.kwargs))
+            if node.op == "output":
+                return args[0]
+            if node.op == "call_module":
+                module = traced.modules[node.target]
+                env[node] = self.module(module, args, kwargs, node.target)
+                in_place = getattr(module, "inplace", False)
+            else:
+                env[node], in_place = self._function(node, args, kwargs)
+            if in_place and isinstance(args[0], Ref) and env[node] != args[0]:
+                self.renamed[args[0].value] = env[node].value
+        raise Unlowerable("graph without output")
+
+    def _function(self, node: fx.Node, args: tuple, kwargs: dict) -> tuple[Any, bool]:
+        """-> what the call gives, and whether it also changed its first argument."""
+        target, emit = node.target, self.program.emit
+        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        if target is operator.getitem and isinstance(args[0], tuple | list | dict) and not isinstance(args[1], Ref):
+            return args[0][args[1]], False
+        tensors = bool(args) and isinstance(args[0], Ref)
+        in_place = bool(kwargs.get("inplace", False)) or (target is F.relu and len(args) > 1 and bool(args[1]))
+        if tensors and (target in (F.relu, torch.relu, torch.relu_) or name in ("relu", "relu_")):
+            return emit(Relu, x=args[0].value), in_place or name == "relu_"
+        adds = target in (operator.add, operator.iadd, torch.add) or name in ("add", "add_")
+        if adds and tensors and len(args) == 2 and isinstance(args[1], Ref) and not kwargs and _of_images(node):
+            return emit(Add, a=args[0].value, b=args[1].value), target is operator.iadd or name == "add_"
+        if target in (torch.cat, torch.concat) and isinstance(args[0], list | tuple):
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            if dim == 1 and all(isinstance(x, Ref) for x in args[0]):
+                return emit(Cat, xs=[x.value for x in args[0]]), False
+        if target is F.dropout and (args[2] if len(args) > 2 else kwargs.get("training", True)) is False:
+            return args[0], False
+        if in_place or mutates(node):
+            raise Unlowerable(f"{name} changes its argument in place")
+        if node.op == "call_method":
+            return self.call(_call_method, (name, *args), kwargs, name), False
+        return self.call(target, args, kwargs, name), False
+
+
+def _leaf(tree: Any, at: int) -> Any:
+    return flatten(tree)[0][at]
+
+
+def _call_method(name: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
+    return getattr(obj, name)(*args, **kwargs)
+
+
+def _described(leaf: Any) -> Any:
+    return "a value" if isinstance(leaf, Ref) else f"tensor {id(leaf)}" if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _of_images(node: fx.Node) -> bool:
+    """Whether an add joins two results of modules or functions, so that both are tensors and not sizes."""
+    return all(isinstance(arg, fx.Node) and not gives_size(arg) for arg in node.args)
+
+
+IN_PLACE = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+    operator.ior, operator.iand, operator.ixor, operator.imatmul, operator.ipow, operator.imod,
+}  # fmt: skip
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether a function or method call of a traced graph writes one of its arguments."""
+    if node.kwargs.get("inplace") or "out" in node.kwargs:
+        return True
+    if node.op == "call_method":
+        return (node.target.endswith("_") and not node.target.endswith("__")) or node.target == "__setitem__"
+    name = getattr(node.target, "__name__", "")
+    positional = node.target in (F.relu, F.relu6, F.selu, F.celu, F.silu, F.mish, F.hardswish, F.hardsigmoid)
+    flagged = positional and len(node.args) > 1 and node.args[-1] is True
+    return node.target in IN_PLACE or flagged or (name.endswith("_") and not name.endswith("__"))
+
+
+LAYOUT_SAFE = (
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Upsample,
+)  # fmt: skip
+
+
+def _is_torch(module: nn.Module) -> bool:
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return type(module).__module__.startswith("torch.nn") and not isinstance(module, containers)
+
+
+def _pair(value: int | tuple) -> tuple:
+    return value if isinstance(value, tuple) else (value, value)

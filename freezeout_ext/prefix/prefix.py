@@ -1,0 +1,285 @@
+"""The life of a frozen prefix: watched, captured, installed, watched again where something changed."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..attach import OwnForward, TransientHook
+from .build import MODES, Kept, build
+from .chain import Chain, Unit
+from .guard import HOOKED, STALE, Guard
+from .judge import Refused, Runner, Trial, first_line, median, signals_held
+from .report import PrefixReport
+from .watch import Recorder, Segment
+
+logger = logging.getLogger("freezeout_ext")
+
+SAME_MODULES = "exact would run the same modules on a CPU: they run as they are"
+NOT_CALLED = "frozen layers are called, but the model itself is not: its own forward is what is watched"
+FICKLE = "its state changes from forward to forward"
+
+
+class LayerLike(Protocol):
+    name: str
+    modules: dict[str, nn.Module]
+
+
+class Prefix:
+    """frontier = frozen layers(inputs), under no_grad, at every call of the model from the freeze on.
+
+    `freeze(n)` is cheap and cannot fail half-way: it uninstalls the engines and remembers n. The model's next forward
+    in training mode runs as it is and is watched: that batch is the probe. At its end the prefix is captured, checked
+    on a few samples against the modules, and installed. In the forward after that, the rehearsal, the modules run as
+    they are once more and show whether anyone looks at a value inside a chain. Then the engine and eager take turns for
+    2 * 3 calls of the same shape, timed; eager stays unless the engine's median is smaller.
+
+    A module is part of it only if all that its forward can read is under guard; the others run as they are, and the
+    report says why. Whatever changes of a guarded module, `p.data.copy_()` included, the modules run as they are from
+    that call on, and the next forward is watched again.
+
+    Args:
+        layers: FreezeOut's layers: objects with `name` and `modules`, in forward order.
+        mode: "exact" (the original modules, bit-equal), "folded" (BatchNorm folded, error about 1e-6), "bf16", "fp16"
+            (the prefix computed in that dtype), "off". Under autocast the prefix follows its dtype.
+        measure: False uses a checked engine without timing it, so that equal runs take equal paths. True installs
+            nothing for "exact" on a CPU.
+
+    Raises:
+        ValueError: mode is none of these.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[LayerLike], *, mode: str = "exact", measure: bool = True
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"prefix must be one of {', '.join(MODES)}, got {mode!r}")
+        self.model, self.layers, self.mode, self.measure = model, layers, mode, measure
+        self.num_frozen = 0
+        self._kept = Kept()
+        self._guards: dict[nn.Module, Guard] = {}  # of what was packed into `_kept`
+        self._handles: list = []
+        self._chains: list[Chain] = []
+        self._recorder: Recorder | None = None
+        self._sentinel: OwnForward | None = None
+        self._paused = 0
+        self._begin(waits=False)
+
+    def freeze(self, num_frozen: int) -> None:
+        """The first `num_frozen` layers are frozen from now on: more than before, or fewer (thawed)."""
+        if not 0 <= num_frozen <= len(self.layers):
+            raise ValueError(f"num_frozen must be in 0..{len(self.layers)}, got {num_frozen}")
+        if num_frozen < self.num_frozen:
+            self._forget()
+        self._take_down()
+        for handle in self._handles:
+            handle.remove()
+        self.num_frozen, self._handles = num_frozen, []
+        waits = num_frozen > 0 and self.mode != "off" and not self._gains_nothing()
+        self._begin(waits)
+        if num_frozen and self.mode == "exact" and not waits:
+            self._fallbacks.append(SAME_MODULES)
+        if waits:
+            self._handles = [
+                self.model.register_forward_pre_hook(TransientHook(self._before), with_kwargs=True),
+                self.model.register_forward_hook(TransientHook(self._after), with_kwargs=True),
+            ]
+            first = self._units()[0].module
+            self._sentinel = OwnForward(first, self._called_alone) if first is not self.model else None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to capture, rehearse or time; all read from the device, as no CUDA graph may."""
+        return not self._waits and all(
+            c.rehearsed and not c.looked_inside and not c.runner.trial.open for c in self._chains
+        )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block nothing is watched, timed or noted; engines that are rehearsed go on running."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def close(self) -> None:
+        """Frees everything and gives the modules their own forwards back."""
+        self.freeze(0)
+
+    def report(self) -> PrefixReport:
+        """-> what runs now."""
+        chains, units = self._chains, self._units()
+        engines = [chain.runner.engine for chain in chains]
+        timed = [t for t in [c.runner.trial for c in chains] + self._lost if t.eager and t.engine]
+        fallbacks, fused = list(self._fallbacks), dict.fromkeys(kind for e in engines for kind in e.fused())
+        for engine, chain in zip(engines, chains, strict=True):
+            fallbacks += engine.fallbacks
+            fallbacks += [f"{count} calls ran as they are: {reason}" for reason, count in chain.bypassed.items()]
+        covered = {link.unit.module for chain in chains for link in chain.links}
+        buffers = {id(getattr(engine, "arena", engine)): engine.bytes_held for engine in engines}
+        guards = sum(link.guard.bytes_held for chain in chains for link in chain.links)
+        return PrefixReport(
+            mode=self.mode,
+            route="off" if self.mode == "off" else "waiting" if self._waits else self._route(units),
+            num_frozen=self.num_frozen,
+            units=sum(unit.module in covered for unit in units),
+            of_units=len(units),
+            fused={kind: sum(engine.fused().get(kind, 0) for engine in engines) for kind in fused},
+            fallbacks=tuple(dict.fromkeys(fallbacks)),
+            error=max(self._errors, default=None),
+            eager_ms=sum(1e3 * median(trial.eager) for trial in timed) if timed else None,
+            prefix_ms=sum(1e3 * median(trial.engine) for trial in timed) if timed else None,
+            bytes_held=self._kept.nbytes + sum(buffers.values()) + guards,
+            seconds=self._seconds,
+            calls=sum(chain.runner.calls for chain in chains),
+        )
+
+    def _route(self, units: list[Unit]) -> str:
+        if not self._chains:
+            return "eager"
+        return "chain" if [len(chain.links) for chain in self._chains] == [len(units)] else "split"
+
+    # One watched forward
+
+    def _called_alone(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._inside and NOT_CALLED not in self._fallbacks:
+            self._fallbacks.append(NOT_CALLED)
+        return self._sentinel.original(*args, **kwargs)
+
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if model is not self.model or self._paused or torch.compiler.is_compiling():
+            return
+        self._inside = True
+        self._stop_watching()  # a forward that ended in an exception
+        if not model.training or not torch.is_grad_enabled():
+            return
+        if self._waits or self._changed():
+            self._take_down()
+            self._recorder = Recorder(self._units(), cut_after=self._cut_after, refused=self._left_out)
+
+    def _changed(self) -> bool:
+        """Whether the chains have to be captured anew; notes where to cut them, and what to leave out."""
+        cut = [chain.links[i].unit.module for chain in self._chains for i in chain.looked_inside]
+        self._cut_after.update(cut)
+        broken = []
+        if self._suspects:
+            each = [(chain, link) for chain in self._chains for link in chain.links]
+            broken = [(chain, link.unit.module) for chain, link in each if link.guard.broken() in (STALE, HOOKED)]
+        for chain, module in broken:
+            if chain.runner.calls <= 2:
+                self._strikes[module] = self._strikes.get(module, 0) + 1
+                if self._strikes[module] > 2:
+                    self._left_out[module] = FICKLE
+        self._suspects = False
+        return bool(cut or broken)
+
+    def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if model is not self.model or self._paused:
+            return
+        self._inside = False
+        if self._recorder is None:
+            return
+        start = time.perf_counter()
+        with signals_held():
+            try:
+                self._capture()
+            except Exception as error:
+                # A prefix is a saving; a run must not end for it. What it was is in the report.
+                self._take_down()
+                self._waits = False
+                self._refuse("capture", error)
+                logger.warning("prefix: the capture failed, the frozen layers run as they are: %s", first_line(error))
+            finally:
+                self._stop_watching()
+                self._seconds += time.perf_counter() - start
+        if not self._waits:
+            logger.info("%s", self.report())
+
+    def _capture(self) -> None:
+        recording = self._recorder.finish()
+        self._begin(waits=bool(recording.left_out or recording.cut_after), anew=False)
+        self._left_out.update(recording.left_out)
+        self._cut_after.update(recording.cut_after)
+        if self._waits:
+            return  # in the next forward
+        self._fallbacks += [f"{name} runs as it is: {reason}" for name, reason in recording.refused.items()]
+        if any(guard.broken() for guard in self._guards.values()):
+            self._forget()
+        for segment in recording.segments:
+            self._install(segment)
+
+    def _install(self, segment: Segment) -> None:
+        chain = Chain(segment.links, segment.inputs, segment.autocast)
+        try:
+            engine, error = build(self.mode, chain, segment, self._kept)
+        except Refused as reason:
+            return self._refuse(chain.name, reason)
+        self._errors.append(error)
+        self._guards.update((link.unit.module, link.guard) for link in chain.links)
+        runner = Runner(engine, chain.originals, measure=self.measure)
+        runner.on_loss = lambda: self._lose(chain)
+        runner.is_paused = chain.is_paused = lambda: self._paused > 0
+        chain.on_bypass = self._bypassed
+        chain.install(runner)
+        self._chains.append(chain)
+
+    def _bypassed(self, reason: str) -> None:
+        self._suspects |= reason in (STALE, HOOKED)
+
+    def _lose(self, chain: Chain) -> None:
+        chain.remove()
+        self._chains.remove(chain)
+        trial: Trial = chain.runner.trial
+        self._lost.append(trial)
+        times = f"{1e3 * median(trial.eager):.2f} ms, {1e3 * median(trial.engine):.2f} ms"
+        self._refuse("engine", f"eager is as fast: {times}")
+
+    def _refuse(self, what: str, reason: Any) -> None:
+        text = str(reason) if isinstance(reason, str | Refused) else first_line(reason)
+        self._fallbacks.append(f"{what} not used: {text}")
+
+    def _gains_nothing(self) -> bool:
+        """Whether eager wins without a trial: mode "exact" saves launches, of which a CPU has none."""
+        return self.mode == "exact" and self.measure and all(p.device.type == "cpu" for p in self.model.parameters())
+
+    def _units(self) -> list[Unit]:
+        found: dict[nn.Module, Unit] = {}
+        for layer in self.layers[: self.num_frozen]:
+            for name, module in layer.modules.items():
+                found.setdefault(module, Unit(name, module))
+        return list(found.values())
+
+    def _stop_watching(self) -> None:
+        if self._recorder is not None:
+            self._recorder.remove()
+        self._recorder = None
+
+    def _take_down(self) -> None:
+        self._stop_watching()  # it stands on what the chains installed
+        for chain in self._chains:
+            chain.remove()
+        self._chains = []
+        if self._sentinel is not None:
+            self._sentinel.remove()
+        self._sentinel = None
+
+    def _forget(self) -> None:
+        self._kept = Kept()
+        self._guards.clear()
+
+    def _begin(self, waits: bool, *, anew: bool = True) -> None:
+        """Nothing is installed; `anew`: nor known of the modules."""
+        self._waits, self._inside, self._suspects = waits, False, False
+        self._fallbacks: list[str] = []
+        self._errors: list[float] = []
+        self._lost: list[Trial] = []
+        if anew:
+            self._seconds = 0.0
+            self._cut_after: set[nn.Module] = set()
+            self._left_out: dict[nn.Module, str] = {}
+            self._strikes: dict[nn.Module, int] = {}

@@ -1,0 +1,333 @@
+"""What the forward of a module can read besides its arguments: by its code's names, its attributes, its globals.
+
+Read through so that all of it can be put under guard. A module is refused where that is not possible: code that writes
+attributes, containers or globals, that draws from Python's or numpy's generators, that reaches for files, the clock or
+the environment; objects that cannot be compared. Functions of torch and of libraries of nets are taken to depend on
+their arguments alone.
+"""
+
+import dis
+import enum
+import functools
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .judge import Refused
+
+# Immutable: their identity or value is all there is to compare.
+PLAIN = (
+    bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, enum.Enum,
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+)  # fmt: skip
+TRUSTED = {
+    "torch", "timm", "transformers", "torchvision", "einops", "math", "cmath", "operator", "functools", "itertools",
+    "collections", "typing", "types", "abc", "enum", "dataclasses", "builtins", "copy", "warnings", "logging",
+    "inspect", "contextlib", "packaging", "typing_extensions", "numbers", "string", "re", "huggingface_hub",
+}  # fmt: skip
+WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR"}
+WRITING_FUNCTIONS = {"setattr", "delattr", "globals", "exec", "eval", "compile", "open", "input", "print", "__import__"}
+WRITING_METHODS = {
+    "__setattr__", "__delattr__", "__setitem__", "__dict__", "register_buffer", "register_module", "register_parameter",
+    "add_module",
+}  # fmt: skip
+# Any attribute may be meant.
+DYNAMIC = {"getattr", "vars", "dir", "locals", "__getattribute__", "attrgetter"}
+# What a traced value answers otherwise than a tensor.
+ASKS = {"hasattr", "type", "callable", "id", "is_torch_fx_proxy"}
+LIST_WRITERS = {"append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse"}
+HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a function's code names: attributes and strings, globals; whether it writes, and into what."""
+
+    names: frozenset[str]
+    globals: frozenset[str]
+    writes: str | None
+    imports: frozenset[str]
+    adds_in_place: bool
+
+
+@functools.cache
+def code_of(code: types.CodeType) -> Code:
+    """-> what the code and the functions written inside it name."""
+    names, globals_, imports, writes, adds = set(), set(), set(), None, False
+    for each in _nested(code):
+        names.update(c for c in each.co_consts if isinstance(c, str) and len(c) < 100)
+        for instruction in dis.get_instructions(each):
+            name, op = instruction.argval, instruction.opname
+            if op in WRITES or (op == "STORE_DEREF" and name in code.co_freevars):
+                writes = writes or (name if isinstance(name, str) else "an element of a container or tensor")
+            elif op in ("LOAD_GLOBAL", "LOAD_NAME"):
+                globals_.add(name)
+            elif op == "INPLACE_ADD" or (op == "BINARY_OP" and instruction.argrepr.endswith("=")):
+                adds = True
+            elif op == "IMPORT_NAME":
+                imports.add(name.split(".")[0])
+            elif op in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
+                names.add(name)
+    return Code(frozenset(names), frozenset(globals_), writes, frozenset(imports), adds)
+
+
+def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _nested(constant)
+
+
+def of_torch(cls: type) -> bool:
+    return cls.__module__.startswith(("torch.nn.", "torch.ao.nn."))
+
+
+@dataclass
+class Reads:
+    """All that the forward of one module can read, found by `read`.
+
+    Attributes:
+        modules: the module and all below it.
+        tables: globals, classes' attributes, objects' attributes, and the names in them that count.
+        attributes: each module's `vars`, the names in it that count, and the names that do not even by being there.
+        containers: lists, tuples, sets, mappings and closures' cells, of which all counts.
+        tensors: parameters, buffers and other tensors.
+    """
+
+    modules: list[nn.Module]
+    tables: list[tuple[Any, tuple[str, ...]]] = field(default_factory=list)
+    attributes: list[tuple[dict, tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
+    containers: list[Any] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    _seen: dict[int, Any] = field(default_factory=dict)
+
+
+def read(unit: nn.Module) -> Reads:
+    """-> all that the forward of the unit can read.
+
+    Raises:
+        Refused: it writes, draws random numbers that are not torch's, or reads what cannot be compared.
+    """
+    reader = _Reader(unit)
+    for module in reader.found.modules:
+        reader.module(module)
+    return reader.found
+
+
+class _Reader:
+    def __init__(self, unit: nn.Module) -> None:
+        self.unit = unit
+        self.found = Reads(list(unit.modules()))
+        self._inside = set(self.found.modules)
+        self._names: set[str] = set()
+
+    def module(self, module: nn.Module) -> None:
+        cls = type(module)
+        names: set[str] = set()
+        if not of_torch(cls):
+            names = self._class(cls, {"forward"})
+        everything = of_torch(cls) or bool(names & DYNAMIC)
+        installed = ("train", "forward") if module is self.unit else ("train",)  # by this package
+        kept = {k: v for k, v in vars(module).items() if k not in installed and not k.endswith(HOOKS)}
+        keys = []
+        for key, value in sorted(kept.items(), key=lambda item: item[0] not in names):
+            mark = self._mark()
+            try:
+                self.value(value, f"attribute {key} of a {cls.__name__}")
+                keys.append(key)
+            except Refused:
+                if everything or key in names:
+                    raise
+                self._back_to(mark)
+        self.found.attributes.append((vars(module), tuple(keys), installed))
+
+    def _class(self, cls: type, names: set[str]) -> set[str]:
+        """Reads the methods of a class by these names and all that they name in turn."""
+        names, done = set(names), set()
+        while names - done:
+            for name in names - done:
+                done.add(name)
+                for each in cls.__mro__:
+                    if each.__module__.startswith(("torch.", "builtins")) or each is object or name not in vars(each):
+                        continue
+                    value = vars(each)[name]
+                    self.found.tables.append((vars(each), (name,)))
+                    for function in _functions(value):
+                        names |= self._function(function)
+                    if not _functions(value):
+                        self.value(value, f"{name} of class {each.__name__}")
+        return names
+
+    def _function(self, function: types.FunctionType) -> set[str]:
+        """-> the names that a function's code reads; what it reads of globals and closures is noted."""
+        code, where = code_of(function.__code__), function.__qualname__
+        if id(function) in self.found._seen:
+            return set(code.names)
+        self.found._seen[id(function)] = function
+        if code.writes:
+            raise Refused(f"{where} writes {code.writes}")
+        if found := sorted((code.globals & WRITING_FUNCTIONS) | (code.names & WRITING_METHODS)):
+            raise Refused(f"{where} uses {found[0]}")
+        if foreign := sorted(code.imports - TRUSTED):
+            raise Refused(f"{where} imports {foreign[0]}")
+        names = set(code.names | (code.globals & (DYNAMIC | ASKS)))
+        for name in code.globals:
+            if name in function.__globals__:
+                self.found.tables.append((function.__globals__, (name,)))
+                self.value(function.__globals__[name], f"global {name} of {where}", code)
+        for cell in function.__closure__ or ():
+            try:
+                self.value(cell.cell_contents, f"closure of {where}", code)
+            except ValueError:  # an empty cell
+                continue
+            self.found.containers.append(cell)
+        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self.value(default, f"default of {where}")
+        return names
+
+    def value(self, value: Any, where: str, code: Code | None = None) -> None:
+        """Notes what has to be compared so that the value stays what it is."""
+        if isinstance(value, PLAIN) or id(value) in self.found._seen:
+            return
+        self.found._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
+                raise Refused(f"{where} is a {type(value).__name__}")
+            self.found.tensors.append(value)
+        elif isinstance(value, nn.Module):
+            if value not in self._inside:
+                raise Refused(f"{where} is a module outside of it")
+        elif isinstance(value, types.ModuleType):
+            self._python_module(value, where, code)
+        elif isinstance(value, list | tuple | set | frozenset):
+            for item in value:
+                self.value(item, where, code)
+            self.found.containers.append(value)
+        elif isinstance(value, dict | types.MappingProxyType):
+            for item in value.values():
+                self.value(item, where, code)
+            self.found.containers.append(value)
+        else:
+            self._callable_or_object(value, where, code)
+
+    def _python_module(self, module: types.ModuleType, where: str, code: Code | None) -> None:
+        root = module.__name__.split(".")[0]
+        if root in TRUSTED:
+            return
+        names = code.names if code else frozenset()
+        if root == "numpy" and "random" not in names and module.__name__ != "numpy.random":
+            return
+        # A module in C, or one of Python's own: random, time, os.
+        if not hasattr(module, "__file__") or root == "numpy" or root in _STANDARD:
+            raise Refused(f"{where} is the module {module.__name__}")
+        for name in names & vars(module).keys():
+            self.found.tables.append((vars(module), (name,)))
+            self.value(vars(module)[name], f"{module.__name__}.{name}", code)
+
+    def _callable_or_object(self, value: Any, where: str, code: Code | None) -> None:
+        root = (getattr(value, "__module__", None) or "").split(".")[0]
+        if isinstance(value, types.FunctionType):
+            if root not in TRUSTED:
+                self._function(value)
+        elif isinstance(value, types.MethodType):
+            self.value(value.__self__, where, code)
+            self.value(value.__func__, where, code)
+        elif isinstance(value, functools.partial):
+            for part in (value.func, value.args, value.keywords):
+                self.value(part, where, code)
+        elif isinstance(value, type):
+            if root not in TRUSTED:
+                self._class(value, {"__init__", "__new__", "__call__", "__post_init__", "forward"})
+        elif isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
+            owner = getattr(value, "__self__", None)
+            if owner is not None and not isinstance(owner, type) and not _trusted(owner):
+                raise Refused(f"{where} is {getattr(value, '__qualname__', value)}, which may change by itself")
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self.value(value.__wrapped__, where, code)
+        elif type(value).__module__.split(".")[0] in _OBJECTS_OF or _pure_op(value):
+            self._attributes(value, where)
+        elif isinstance(getattr(value, "__dict__", None), dict) and not _has_slots(type(value)):
+            self._class(type(value), {"__call__", "__getattr__"} | set(code.names if code else ()))
+            for key, item in vars(value).items():
+                self.value(item, f"{where}.{key}", code)
+            self.found.containers.append(vars(value))
+        else:
+            raise Refused(f"{where} is a {type(value).__name__}, which cannot be compared")
+
+    def _attributes(self, value: Any, where: str) -> None:
+        """Of a library's object (a config, a registry of functions, a logger) what can be compared."""
+        table, keys = getattr(value, "__dict__", {}), []
+        for key, item in table.items():
+            mark = self._mark()
+            try:
+                self.value(item, where)
+                keys.append(key)
+            except Refused:
+                self._back_to(mark)
+        self.found.tables.append((table, tuple(keys)))
+
+    def _mark(self) -> tuple[int, int, int, int]:
+        found = self.found
+        return len(found.tables), len(found.containers), len(found.tensors), len(found._seen)
+
+    def _back_to(self, mark: tuple[int, int, int, int]) -> None:
+        found = self.found
+        del found.tables[mark[0] :], found.containers[mark[1] :], found.tensors[mark[2] :]
+        while len(found._seen) > mark[3]:
+            found._seen.popitem()
+
+
+_OBJECTS_OF = {"timm", "transformers", "logging", "warnings", "re", "typing"}
+_STANDARD = {"random", "time", "os", "sys", "secrets", "uuid", "datetime", "threading", "subprocess", "io", "pathlib"}
+
+
+def _functions(value: Any) -> list[types.FunctionType]:
+    """The functions behind a class's attribute: a method, a static or class method, a property."""
+    if isinstance(value, staticmethod | classmethod):
+        value = value.__func__
+    parts = [value.fget] if isinstance(value, property) else [getattr(value, "func", value)]
+    return [part for part in parts if isinstance(part, types.FunctionType)]
+
+
+def _trusted(owner: Any) -> bool:
+    if isinstance(owner, types.ModuleType):
+        return owner.__name__.split(".")[0] in TRUSTED
+    return type(owner).__module__.split(".")[0] == "torch" and not isinstance(owner, torch.Generator)
+
+
+def _pure_op(value: Any) -> bool:
+    return isinstance(value, Callable) and type(value).__module__.startswith(("torch._ops", "torch.jit"))
+
+
+def _has_slots(cls: type) -> bool:
+    return any(vars(each).get("__slots__") for each in cls.__mro__)
+
+
+@functools.cache
+def asks(cls: type) -> str | None:
+    """-> by which function the forward of a class would take a traced value for something else than a tensor."""
+    found = sorted(name for code in _methods(cls) for name in (code.globals | code.names) & ASKS)
+    return found[0] if found else None
+
+
+@functools.cache
+def may_write_lists(cls: type) -> bool:
+    """Whether the forward of a class may change a list that it is given."""
+    return any(code.adds_in_place or code.names & LIST_WRITERS for code in _methods(cls))
+
+
+def _methods(cls: type) -> list[Code]:
+    """The code of a class's forward and of all methods that it names in turn."""
+    names, done, found = {"forward"}, set(), []
+    while not of_torch(cls) and names - done:
+        name = (names - done).pop()
+        done.add(name)
+        for function in [f for each in cls.__mro__ for f in _functions(vars(each).get(name))]:
+            if not function.__module__.startswith("torch."):
+                found.append(code_of(function.__code__))
+                names |= found[-1].names
+    return found

@@ -1,0 +1,151 @@
+"""One module's forward, read by running it once on stand-ins for tensors; submodules are leaves.
+
+Nothing of torch is patched. During the run each submodule's forward is one on the instance that notes the call.
+Parameters, buffers and what is computed from them alone are constants of the trace, as are all attributes: the guard
+compares them at each call.
+"""
+
+import operator
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .judge import drawn_since, foreign_random_states
+from .program import Ref, map_tree
+from .reads import asks
+
+
+class Unlowerable(Exception):
+    """The module cannot be written as ops; it is called as it is."""
+
+
+@dataclass
+class Trace:
+    """graph(*placeholders) of one forward; `modules` and `constants` by the targets of its nodes."""
+
+    graph: fx.Graph
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _TensorProxy(fx.Proxy):
+    """Says that it is a tensor, as the value will be."""
+
+    @property
+    def __class__(self) -> type:
+        return Tensor
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.found = Trace(self.graph)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        known = node.op in ("placeholder", "call_module") or not (gives_size(node) or node.op == "get_attr")
+        return (_TensorProxy if known else fx.Proxy)(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not issubclass(type(a), fx.Proxy):
+            name = f"constant_{len(self.found.constants)}"
+            self.found.constants[name] = a
+            return self.create_node("get_attr", name, (), {})
+        if type(a) is list or type(a) is tuple:  # fx asks isinstance, which a stand-in answers as a tensor
+            return type(a)(self.create_arg(item) for item in a)
+        return super().create_arg(a) if not issubclass(type(a), fx.Proxy) else a.node
+
+    def call(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        if not any(issubclass(type(leaf), fx.Proxy) for leaf in _leaves((args, kwargs))):
+            return forward(*args, **kwargs)  # of constants; or another thread's call
+        name = next((n for n, m in self.found.modules.items() if m is module), f"module_{len(self.found.modules)}")
+        self.found.modules[name] = module
+        return self.create_proxy("call_module", name, args, kwargs)
+
+
+def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
+    """-> the trace of module.forward(*args, **kwargs), Refs in the arguments being what varies.
+
+    Raises:
+        Unlowerable: it looks at values, draws random numbers, or writes.
+    """
+    if "forward" in vars(module):
+        raise Unlowerable("its forward was replaced on the instance")
+    if question := asks(type(module)):
+        raise Unlowerable(f"its forward asks {question}")
+    tracer, forward = _Tracer(), module.forward
+    placed = iter(range(len(_leaves((args, kwargs)))))
+
+    def stand_in(leaf: Any) -> Any:
+        return tracer.create_proxy("placeholder", f"x{next(placed)}", (), {}) if isinstance(leaf, Ref) else leaf
+
+    args, kwargs = map_tree(stand_in, (args, kwargs))
+    sizes = _list_sizes((args, kwargs))
+    before, states = [dict(vars(m)) for m in module.modules()], (foreign_random_states(), torch.get_rng_state())
+    with ExitStack() as restore:
+        for inner in module.modules():
+            if inner is not module:
+                restore.callback(_restore_forward, inner, vars(inner).get("forward"))
+                object.__setattr__(inner, "forward", partial(tracer.call, inner, inner.forward))
+        try:
+            output = forward(*args, **kwargs)
+        except Exception as error:  # what a stranger's forward raises for a stand-in is not known
+            raise Unlowerable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    changed = [_put_back(m, attributes) for m, attributes in zip(module.modules(), before, strict=True)]
+    if any(changed):
+        raise Unlowerable("its forward writes an attribute")
+    if drawn_since(states[0]) or not torch.equal(states[1], torch.get_rng_state()):
+        raise Unlowerable("its forward draws random numbers")
+    if sizes != _list_sizes((args, kwargs)):
+        raise Unlowerable("its forward changes a list that it was given")
+    try:
+        tracer.graph.output(tracer.create_arg(output))
+    except NotImplementedError as error:
+        raise Unlowerable(f"it returns {str(error)[:80]}") from error
+    return tracer.found
+
+
+def _restore_forward(module: nn.Module, forward: Callable | None) -> None:
+    vars(module).pop("forward", None)
+    if forward is not None:
+        vars(module)["forward"] = forward
+
+
+def _put_back(module: nn.Module, attributes: dict) -> bool:
+    """Whether the trace changed the module's attributes, which are then as before."""
+    now = vars(module)
+    if now.keys() == attributes.keys() and all(now[key] is value for key, value in attributes.items()):
+        return False
+    now.clear()
+    now.update(attributes)
+    return True
+
+
+def _leaves(tree: Any) -> list:
+    found: list[Any] = []
+    map_tree(found.append, tree)
+    return found
+
+
+def _list_sizes(tree: Any) -> list[int]:
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if type(tree) not in (tuple, list):
+        return []
+    return [len(tree), *(size for item in tree for size in _list_sizes(item))]
+
+
+def gives_size(node: fx.Node) -> bool:
+    """Whether a node is a number or a shape and no tensor, as far as its operation tells."""
+    if node.op == "call_function" and node.target in (getattr, operator.getitem):
+        return node.target is getattr or (isinstance(node.args[0], fx.Node) and gives_size(node.args[0]))
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel", "item", "tolist", "ndimension", "stride", "element_size")
+    arithmetic = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod)
+    return node.target in arithmetic and any(isinstance(a, fx.Node) and gives_size(a) for a in node.args)
