@@ -648,7 +648,11 @@ def test_refused_arguments_are_named():
         ({"prefix": 3}, ValueError, "prefix must be one of"),
         ({"layers": [[], "stem", "blocks", "head"]}, ValueError, r"layers\[0\] must name at least one module"),
         ({"layers": 3}, TypeError, "layers must be a sequence with one entry a layer, got int"),
-        ({"foreign": True}, ValueError, r"layers must be of this model, layer 0 \(stem\) holds parameters that are not"),
+        (
+            {"foreign": True},
+            ValueError,
+            r"layers must be of this model, layer 0 \(stem\) holds parameters that are not",
+        ),
         ({"schedulers": [3], "anneal": False}, TypeError, "schedulers must be torch LR schedulers, got int"),
     ],
 )
