@@ -75,20 +75,24 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 class SchedulerConflict(UserWarning):
-    """An LR scheduler beside a FreezeOut that anneals. An error, unless a filter of `warnings` says "always"."""
+    """An LR scheduler beside a FreezeOut that sets the rates: raised, unless a filter of `warnings` says otherwise."""
 
 
-def refuse_schedulers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    if not any(map(_has_scheduler, optimizers)):
-        return
-    message = (
-        "an LR scheduler was attached to the optimizer, but FreezeOut sets the learning rates itself: steps run "
-        "at rates of neither: pass anneal=False to FreezeOut and keep the scheduler, or leave the scheduler out"
-    )
-    filters = [f for f in warnings.filters if issubclass(SchedulerConflict, f[2]) and f[1] is f[3] is None]
-    if not filters or filters[0][0] != "always":
-        raise RuntimeError(message)
-    warnings.warn(message, SchedulerConflict, stacklevel=3)
+# Behind all other filters. Where one of the user's comes first, FreezeOut's rates are the ones that are used.
+warnings.simplefilter("error", SchedulerConflict, append=True)
+
+
+def warn_of_schedulers(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+    """Whether an LR scheduler was attached. Raises or warns `SchedulerConflict` then."""
+    found = any(map(_has_scheduler, optimizers))
+    if found:
+        warnings.warn(
+            "an LR scheduler was attached to the optimizer, but FreezeOut sets the learning rates itself, and those are "
+            "used: pass anneal=False to FreezeOut and keep the scheduler, or leave the scheduler out",
+            SchedulerConflict,
+            stacklevel=3,
+        )
+    return found
 
 
 def _has_scheduler(optimizer: torch.optim.Optimizer) -> bool:

@@ -10,15 +10,16 @@ from typing import Protocol
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from .checks import (
     DDPCheck,
     checked_layers,
     checked_model,
     checked_optimizers,
-    refuse_schedulers,
     warn_if_beyond_limit,
     warn_of_given,
+    warn_of_schedulers,
 )
 from .layers import Layers
 from .order import OrderCheck
@@ -136,6 +137,7 @@ class FreezeOut(Readings):
         self._by_hand: tuple[int, int] | None = None  # step and number of frozen layers of the last move by hand
         self._saved_bytes: int | None = None
         self._closed = False
+        self._at_steps: list[RemovableHandle] = []
         self._cache = cache
         self._groups = ParamGroups(self.optimizers, self.layers, schedulers)
         self._order = OrderCheck(self.model, in_prefix)
@@ -160,11 +162,13 @@ class FreezeOut(Readings):
         A transition happens whole or, where something in it raises, not at all, and the step is not counted.
 
         Raises:
-            RuntimeError: after close(); an LR scheduler was attached although FreezeOut sets the rates.
+            RuntimeError: after close().
+            SchedulerConflict: an LR scheduler was attached although FreezeOut sets the rates.
         """
         self._check_open("step")
-        if self.anneal:
-            refuse_schedulers(self.optimizers)
+        if self.anneal and warn_of_schedulers(self.optimizers) and not self._at_steps:
+            # Whatever the scheduler sets, the optimizer steps with FreezeOut's rates.
+            self._at_steps = [o.register_step_pre_hook(lambda *_: self._set_learning_rates()) for o in self.optimizers]
         self._order.close()
         self._groups.forget_set_aside()
         step = self.step_count + 1
@@ -261,6 +265,8 @@ class FreezeOut(Readings):
         if self._closed:
             return
         self._closed = True
+        for handle in self._at_steps:
+            handle.remove()
         if self._cache is not None:
             self._cache.detach()
         self._order.close()

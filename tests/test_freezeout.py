@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from prefix_cases import ShyOfHooks
 from torch import nn
 
+from freezeout_ext.checks import SchedulerConflict
 from freezeout_ext.freezeout import FreezeOut
 from freezeout_ext.layers import find_layers
 from freezeout_ext.models import build_model
@@ -339,17 +340,36 @@ def test_schedulers_are_refused_beside_annealing_or_where_their_lists_are_unknow
 
 def test_an_lr_scheduler_beside_annealing_is_an_error_that_says_what_to_pass():
     model, optimizer, freezeout = controlled()
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TOTAL_STEPS)
+    torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TOTAL_STEPS)
     F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
     optimizer.step()
-    with pytest.raises(RuntimeError, match=r"LR scheduler was attached .* pass anneal=False"):
+    with pytest.raises(SchedulerConflict, match=r"LR scheduler was attached .* pass anneal=False"):
         freezeout.step()
     assert freezeout.step_count == 0
+
+
+@pytest.mark.parametrize("action", ["always", "ignore"])
+def test_where_a_filter_lets_the_scheduler_pass_the_rates_are_freezeouts(action):
+    model, optimizer, freezeout = controlled()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TOTAL_STEPS)
+    used = []
+
+    optimizer.register_step_post_hook(lambda o, *_: used.append([g["lr"] for g in o.param_groups]))
     with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        freezeout.step()
-    assert "anneal=False" in str(said[0].message) and freezeout.step_count == 1
-    scheduler.step()
+        warnings.simplefilter(action)
+        for _ in range(TOTAL_STEPS):
+            F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            freezeout.step()
+            scheduler.step()
+    assert any("anneal=False" in str(w.message) for w in said) == (action == "always")
+    factors = [
+        [freezeout.schedule.lr_factor(g["layer"], step) for g in optimizer.param_groups] for step in range(len(used))
+    ]
+    base = [g["base_lr"] for g in optimizer.param_groups]
+    for rates, of_layers in zip(used[1:], factors[1:], strict=True):
+        assert rates == pytest.approx([b * f for b, f in zip(base, of_layers, strict=True)])
 
 
 def test_freezing_without_annealing_leaves_the_rates_of_active_layers_alone():

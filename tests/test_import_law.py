@@ -39,8 +39,8 @@ LAW = {
     "batch": set(),
     "tasks": {"models", "batch"},
     "training": {
-        "batch", "features", "freezeout", "fused", "graphed", "integrations", "layers", "models", "planner", "prefix", "schedule",
-        "tasks", "text",
+        "batch", "features", "freezeout", "fused", "graphed", "integrations", "layers", "models", "planner", "prefix",
+        "schedule", "tasks", "text",
     },
     "__init__": {"schedule", "layers", "freezeout", "fused", "native", "graphed", "transition", "features"},
     "__main__": {"training"},
