@@ -78,20 +78,18 @@ class SchedulerConflict(UserWarning):
     """An LR scheduler beside a FreezeOut that sets the rates: raised, unless a filter of `warnings` says otherwise."""
 
 
-# Behind all other filters. Where one of the user's comes first, FreezeOut's rates are the ones that are used.
-warnings.simplefilter("error", SchedulerConflict, append=True)
-
-
 def warn_of_schedulers(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
     """Whether an LR scheduler was attached. Raises or warns `SchedulerConflict` then."""
     found = any(map(_has_scheduler, optimizers))
     if found:
-        warnings.warn(
-            "an LR scheduler was attached to the optimizer, but FreezeOut sets the learning rates itself, and those are "
-            "used: pass anneal=False to FreezeOut and keep the scheduler, or leave the scheduler out",
-            SchedulerConflict,
-            stacklevel=3,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SchedulerConflict, append=True)  # behind the user's own filters
+            warnings.warn(
+                "an LR scheduler was attached to the optimizer, but FreezeOut sets the learning rates itself, and its "
+                "rates are used: pass anneal=False to FreezeOut and keep the scheduler, or leave the scheduler out",
+                SchedulerConflict,
+                stacklevel=3,
+            )
     return found
 
 
