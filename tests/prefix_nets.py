@@ -51,14 +51,15 @@ def plain_loop(model: nn.Module, steps: int, loss_of: Callable, t_0: float, rate
     """Layer i trains while step < t_i * steps, t_i = t_0 + (1 - t_0) * i / L, on its own cosine; then it is frozen."""
     layers = list(find_layers(model))
     last = len(layers) - 1
-    ends = [(t_0 + (1 - t_0) * i / last) * steps if last else steps for i in range(last + 1)]
+    times = [t_0 + (1 - t_0) * i / last for i in range(last + 1)]
+    ends = [round(t * steps, 6) for t in times]  # as the schedule rounds them
     groups = [{"params": list(layer.parameters.values()), "lr": rate} for layer in layers]
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9)
     losses = []
     for step in range(steps):
         for i, (layer, group) in enumerate(zip(layers, optimizer.param_groups, strict=True)):
             if step < ends[i]:
-                group["lr"] = rate / ends[i] * steps * 0.5 * (1 + math.cos(math.pi * step / ends[i]))
+                group["lr"] = rate * (1 / times[i] * 0.5 * (1 + math.cos(math.pi * step / ends[i])))
                 continue
             for p in layer.parameters.values():
                 p.requires_grad_(False)
