@@ -159,6 +159,8 @@ def version_of(t: Tensor) -> int:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs something besides its forward that could see or change a value."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    if not any(hooks):
+        return False
     return any(not getattr(hook, "observes_only", False) for table in hooks if table for hook in table.values())
 
 

@@ -9,6 +9,7 @@ their arguments alone.
 import dis
 import enum
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -60,8 +61,13 @@ def code_of(code: types.CodeType) -> Code:
     names, globals_, imports, writes, adds = set(), set(), set(), None, False
     for each in _nested(code):
         names.update(c for c in each.co_consts if isinstance(c, str) and len(c) < 100)
-        for instruction in dis.get_instructions(each):
+        instructions = list(dis.get_instructions(each))
+        for i, instruction in enumerate(instructions):
             name, op = instruction.argval, instruction.opname
+            if op in ("STORE_SUBSCR", "DELETE_SUBSCR") and _into_argument(instructions[max(i - 4, 0) : i], each):
+                continue
+            if op == "STORE_ATTR" and name == "requires_grad":
+                continue  # of a tensor: seen in the module's state and in its output
             if op in WRITES or (op == "STORE_DEREF" and name in code.co_freevars):
                 writes = writes or (name if isinstance(name, str) else "an element of a container or tensor")
             elif op in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -73,6 +79,18 @@ def code_of(code: types.CodeType) -> Code:
             elif op in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
                 names.add(name)
     return Code(frozenset(names), frozenset(globals_), writes, frozenset(imports), adds)
+
+
+def _into_argument(before: list[dis.Instruction], code: types.CodeType) -> bool:
+    """Whether an element is written into the function's own **kwargs, or into a cache of keys and values.
+
+    No module that is given such a cache is part of a prefix.
+    """
+    at = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    keywords = code.co_varnames[at : at + 1] if code.co_flags & inspect.CO_VARKEYWORDS else ()
+    loaded = [i.argval for i in before if i.opname.startswith("LOAD_FAST")]
+    into_keywords = len(before) > 1 and before[-2].opname.startswith("LOAD_FAST") and before[-2].argval in keywords
+    return into_keywords or any(str(name).startswith("past_key") for name in loaded)
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -250,7 +268,7 @@ class _Reader:
             self.value(value.__wrapped__, where, code)
         elif type(value).__module__.split(".")[0] in _OBJECTS_OF or _pure_op(value):
             self._attributes(value, where)
-        elif isinstance(getattr(value, "__dict__", None), dict) and not _has_slots(type(value)):
+        elif isinstance(getattr(value, "__dict__", None), dict) and _is_all_in_dict(type(value)):
             self._class(type(value), {"__call__", "__getattr__"} | set(code.names if code else ()))
             for key, item in vars(value).items():
                 self.value(item, f"{where}.{key}", code)
@@ -303,8 +321,9 @@ def _pure_op(value: Any) -> bool:
     return isinstance(value, Callable) and type(value).__module__.startswith(("torch._ops", "torch.jit"))
 
 
-def _has_slots(cls: type) -> bool:
-    return any(vars(each).get("__slots__") for each in cls.__mro__)
+def _is_all_in_dict(cls: type) -> bool:
+    """Whether an object's state is its `__dict__`: no slots, and no more memory than for the dict and weakrefs."""
+    return cls.__basicsize__ <= object.__basicsize__ + 16 and not any(vars(c).get("__slots__") for c in cls.__mro__)
 
 
 @functools.cache
