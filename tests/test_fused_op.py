@@ -130,7 +130,7 @@ def test_opcheck_of_fused_adamw():
 def test_counters_elsewhere_are_errors():
     given = list(adamw_arguments())
     given[5] = [step.double() for step in given[5]]
-    with pytest.raises(ValueError, match="steps must be one float32 each on cpu, got torch.float64"):
+    with pytest.raises(ValueError, match=r"steps must be one float32 each on cpu, got torch\.float64"):
         fused_adamw_(*given, amsgrad=True)
 
 
@@ -160,7 +160,10 @@ def test_torch_compile_runs_the_op_in_one_graph(cls, judge, options, lr):
             q.grad = p.grad.clone()
         step()
         runs[1][1].step()
-        assert all(map(torch.equal, runs[0][0], runs[1][0]))
+        for p, q in zip(runs[0][0], runs[1][0], strict=True):
+            # With a rate in a float32 tensor AdamW's loop computes in float what the op does in double.
+            tolerance = 1e-6 if isinstance(lr, torch.Tensor) and cls is not FusedSGD else 0
+            torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
     assert counter.frame_count == 1
     called = [
         str(node.target) for graph in counter.graphs for node in graph.graph.nodes if "freezeout" in str(node.target)

@@ -89,11 +89,20 @@ def has_half(device: torch.device) -> bool:
 
 
 def op_takes(tensors: list[Tensor | None]) -> bool:
-    """Whether a registered op takes a parameter, its gradient and its states, where there are any; in traced code."""
-    p, grad, *others = tensors
-    if grad.layout != torch.strided or p.dtype not in DTYPES or not is_dense(p) or not has_half(p.device):
+    """Whether a registered op takes a parameter, its gradient and its states, where there are any; in traced code.
+
+    Only contiguous and channels-last tensors: traced code cannot compare all strides.
+    """
+    p = tensors[0]
+    # Counters have a shape of their own.
+    alike = [t for t in tensors if t is not None and (t.dim() == p.dim() or t is tensors[1])]
+    if any(t.layout != torch.strided or t.dtype != p.dtype or t.device != p.device for t in alike):
         return False
-    return all(t is None or t.dim() == 0 != p.dim() or same_layout(p, t) for t in (grad, *others))
+    if p.dtype not in DTYPES or not has_half(p.device) or any(t.shape != p.shape for t in alike):
+        return False
+    if all(t.is_contiguous() for t in alike):
+        return True
+    return p.dim() == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in alike)
 
 
 def device_of(batch: Any) -> torch.device:

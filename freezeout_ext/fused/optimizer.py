@@ -32,7 +32,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     What the compiled update does not take (sparse, complex, `differentiable`, tensor subclasses, gradients laid out
     otherwise than their parameter) goes through torch's for-loop, with the same result: see `native_report()`.
-    Under torch.compile the registered torch op runs, one call for each set of equal hyperparameters.
+    Under torch.compile the registered torch op runs, one call for each set of equal hyperparameters. The op takes
+    contiguous and channels-last tensors, and torch's for-loop the rest.
     """
 
     # On the class: an instance's flag would not survive deepcopy and pickle.
