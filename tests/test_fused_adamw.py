@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from timm_models import MISSING, importable_timm
 from torch import nn
 
 from freezeout_ext import FreezeOut, FusedAdam, FusedAdamW, GraphedStep, native
@@ -313,3 +314,25 @@ def test_graphed_steps_equal_eager_ones():
         runs.append([p.detach().cpu() for p in model.parameters()])
     # The device's cosine differs in its last bits from the host's.
     torch.testing.assert_close(*runs, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.usefixtures("exact_square_roots")
+def test_timm_s_layer_wise_decay_is_one_call():
+    """The groups of docs/optimizers.md, over a tiny ViT."""
+    optimizers = []
+    with importable_timm():
+        import timm
+        from timm.optim import param_groups_layer_decay
+
+        for cls in (FusedAdamW, torch.optim.AdamW):
+            torch.manual_seed(0)
+            model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=5)
+            groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.75)
+            for group in groups:
+                group["lr"] = 1e-3 * group["lr_scale"]
+            optimizers.append(cls(groups, lr=1e-3, **({} if cls is FusedAdamW else {"foreach": False})))
+    ours, theirs = optimizers
+    assert len({group["lr"] for group in ours.param_groups}) == 5
+    step_both(ours, theirs, steps=2)
+    assert len(ours._prepared.step.batches) == 1 and ours.native_report() == {}
