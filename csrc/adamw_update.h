@@ -5,7 +5,8 @@
 // THE formula of FusedAdamW and FusedAdam for one element, on host and device, in the order of roundings of
 // torch.optim.AdamW's for-loop: see sgd_update.h for how to compile it. On a CPU float and double are bit-equal to that
 // loop but for the square root: torch takes MKL's, which rounds the last place otherwise in 0.6 % of all values. So
-// moments are equal, and a parameter differs by at most 1 ulp of itself or of its change, the larger, in a step.
+// moments are equal, and a step's parameter differs by at most 3 ulp of the largest of itself, before and after, and
+// its change: 1 ulp of the root, and what division makes of it.
 #pragma once
 
 #include "param_group.h"
@@ -45,13 +46,19 @@ struct AdamW {
     const double correction1 = 1 - std::pow(beta1, static_cast<double>(step));
     const double correction2 = 1 - std::pow(beta2, static_cast<double>(step));
     const R weight = static_cast<R>(1 - beta1);
-    return {static_cast<R>(group.options & kCoupled ? group.weight_decay : 1 - lr * group.weight_decay),
+    double kept = 1 - lr * group.weight_decay;
+    double step_size = lr / correction1;
+    if (group.options & kFloatRate) {
+      kept = 1 - static_cast<float>(lr) * static_cast<float>(group.weight_decay);
+      step_size = static_cast<float>(lr) / static_cast<float>(correction1);
+    }
+    return {static_cast<R>(group.options & kCoupled ? group.weight_decay : kept),
             weight < R{0.5} ? weight : weight - R{1},
             static_cast<R>(beta2),
             static_cast<R>(1 - beta2),
             static_cast<R>(std::sqrt(correction2)),
             static_cast<R>(group.coefficients[kEps]),
-            static_cast<R>(-(lr / correction1))};
+            static_cast<R>(-step_size)};
   }
 
   // states[2] is neither read nor written without kAmsgrad.

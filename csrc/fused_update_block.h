@@ -217,7 +217,7 @@ FREEZEOUT_HOST_DEVICE void update_block(const LaunchArguments<kWords>& arguments
   const std::int64_t begin = std::int64_t{chunk_in_tensor} * kChunk;
 
   Chunk<F, T> chunk;
-  chunk.options = static_cast<unsigned>(group_of_tensor(arguments, tensor).options);
+  chunk.options = static_cast<unsigned>(group_of_tensor(arguments, tensor).options % kOptionSets);
   chunk.param = static_cast<T*>(entry.param) + begin;
   chunk.grad = reinterpret_cast<T*>(arguments.words[tensor]) + begin;
   chunk.size = entry.size - begin < kChunk ? entry.size - begin : kChunk;

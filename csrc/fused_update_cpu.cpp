@@ -60,8 +60,6 @@ FREEZEOUT_HOST_DEVICE void update_slice(const Slice<T>& slice, const typename F:
   }
 }
 
-constexpr unsigned kOptionSets = 16;  // of four bits
-
 // The loop with `options` known to the compiler.
 template <class F, class T, class R, unsigned... kOptions>
 FREEZEOUT_HOST_DEVICE void update_with(unsigned options, const Slice<T>& slice,
@@ -211,7 +209,7 @@ void run(const Batch& batch, const SharedInputs& inputs, int num_threads) {
       const std::int64_t from = std::max(begin - begins[i], std::int64_t{0});
       const std::int64_t to = std::min(end - begins[i], work[i].size);
       update_one(slice_of<T>(work[i], from, to - from), rates[i],
-                 static_cast<unsigned>(batch.groups[work[i].group].options), inverse_scale);
+                 static_cast<unsigned>(batch.groups[work[i].group].options % kOptionSets), inverse_scale);
     }
   };
 

@@ -14,6 +14,9 @@ namespace freezeout {
 
 // What a formula does with a tensor, one bit each. The formulas add their own from 4 on.
 enum Option : unsigned { kWeightDecay = 1, kMaximize = 2 };
+constexpr unsigned kOptionSets = 16;
+// Beyond them: the rate is a float32 tensor, with which torch computes in float.
+constexpr std::uint64_t kFloatRate = kOptionSets;
 
 struct ParamGroup {
   double lr;         // the rate itself, or the schedule's peak

@@ -29,6 +29,7 @@ enum PreparedStep::Role : int {
   kEpsKey,
   kAmsgradKey,
   kDecoupled,
+  kCapturable,
   kRoles
 };
 
@@ -36,9 +37,9 @@ namespace {
 
 // In the order of PreparedStep::Role from kParams on.
 constexpr const char* kKeys[] = {
-    "params",    "frozen",   "lr",    "weight_decay", "maximize", "differentiable",        "momentum",
-    "dampening", "nesterov", "betas", "eps",          "amsgrad",  "decoupled_weight_decay"};
-static_assert(std::size(kKeys) == 13, "one name a role");
+    "params",    "frozen",   "lr",    "weight_decay", "maximize", "differentiable",         "momentum",
+    "dampening", "nesterov", "betas", "eps",          "amsgrad",  "decoupled_weight_decay", "capturable"};
+static_assert(std::size(kKeys) == 14, "one name a role");
 
 constexpr const char* kStateNames[2][kMaxStates] = {{"momentum_buffer", nullptr, nullptr},
                                                     {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}};
@@ -170,6 +171,7 @@ void PreparedStep::add_group(const py::object& dict, const py::list& native, int
     group.keys.emplace_back(py::reinterpret_borrow<py::object>(key), static_cast<Role>(role));
     if (role == kParams) group.params_list = value;
     if (role == kFrozen) group.is_frozen = as_bool(value);
+    if (role == kCapturable) group.is_capturable = as_bool(value);
   }
   group.is_updated = !group.is_frozen && group.params_list && PyList_Check(group.params_list);
   if (group.is_updated || !native.empty()) {
@@ -268,6 +270,7 @@ const char* PreparedStep::read_group(const Group& group, PyObject* dict, ParamGr
   double numbers[kRoles] = {};
   bool flags[kRoles] = {};
   double betas[2] = {};
+  bool is_float_rate = false;
   std::size_t count = 0;
   PyObject *key, *value;
   for (Py_ssize_t i = 0; PyDict_Next(dict, &i, &key, &value); ++count) {
@@ -282,13 +285,17 @@ const char* PreparedStep::read_group(const Group& group, PyObject* dict, ParamGr
       case kFrozen:
         if (as_bool(value) != group.is_frozen) return "a group was frozen or thawed";
         break;
+      case kCapturable:
+        if (as_bool(value) != group.is_capturable) return "a group became capturable, or is so no longer";
+        break;
       case kDifferentiable:
         if (as_bool(value)) return "a group became differentiable";
         break;
       case kLr:
-        if (!PyFloat_CheckExact(value) && reader_->is_tensor(value) &&
-            py::handle(value).attr("requires_grad").cast<bool>()) {
-          return "a learning rate requires grad";
+        if (!PyFloat_CheckExact(value) && reader_->is_tensor(value)) {
+          const auto held = py::reinterpret_borrow<py::object>(value);
+          if (held.attr("requires_grad").cast<bool>()) return "a learning rate requires grad";
+          is_float_rate = held.attr("itemsize").cast<int>() == 4 && schedule_.empty();
         }
         numbers[role] = as_number(value);
         break;
@@ -322,6 +329,7 @@ const char* PreparedStep::read_group(const Group& group, PyObject* dict, ParamGr
   read->weight_decay = numbers[kDecay];
   const bool decays = numbers[kDecay] != 0;
   read->options = (decays ? kWeightDecay : 0u) | (flags[kMaximizes] ? kMaximize : 0u);
+  if (is_float_rate) read->options |= kFloatRate;
   if (formula_ == Formula::kSgd) {
     const bool has_momentum = numbers[kMomentumKey] != 0;
     read->coefficients[Sgd::kMomentumOf] = numbers[kMomentumKey];

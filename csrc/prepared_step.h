@@ -57,6 +57,7 @@ class PreparedStep {
     std::vector<int> tensor_of;  // -1: not updated here
     bool is_native;              // some parameter is
     bool is_frozen;
+    bool is_capturable;
     bool is_updated;        // a dict with a list of parameters, not frozen
     unsigned states;        // a bit for each state that the formula uses
     pybind11::object held;  // params_list during a step

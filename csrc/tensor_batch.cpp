@@ -26,7 +26,7 @@ bool uses_state(Formula formula, int state, std::uint64_t options) {
 
 bool is_valid(Formula formula, std::uint64_t options) {
   const auto bits = static_cast<unsigned>(options);
-  return options < 16 && (formula == Formula::kSgd ? Sgd::is_valid(bits) : AdamW::is_valid(bits));
+  return options < kOptionSets && (formula == Formula::kSgd ? Sgd::is_valid(bits) : AdamW::is_valid(bits));
 }
 
 void check_work(const TensorWork& work, const Batch& batch) {

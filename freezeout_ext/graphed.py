@@ -12,13 +12,14 @@ from .attach import TransientHook
 from .batch import Batch, call, detached, layout, mapped, tensors
 from .cuda_graphs import own_stream
 from .freezeout import FreezeOut
-from .fused import FusedSGD
+from .fused import FusedOptimizer
 from .param_groups import set_rate
 from .schedule import Schedule
 
 # Eager steps before a capture: cuDNN tries its algorithms, optimizers make their state and prepare their tables.
 WARM_UP_STEPS = 3
-# So long the frozen prefix and the optimizer's state may take. What they then still wait for, no such batch brings.
+# Eager steps of one shape after which we capture even if the prefix or the optimizer's states have not settled: batches
+# of this shape will not settle them.
 MOST_UNSETTLED_STEPS = 16
 # Graphs of one frontier; batches of further shapes run eagerly.
 MAX_SHAPES = 4
@@ -57,7 +58,7 @@ class GraphedStep:
 
     Args:
         criterion: (outputs, targets) -> scalar loss.
-        optimizer: on CUDA one that reads its rates from the device: FusedSGD with its compiled CUDA half, or a torch
+        optimizer: on CUDA one that reads its rates from the device: FusedSGD, FusedAdamW or FusedAdam, or a torch
             optimizer made with fused=True or capturable=True, whose rates become tensors.
         freezeout: None trains all layers.
         cosine: rate = its group's lr as given * cosine.lr_factor(0, step), for active groups; None leaves the rates to
@@ -146,7 +147,7 @@ class GraphedStep:
         if self._remove_hook is not None:
             self._remove_hook()
         self._graphs.clear()
-        if isinstance(self.optimizer, FusedSGD):
+        if isinstance(self.optimizer, FusedOptimizer):
             self.optimizer.set_device_schedule(None)
 
     def _step_on_device(self, backend: Backend, inputs: Batch, targets: Batch) -> Result:
@@ -163,8 +164,8 @@ class GraphedStep:
     def _is_warm(self, key: tuple) -> bool:
         """Whether the next step of this shape may be captured; counts it."""
         settled = self.freezeout is None or self.freezeout.prefix_is_settled
-        # FusedSGD's first step is not captured: it asks the host whether the scaler skips it, and leaves no state then.
-        settled = settled and not (isinstance(self.optimizer, FusedSGD) and _lacks_momentum(self.optimizer))
+        # What a graph made would be its own.
+        settled = settled and not (isinstance(self.optimizer, FusedOptimizer) and self.optimizer.lacks_states())
         if not settled and self._unsettled.get(key, 0) < MOST_UNSETTLED_STEPS:
             self._unsettled[key] = self._unsettled.get(key, 0) + 1
             return False
@@ -289,7 +290,7 @@ class _TensorRates:
 
 
 class _ScheduledRates:
-    """FusedSGD computes its rates on the device from a counter of steps, which the step itself advances."""
+    """A fused optimizer computes its rates on the device from a counter of steps, which the step itself advances."""
 
     def __init__(self, device: torch.device) -> None:
         self.counter = torch.zeros((), dtype=torch.int64, device=device)
@@ -307,12 +308,13 @@ class _ScheduledRates:
             self.is_set = True
         elif self._constant is not None and self._constant != [float(group["lr"]) for group in groups]:
             raise RuntimeError(
-                "lr must not change between graphed steps of FusedSGD: pass cosine=, or use torch.optim.SGD(fused=True)"
+                "lr must not change between graphed steps of a fused optimizer: pass cosine=, or use torch's with"
+                " fused=True"
             )
 
 
 def _scheduled(graphed: GraphedStep, group: dict, base: float) -> tuple[float, float, float]:
-    """(peak, milestone, warmup) of a group, as FusedSGD.set_device_schedule takes them."""
+    """(peak, milestone, warmup) of a group, as set_device_schedule takes them."""
     if graphed.cosine is not None:
         schedule, layer = graphed.cosine, 0
     elif graphed.freezeout is not None and graphed.freezeout.anneal:
@@ -324,7 +326,7 @@ def _scheduled(graphed: GraphedStep, group: dict, base: float) -> tuple[float, f
 
 
 def _device_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> _TensorRates | _ScheduledRates:
-    if isinstance(optimizer, FusedSGD):
+    if isinstance(optimizer, FusedOptimizer):
         reason = native.import_error if device.type == "cpu" else native.cuda_unavailable_reason(device)
         if reason is not None:
             raise ValueError(f"optimizer must have its compiled half to be captured: {reason}")
@@ -332,7 +334,7 @@ def _device_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> _Te
     for i, group in enumerate(optimizer.param_groups):
         if not (group.get("fused") or group.get("capturable")):
             raise ValueError(
-                f"optimizer must be FusedSGD, or made with fused=True or capturable=True, to be captured, got"
+                f"optimizer must be a FusedOptimizer, or made with fused=True or capturable=True, to be captured, got"
                 f" {type(optimizer).__name__} with neither (param group {i})"
             )
     return _TensorRates(device)
@@ -341,7 +343,7 @@ def _device_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> _Te
 def _prepare_for_scaler(optimizer: torch.optim.Optimizer) -> None:
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(
-            f"optimizer must be FusedSGD, or made with fused=True, to be captured with an enabled scaler, got"
+            f"optimizer must be a FusedOptimizer, or made with fused=True, to be captured with an enabled scaler, got"
             f" {type(optimizer).__name__} without, whose step asks the host whether it is skipped"
         )
     if type(optimizer) is torch.optim.SGD:
@@ -351,11 +353,3 @@ def _prepare_for_scaler(optimizer: torch.optim.Optimizer) -> None:
                 for p in group["params"]:
                     if optimizer.state[p].get("momentum_buffer") is None:
                         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-
-
-def _lacks_momentum(optimizer: FusedSGD) -> bool:
-    return any(
-        group["momentum"] and p.requires_grad and optimizer.state.get(p, {}).get("momentum_buffer") is None
-        for group in optimizer.param_groups
-        for p in group["params"]
-    )

@@ -140,10 +140,35 @@ def test_every_source_is_listed_in_cmake_and_none_includes_torch() -> None:
     assert not {"torch", "ATen", "c10"} & {folder for folders in included for folder in folders}
 
 
-def test_the_stub_names_what_the_module_holds() -> None:
-    stub = ast.parse((ROOT / "freezeout_ext" / "_C.pyi").read_text())
-    stubbed = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    assert stubbed == {name for name in dir(native.C) if not name.startswith("_")}
+def stub_of_the_module() -> dict[str, list[str] | None]:
+    """name or Class.name -> parameters' names as the stub has them, None for a property."""
+    found = {}
+    for node in ast.parse((ROOT / "freezeout_ext" / "_C.pyi").read_text()).body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for function in node.body if prefix else [node]:
+            names = [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
+            found[prefix + function.name] = None if function.decorator_list else names
+    return found
+
+
+def signature(function: object) -> list[str]:
+    """Parameters' names, out of the line that pybind11 puts first in a docstring."""
+    inner = function.__doc__.splitlines()[0].split("(", 1)[1].rpartition(") ->")[0]
+    return re.findall(r"(?:^|, )(\w+): ", re.sub(r"\[[^\[\]]*\]|\{[^{}]*\}", "", re.sub(r"\[[^\[\]]*\]", "", inner)))
+
+
+def test_the_stub_says_what_the_module_holds() -> None:
+    found = {}
+    for name, value in vars(native.C).items():
+        if isinstance(value, type):
+            for member, inner in vars(value).items():
+                if member == "__init__" or not member.startswith("_"):
+                    found[f"{name}.{member}"] = None if isinstance(inner, property) else signature(inner)
+        elif not name.startswith("_"):
+            found[name] = signature(value)
+    assert found == stub_of_the_module()
 
 
 def libraries_after(code: str, pattern: str) -> set[str]:

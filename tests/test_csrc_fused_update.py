@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import host_module
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +16,10 @@ from torch import nn
 from freezeout_ext import FusedAdam, FusedAdamW, FusedSGD, native
 from freezeout_ext.fused import compiled, fused_adamw_reference_, fused_sgd_reference_
 
-pytestmark = pytest.mark.skipif(native.C is None, reason=f"no compiled half: {native.import_error}")
+pytestmark = [
+    pytest.mark.skipif(native.C is None, reason=f"no compiled half: {native.import_error}"),
+    pytest.mark.usefixtures("exact_square_roots"),
+]
 
 CSRC = Path(__file__).parent.parent / "csrc"
 CHUNK = 8192
@@ -154,17 +156,6 @@ OPTIONS = [
     ("adamw", {"decoupled": False, "weight_decay": 0.1, "amsgrad": True}),
 ]
 of_every_formula = pytest.mark.parametrize("formula", ["sgd", "adamw"])
-
-
-@pytest.fixture(autouse=True)
-def exact_square_roots(monkeypatch):
-    """torch's are MKL's, which round the last place of 0.6 % of all values otherwise; IEEE 754 says how."""
-
-    def sqrt(t):
-        wide = t if t.dtype in (torch.float32, torch.float64) else t.float()
-        return torch.from_numpy(np.sqrt(wide.numpy())).to(t.dtype)
-
-    monkeypatch.setattr(torch.Tensor, "sqrt", sqrt)
 
 
 @pytest.mark.parametrize("where", WHERE)

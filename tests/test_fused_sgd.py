@@ -622,13 +622,3 @@ def test_without_the_compiled_half_it_warns_once_and_is_right(monkeypatch):
         assert "taken away" in ours.native_report()["group 0, parameter 0"]
     finally:
         compiled.missing_half.cache_clear()
-
-
-def test_compiled_code_traces_torch_s_for_loop():
-    ours, theirs = twins([(9,)])
-    set_gradients(ours, theirs)
-    torch.compile(ours.step, backend="eager")()
-    theirs.step()
-    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
-        # Some releases trace add(x, alpha) as a product and a sum: two roundings for one.
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=0)

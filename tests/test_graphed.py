@@ -415,7 +415,7 @@ def test_mixed_precision_with_a_scaler():
 
 def test_what_cannot_be_captured_is_refused_by_name():
     model, optimizer, freezeout = make()
-    with pytest.raises(ValueError, match=r"must be FusedSGD, or made with fused=True .* got SGD with neither"):
+    with pytest.raises(ValueError, match=r"must be a FusedOptimizer, or made with fused=True .* got SGD with neither"):
         graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
     with pytest.raises(ValueError, match="cosine must be None where freezeout anneals"):
         graphed_step(model, functional.cross_entropy, optimizer, freezeout, cosine=Schedule(1, 10))
@@ -537,7 +537,9 @@ def test_overflows_in_all_warm_up_steps(sgd, device):
 def test_an_optimizer_that_asks_the_host_is_refused_with_a_scaler():
     model, _, _ = make(freeze=False)
     optimizer = torch.optim.AdamW(model.parameters(), capturable=True)
-    with pytest.raises(ValueError, match=r"optimizer must be FusedSGD, or made with fused=True, .* got AdamW without"):
+    with pytest.raises(
+        ValueError, match=r"optimizer must be a FusedOptimizer, or made with fused=True, .* got AdamW without"
+    ):
         graphed_step(
             model, functional.cross_entropy, optimizer, scaler=torch.amp.GradScaler("cpu"), backend=HostGraphs()
         )  # fmt: skip

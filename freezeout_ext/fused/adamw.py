@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from freezeout_ext.fused import compiled
+from freezeout_ext.fused.adamw_op import fused_adamw_
 from freezeout_ext.fused.optimizer import FusedOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -26,6 +27,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
     """
 
     _formula = "adamw"
+    _op = staticmethod(fused_adamw_)
 
     def _lacks_state(self, p: Tensor, group: dict[str, Any]) -> bool:
         return len(self.state.get(p, ())) == 0
@@ -81,6 +83,28 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
             decoupled_weight_decay=group["decoupled_weight_decay"],
             **{name: group[name] for name in names},
         )
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        # torch.compile runs this where it traces a step.
+        for p in group["params"]:
+            if p.grad is not None and not p.grad.is_sparse and self._lacks_state(p, group):
+                self._make_state(p, group)
+        return super()._init_group(group, *lists)
+
+    def _op_lists(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        largest: list[Tensor] = []
+        steps: list[Tensor] = []
+        self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, largest, steps)
+        return [params, grads, exp_avgs, exp_avg_sqs, largest, steps]
+
+    def _op_numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        beta1, beta2 = group["betas"]
+        numbers = {key: group[key] for key in ("eps", "weight_decay", "amsgrad", "maximize")}
+        return {**numbers, "beta1": beta1, "beta2": beta2, "decoupled": group["decoupled_weight_decay"]}
 
 
 class FusedAdamW(FusedAdam, torch.optim.AdamW):

@@ -17,6 +17,7 @@ def fused_adamw_reference_(
     lrs: list[float],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rates: Tensor | None = None,
     *,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -32,6 +33,8 @@ def fused_adamw_reference_(
     """
     if compiled.overflowed(found_inf):
         return
+    if rates is not None:
+        lrs = rates.tolist()
     for i, (p, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         lr = lrs[layer_of[i]]
         if grad_scale is not None:
@@ -65,6 +68,7 @@ def fused_adamw_(
     lrs: list[float],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rates: Tensor | None = None,
     *,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -87,6 +91,7 @@ def fused_adamw_(
         lrs: learning rates.
         grad_scale: gradients are divided by it, in place.
         found_inf: nothing happens where it is not 0.
+        rates: learning rates in one tensor, one a layer, in place of lrs.
         decoupled: p *= 1 - lr * weight_decay (AdamW), else grad + weight_decay * p takes grad's place (Adam).
 
     Raises:
@@ -104,7 +109,7 @@ def fused_adamw_(
     )
     groups = [(lr, weight_decay, (beta1, beta2, eps), bits) for lr in lrs]
     states = [exp_avgs, exp_avg_sqs] if largest is None else [exp_avgs, exp_avg_sqs, largest]
-    compiled.update_("adamw", params, grads, states, steps, layer_of, groups, grad_scale, found_inf)
+    compiled.update_("adamw", params, grads, states, steps, layer_of, groups, grad_scale, found_inf, rates)
 
 
 @fused_adamw_.register_fake

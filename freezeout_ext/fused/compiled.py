@@ -82,6 +82,29 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result
+def has_half(device: torch.device) -> bool:
+    """Whether the compiled update runs on `device`, for code that is traced."""
+    return device.type in DEVICE_TYPES and missing_half(device) is None
+
+
+def op_takes(tensors: list[Tensor | None]) -> bool:
+    """Whether a registered op takes a parameter, its gradient and its states, where there are any; in traced code.
+
+    Only contiguous and channels-last tensors: traced code cannot compare all strides.
+    """
+    p = tensors[0]
+    # Counters have a shape of their own.
+    alike = [t for t in tensors if t is not None and (t.dim() == p.dim() or t is tensors[1])]
+    if any(t.layout != torch.strided or t.dtype != p.dtype or t.device != p.device for t in alike):
+        return False
+    if p.dtype not in DTYPES or not has_half(p.device) or any(t.shape != p.shape for t in alike):
+        return False
+    if all(t.is_contiguous() for t in alike):
+        return True
+    return p.dim() == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in alike)
+
+
 def device_of(batch: Any) -> torch.device:
     """Where a TensorBatch's tensors are."""
     return torch.device("cpu") if batch.device_type == 1 else torch.device("cuda", batch.device_index)
@@ -143,6 +166,7 @@ def update_(
     groups: list[tuple],  # (lr, weight_decay, coefficients, options) of each layer
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    rates: Tensor | None = None,  # [layers], in place of the groups' lr
 ) -> None:
     """The compiled update of checked lists, in place.
 
@@ -151,6 +175,8 @@ def update_(
     """
     device = params[0].device
     missing = missing_half(device)
+    if rates is not None:
+        groups = [(lr, *others) for lr, (_, *others) in zip(rates.tolist(), groups, strict=True)]
     if missing is not None:
         raise RuntimeError(f"the fused update has no compiled half for {device}: {missing}")
     work = []

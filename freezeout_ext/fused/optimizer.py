@@ -32,7 +32,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     What the compiled update does not take (sparse, complex, `differentiable`, tensor subclasses, gradients laid out
     otherwise than their parameter) goes through torch's for-loop, with the same result: see `native_report()`.
-    Under torch.compile the registered torch op runs, one call for each set of equal hyperparameters.
+    Under torch.compile the registered torch op runs, one call for each set of equal hyperparameters. The op takes
+    contiguous and channels-last tensors, and torch's for-loop the rest.
     """
 
     # On the class: an instance's flag would not survive deepcopy and pickle.
@@ -43,6 +44,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _captured: frozenset[Tensor] = frozenset()
 
     _formula: str
+    _op: Callable[..., None]
 
     def _lacks_state(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether p's states are still to be made."""
@@ -64,8 +66,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """torch's for-loop over parameters that have a gradient."""
         raise NotImplementedError
 
-    def _op_update(self, groups: list[dict[str, Any]], params: list[list[Tensor]]) -> None:
-        """The registered op over each group's parameters, all of which have a gradient."""
+    def _op_numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The registered op's keyword arguments for a group."""
+        raise NotImplementedError
+
+    def _op_lists(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """The registered op's lists of a group's parameters that have a gradient: params, grads, states, counters."""
         raise NotImplementedError
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -77,7 +83,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or (not torch.compiler.is_compiling() and torch.autograd._profiler_enabled())
         ):
             return _hooked_step(self) if closure is None else _hooked_step(self, closure)
         loss = self._step(closure)
@@ -95,7 +101,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if torch.compiler.is_compiling():
-            self._step_by_op()
+            self._step_by_op(grad_scale, found_inf)
         elif native.C is None or self._reason_against_containers() is not None:
             if native.C is None:
                 compiled.missing_half(torch.device("cpu"))  # warns, once
@@ -106,6 +112,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         elif not compiled.overflowed(found_inf):
             self._step_natively(grad_scale, None)
         return loss
+
+    def lacks_states(self) -> bool:
+        """Whether some active parameter's states are still to be made, at its first gradient."""
+        return any(
+            p.requires_grad and self._lacks_state(p, group)
+            for group in self.param_groups
+            if not group.get("frozen")
+            for p in group["params"]
+        )
 
     def native_report(self) -> dict[str, str]:
         """{"group 0, parameter 2": reason} for each parameter that goes through torch's for-loop."""
@@ -227,25 +242,46 @@ class FusedOptimizer(torch.optim.Optimizer):
                     _unscale_([p.grad for p in params], grad_scale)
                 self._torch_update(group, params)
 
-    def _step_by_op(self) -> None:
-        """What torch.compile traces: the op for what it takes, torch's for-loop for the rest."""
+    def _step_by_op(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """What torch.compile traces: the op for all that it takes, torch's for-loop for the rest."""
         if self._device_schedule is not None:
             raise RuntimeError("set_device_schedule must not be set under torch.compile")
-        with torch.no_grad():
-            groups, native_params = [], []
-            for group in self.param_groups:
-                if group.get("frozen"):
+        # What equal numbers have in common: lists of tensors, the layer of each, and the layers' rates.
+        calls: dict[tuple, tuple[list[list[Tensor]], list[int], list[Any]]] = {}
+        rest = []
+        for group in self.param_groups:
+            if group.get("frozen"):
+                continue
+            lists = self._op_lists(group)
+            numbers = self._op_numbers(group)
+            begun = []
+            for i, p in enumerate(lists[0]):
+                tensors = [each[i] if each else None for each in lists]
+                if not compiled.op_takes(tensors):
+                    rest.append((group, [p]))
                     continue
-                params = [p for p in group["params"] if p.grad is not None]
-                taken = [p for p in params if self._op_takes(p, group)]
-                groups.append(group)
-                native_params.append(taken)
-                if len(taken) < len(params):
-                    self._torch_update(group, [p for p in params if not self._op_takes(p, group)])
-            self._op_update(groups, native_params)
-
-    def _op_takes(self, p: Tensor, group: dict[str, Any]) -> bool:
-        return False
+                key = (p.dtype, p.device, *numbers.items())
+                if key not in calls:
+                    calls[key] = ([[] for _ in lists], [], [])
+                gathered, layer_of, lrs = calls[key]
+                if key not in begun:
+                    begun.append(key)
+                    lrs.append(group["lr"])
+                layer_of.append(len(lrs) - 1)
+                for each, tensor in zip(gathered, tensors, strict=True):
+                    if tensor is not None:
+                        each.append(tensor)
+        with torch.no_grad():
+            for key, (gathered, layer_of, lrs) in calls.items():
+                rates = None
+                if any(isinstance(lr, Tensor) for lr in lrs):
+                    rates = torch.stack(
+                        [torch.as_tensor(lr, dtype=torch.float64, device=key[1]).view(()) for lr in lrs]
+                    )
+                    lrs = [0.0] * len(lrs)
+                self._op(*gathered, layer_of, lrs, grad_scale, found_inf, rates, **dict(key[2:]))
+        if rest and not compiled.overflowed(found_inf):
+            self._step_by_torch(rest, grad_scale)
 
     def _reasons(self) -> list[list[str | None]]:
         """For each parameter of each group why it goes through torch's for-loop, or None; [] for a frozen group.

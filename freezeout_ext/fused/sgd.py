@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from freezeout_ext.fused.optimizer import FusedOptimizer
+from freezeout_ext.fused.sgd_op import fused_sgd_
 
 
 class FusedSGD(FusedOptimizer, torch.optim.SGD):
@@ -22,6 +23,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
     """
 
     _formula = "sgd"
+    _op = staticmethod(fused_sgd_)
 
     def _buffer(self, p: Tensor) -> Tensor | None:
         # self.state[p] would make an entry.
@@ -61,3 +63,21 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
         )
         for p, buffer in zip(params, buffers, strict=has_momentum):
             self.state[p]["momentum_buffer"] = buffer
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        # torch.compile runs this where it traces a step.
+        if group["dampening"] == 0:
+            for p in group["params"]:
+                if p.grad is not None and not p.grad.is_sparse and self._lacks_state(p, group):
+                    self._make_state(p, group)
+        return super()._init_group(group, *lists)
+
+    def _op_lists(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor] = []
+        self._init_group(group, params, grads, buffers)
+        return [params, grads, buffers]
+
+    def _op_numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {key: group[key] for key in ("momentum", "dampening", "weight_decay", "nesterov", "maximize")}

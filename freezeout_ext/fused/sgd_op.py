@@ -14,6 +14,7 @@ def fused_sgd_reference_(
     lrs: list[float],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rates: Tensor | None = None,
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -27,6 +28,8 @@ def fused_sgd_reference_(
     """
     if compiled.overflowed(found_inf):
         return
+    if rates is not None:
+        lrs = rates.tolist()
     for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
         if grad_scale is not None:
             grad.mul_(compiled.inverse_of(grad_scale))
@@ -49,6 +52,7 @@ def fused_sgd_(
     lrs: list[float],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rates: Tensor | None = None,
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -66,6 +70,7 @@ def fused_sgd_(
         lrs: learning rates.
         grad_scale: gradients are divided by it, in place.
         found_inf: nothing happens where it is not 0.
+        rates: learning rates in one tensor, one a layer, in place of lrs.
 
     Raises:
         ValueError: lists of different lengths, a layer without a rate, a tensor that is not as above.
@@ -85,7 +90,7 @@ def fused_sgd_(
     )
     groups = [(lr, weight_decay, (momentum, 1 - dampening, 0.0), bits) for lr in lrs]
     states = [] if buffers is None else [buffers]
-    compiled.update_("sgd", params, grads, states, None, layer_of, groups, grad_scale, found_inf)
+    compiled.update_("sgd", params, grads, states, None, layer_of, groups, grad_scale, found_inf, rates)
 
 
 @fused_sgd_.register_fake

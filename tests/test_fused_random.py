@@ -1,24 +1,32 @@
-"""Random groups, shapes, layouts, dtypes, freezes and reloads in random order: always what torch.optim.SGD gives."""
+"""Random groups, shapes, layouts, dtypes, freezes and reloads in random order: always what torch's optimizer gives."""
 
 import copy
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import nn
 
-from freezeout_ext import FusedSGD
+from freezeout_ext import FusedAdam, FusedAdamW, FusedSGD
 
 SHAPES = [(), (0,), (1,), (3,), (17,), (4, 5), (2, 3, 3, 3), (300,), (8193,)]
 LAYOUTS = ["contiguous", "reversed", "strided", "offset"]
-OPTIONS = st.fixed_dictionaries(
-    {
-        "lr": st.sampled_from([0.0, 0.01, 0.5]),
-        "momentum": st.sampled_from([0, 0.5, 0.9]),
-        "weight_decay": st.sampled_from([0, 0.1]),
-        "maximize": st.booleans(),
-    }
+OF_ALL = {
+    "lr": st.sampled_from([0.0, 0.01, 0.5]),
+    "weight_decay": st.sampled_from([0, 0.1]),
+    "maximize": st.booleans(),
+}
+OF_SGD = st.fixed_dictionaries({**OF_ALL, "momentum": st.sampled_from([0, 0.5, 0.9])})
+OF_ADAM = st.fixed_dictionaries(
+    {**OF_ALL, "betas": st.sampled_from([(0.9, 0.999), (0.3, 0.5), (0.0, 0.9)]), "eps": st.sampled_from([1e-8, 1e-2])}
 )
 
 
@@ -35,12 +43,14 @@ def tensor(shape, layout, dtype, generator):
 
 
 class AgainstTorch(RuleBasedStateMachine):
+    ours_class, theirs_class, options = FusedSGD, torch.optim.SGD, OF_SGD
+
     def __init__(self):
         super().__init__()
         self.generator = torch.Generator().manual_seed(0)
         first = torch.randn(5, generator=self.generator)
-        self.ours = FusedSGD([nn.Parameter(first.clone())], lr=0.1)
-        self.theirs = torch.optim.SGD([nn.Parameter(first.clone())], lr=0.1, foreach=False)
+        self.ours = self.ours_class([nn.Parameter(first.clone())], lr=0.1)
+        self.theirs = self.theirs_class([nn.Parameter(first.clone())], lr=0.1, foreach=False)
 
     def pairs(self):
         groups = zip(self.ours.param_groups, self.theirs.param_groups, strict=True)
@@ -54,12 +64,16 @@ class AgainstTorch(RuleBasedStateMachine):
         shapes=st.lists(st.sampled_from(SHAPES), max_size=4),
         layout=st.sampled_from(LAYOUTS),
         dtype=st.sampled_from([torch.float32, torch.float64]),
-        options=OPTIONS,
-        nesterov=st.booleans(),
+        data=st.data(),
+        other=st.booleans(),
     )
-    def add_group(self, shapes, layout, dtype, options, nesterov):
+    def add_group(self, shapes, layout, dtype, data, other):
         values = [tensor(shape, layout, dtype, self.generator) for shape in shapes]
-        options = {**options, "nesterov": nesterov and options["momentum"] > 0}
+        options = data.draw(self.options)
+        if self.ours_class is FusedSGD:
+            options["nesterov"] = other and options["momentum"] > 0
+        else:
+            options["amsgrad"] = other
         for optimizer in (self.ours, self.theirs):
             params = [nn.Parameter(torch.empty_strided(v.shape, v.stride(), dtype=dtype).copy_(v)) for v in values]
             optimizer.add_param_group({"params": params, **options})
@@ -83,11 +97,14 @@ class AgainstTorch(RuleBasedStateMachine):
             self.ours.step()
             self.theirs.step()
 
-    @rule(index=st.integers(0, 9), options=OPTIONS)
-    def change(self, index, options):
+    @rule(index=st.integers(0, 9), data=st.data())
+    def change(self, index, data):
+        options = data.draw(self.options)
         for group in self.both_groups(index):
             if group["lr"] != 0:
-                group.update(options, nesterov=False)
+                group.update(options)
+                if self.ours_class is FusedSGD:
+                    group["nesterov"] = False
 
     @rule(index=st.integers(0, 9))
     def freeze(self, index):
@@ -134,10 +151,24 @@ class AgainstTorch(RuleBasedStateMachine):
             assert (p in self.ours.state) == (q in self.theirs.state)
             if p in self.ours.state:
                 a, b = self.ours.state[p], self.theirs.state[q]
-                assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
+                assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-AgainstTorch.TestCase.settings = settings(
-    max_examples=250, stateful_step_count=20, deadline=None, derandomize=True, database=None
-)
-TestAgainstTorch = AgainstTorch.TestCase
+class AdamWAgainstTorch(AgainstTorch):
+    ours_class, theirs_class, options = FusedAdamW, torch.optim.AdamW, OF_ADAM
+
+
+class AdamAgainstTorch(AgainstTorch):
+    ours_class, theirs_class, options = FusedAdam, torch.optim.Adam, OF_ADAM
+
+
+@pytest.mark.usefixtures("exact_square_roots")
+@pytest.mark.parametrize("machine", [AgainstTorch, AdamWAgainstTorch, AdamAgainstTorch])
+def test_random_operations_give_what_torch_gives(machine):
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=250 if machine is AgainstTorch else 120,
+            stateful_step_count=20, deadline=None, derandomize=True, database=None,
+        ),
+    )  # fmt: skip

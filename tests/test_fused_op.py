@@ -1,0 +1,187 @@
+"""fused_sgd_ and fused_adamw_, the ops: against their references, under opcheck, their errors; and torch.compile."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from freezeout_ext import FusedAdam, FusedAdamW, FusedSGD, native
+from freezeout_ext.fused import fused_adamw_, fused_adamw_reference_, fused_sgd_, fused_sgd_reference_
+
+pytestmark = pytest.mark.skipif(native.C is None, reason=f"no compiled half: {native.import_error}")
+
+OPTIONS = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
+]
+
+
+def arguments(dtype=torch.float32, device="cpu"):
+    shapes = [(5,), (0,), (33, 40)]
+    params, grads, buffers = ([torch.randn(s, dtype=dtype, device=device) for s in shapes] for _ in range(3))
+    return params, grads, buffers, [0, 1, 1], [0.1, 0.2]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("scale", [None, 4.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equals_the_reference(dtype, scale, options):
+    ours = arguments(dtype)
+    theirs = [[t.clone() for t in tensors] for tensors in ours[:3]] + list(ours[3:])
+    scales = (None if scale is None else torch.tensor(scale), torch.tensor(0.0))
+    fused_sgd_(*ours, *scales, **options)
+    fused_sgd_reference_(*theirs, *scales, **options)
+    for a, b in zip(ours[:3], theirs[:3], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_found_inf_leaves_everything():
+    ours = arguments()
+    before = [[t.clone() for t in tensors] for tensors in ours[:3]]
+    fused_sgd_(*ours, torch.tensor(2.0), torch.tensor(2.0), momentum=0.9)
+    for a, b in zip(ours[:3], before, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_opcheck():
+    torch.library.opcheck(fused_sgd_, arguments(), {"momentum": 0.9, "nesterov": True})
+    params, grads, _, layer_of, lrs = arguments()
+    torch.library.opcheck(fused_sgd_, (params, grads, [], layer_of, lrs, torch.tensor(2.0), torch.tensor(0.0)))
+
+
+def test_an_empty_list():
+    fused_sgd_([], [], [], [], [])
+
+
+ERRORS = {
+    "grads must have one entry for each of 3 parameters, got 2": lambda p, g, b, of, lrs: (p, g[1:], b, of, lrs),
+    "momentum_buffers must have one entry for each of 3 parameters, got 0": lambda p, g, b, of, lrs: (
+        p, g, [], of, lrs,
+    ),
+    "layer_of must ascend within 0..1, got [1, 0, 0]": lambda p, g, b, of, lrs: (p, g, b, [1, 0, 0], lrs),
+    "layer_of must ascend within 0..0, got [0, 1, 1]": lambda p, g, b, of, lrs: (p, g, b, of, lrs[1:]),
+    "params must share dtype and device, got torch.float64 on cpu (parameter 1)": lambda p, g, b, of, lrs: (
+        [p[0], p[1].double(), p[2]], g, b, of, lrs,
+    ),
+    "params must be dense and of a floating dtype, got torch.float32, strides (80, 2) (2)": lambda p, g, b, of, lrs: (
+        [*p[:2], torch.randn(33, 80)[:, ::2]], g, b, of, lrs,
+    ),
+    "grads must be laid out as their parameters, got strides (1, 33) (2)": lambda p, g, b, of, lrs: (
+        p, [*g[:2], torch.randn(40, 33).t()], b, of, lrs,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_say_what_and_where(message):
+    with pytest.raises(ValueError) as caught:
+        fused_sgd_(*ERRORS[message](*arguments()), momentum=0.9)
+    assert message in str(caught.value)
+
+
+ADAMW_OPTIONS = [
+    {},
+    {"amsgrad": True, "maximize": True, "weight_decay": 0.1},
+    {"decoupled": False, "weight_decay": 0.1, "beta1": 0.3, "beta2": 0.5, "eps": 1e-3},
+]
+
+
+def adamw_arguments(dtype=torch.float32, amsgrad=True):
+    params, grads, exp_avgs, layer_of, lrs = arguments(dtype)
+    squares = [[torch.rand_like(p) for p in params] for _ in range(2)]
+    steps = [torch.tensor(float(i)) for i in range(len(params))]
+    return params, grads, exp_avgs, squares[0], squares[1] if amsgrad else [], steps, layer_of, lrs
+
+
+@pytest.mark.usefixtures("exact_square_roots")
+@pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
+@pytest.mark.parametrize("scale", [None, 4.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_fused_adamw_equals_the_reference(dtype, scale, options):
+    ours = adamw_arguments(dtype, options.get("amsgrad", False))
+    theirs = [[t.clone() for t in tensors] for tensors in ours[:6]] + list(ours[6:])
+    scales = (None if scale is None else torch.tensor(scale), torch.tensor(0.0))
+    fused_adamw_(*ours, *scales, **options)
+    fused_adamw_reference_(*theirs, *scales, **options)
+    for a, b in zip(ours[:6], theirs[:6], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.usefixtures("exact_square_roots")
+def test_rates_in_one_tensor_take_the_place_of_numbers():
+    one, other = adamw_arguments(), adamw_arguments()
+    for a, b in zip(one[:6], other[:6], strict=True):
+        for x, y in zip(a, b, strict=True):
+            y.copy_(x)
+    fused_adamw_(*one, amsgrad=True)
+    fused_adamw_(*other[:7], [9.0, 9.0], None, None, torch.tensor(one[7], dtype=torch.float64), amsgrad=True)
+    assert all(map(torch.equal, one[0], other[0]))
+
+
+def test_opcheck_of_fused_adamw():
+    torch.library.opcheck(fused_adamw_, adamw_arguments(), {"amsgrad": True})
+    rates = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    given = (*adamw_arguments(amsgrad=False), torch.tensor(2.0), torch.tensor(0.0), rates)
+    torch.library.opcheck(fused_adamw_, given)
+
+
+def test_counters_elsewhere_are_errors():
+    given = list(adamw_arguments())
+    given[5] = [step.double() for step in given[5]]
+    with pytest.raises(ValueError, match=r"steps must be one float32 each on cpu, got torch\.float64"):
+        fused_adamw_(*given, amsgrad=True)
+
+
+@pytest.mark.usefixtures("exact_square_roots")
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    ("cls", "judge", "options"),
+    [
+        (FusedSGD, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        (FusedAdamW, torch.optim.AdamW, {"amsgrad": True}),
+        (FusedAdam, torch.optim.Adam, {"weight_decay": 0.1}),
+    ],
+)
+def test_torch_compile_runs_the_op_in_one_graph(cls, judge, options, lr):
+    torch._dynamo.reset()
+    runs = []
+    start = [torch.randn(shape) for shape in ((3, 4), (5,), ())]
+    for make in (cls, judge):
+        params = [nn.Parameter(t.clone()) for t in start]
+        more = {} if make is cls else {"foreach": False}
+        runs.append((params, make([{"params": [p]} for p in params], lr=lr, **options, **more)))
+    counter = CompileCounterWithBackend("eager")
+    step = torch.compile(runs[0][1].step, backend=counter, fullgraph=True)
+    for _ in range(3):
+        for p, q in zip(runs[0][0], runs[1][0], strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        step()
+        runs[1][1].step()
+        for p, q in zip(runs[0][0], runs[1][0], strict=True):
+            # With a rate in a float32 tensor AdamW's loop computes in float what the op does in double.
+            tolerance = 1e-6 if isinstance(lr, torch.Tensor) and cls is not FusedSGD else 0
+            torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+    assert counter.frame_count == 1
+    called = [
+        str(node.target) for graph in counter.graphs for node in graph.graph.nodes if "freezeout" in str(node.target)
+    ]
+    assert called == ["freezeout_ext.fused_sgd_.default" if cls is FusedSGD else "freezeout_ext.fused_adamw_.default"]
+    assert runs[0][1].native_report() == {}
+
+
+def test_what_the_op_does_not_take_is_torch_s_under_compile_too():
+    torch._dynamo.reset()
+    runs = []
+    for cls in (FusedSGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))]
+        optimizer = cls(params, lr=0.1, foreach=False)
+        params[0].grad, params[1].grad = torch.randn(3, 4).t(), torch.randn(3)
+        step = torch.compile(optimizer.step, backend="eager") if cls is FusedSGD else optimizer.step
+        step()
+        runs.append(params)
+    # Some releases trace add(x, alpha) as a product and a sum: two roundings for one.
+    torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-7)
