@@ -14,6 +14,7 @@ draws it in --png. --collect does that alone.
 import argparse
 from pathlib import Path
 
+from freezeout_ext.tasks import built_in
 from freezeout_ext.training import plot
 from freezeout_ext.training.compare import Arm, Comparison, curves
 from freezeout_ext.training.config import TrainConfig
@@ -40,9 +41,8 @@ def train(name: str, args: argparse.Namespace) -> None:
         threads=args.threads,
         augment=False,
     )
-    comparison = Comparison(
-        base, args.out / name, arms=ARMS, seeds=range(args.seeds), resume=True, data_dir=args.data_dir
-    )
+    task = built_in("cifar100", name, data_dir=args.data_dir, augment=False)
+    comparison = Comparison(base, args.out / name, arms=ARMS, seeds=range(args.seeds), resume=True, task=task)
     summary = comparison.run(lambda title: Reporter(), say=lambda text: print(f"{name}: {text}", flush=True))
     print(f"\n{comparison_tables(summary)}\n", flush=True)
 

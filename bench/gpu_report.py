@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from freezeout_ext.text import table
+
 Tests = dict[str, dict]  # test name -> {"params", "median_seconds", **extra_info}
 
 
@@ -220,15 +222,12 @@ def rows_of(tests: Tests, suites: dict[str, dict], sanitizers: dict[str, dict]) 
     return rows
 
 
-def table(rows: list[dict]) -> str:
+def figures_table(rows: list[dict]) -> str:
     cells = [("figure", "target", "measured", "reached")]
     for row in rows:
         measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g}"
         cells.append((row["figure"], row["target"], measured, {None: "-", True: "yes", False: "NO"}[row["reached"]]))
-    widths = [max(len(row[i]) for row in cells) for i in range(4)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-    )
+    return table(cells, left=range(4), rule=False)
 
 
 def machine() -> dict:
@@ -310,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{where['device']}, driver {where['driver']}, torch {where['torch']}, triton {where['triton']},"
         f" commit {where['commit']}, {where['date']}"
     )
-    print(table(rows))
+    print(figures_table(rows))
     print(f"written to {args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}")
     return 0
 

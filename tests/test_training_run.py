@@ -244,6 +244,7 @@ def test_log_is_cut_back_to_the_checkpoint(whole_run, tmp_path, digits):
     [
         {"optimizer": "sgd", "amp": "bf16", "channels_last": True},
         {"optimizer": "adamw", "method": "full", "val_fraction": 0.1},
+        {"optimizer": "fused-adamw"},
         {"method": "no-anneal", "amp": "fp16", "warmup_steps": 2},
         {"model": "densenet-10-4", "max_transitions": 2, "how_scale": 1.5, "augment": False, "steps": 14},
     ],

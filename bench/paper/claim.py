@@ -21,6 +21,7 @@ from pathlib import Path
 
 from figures import MORE_TO_DO, OutOfTime, StageReporter, add_stage_options
 
+from freezeout_ext.tasks import built_in
 from freezeout_ext.training import plot
 from freezeout_ext.training.compare import KINDS, Comparison, curves, make_arms
 from freezeout_ext.training.config import TrainConfig
@@ -32,11 +33,11 @@ REHEARSED = {"model": "wrn-10-1", "data": "digits", "epochs": 2, "batch_size": 4
 def train_stage(args: argparse.Namespace, base: TrainConfig, deadline: float) -> tuple[dict | None, bool]:
     """-> the summary of the whole seeds, or None, and whether all is done."""
     summary = None
+    given = {"data_dir": args.data_dir, "download": args.download, "device": base.resolved().device}
+    task = built_in(base.data, base.model, **given)
     arms = make_arms(args.arms, [base.t_0], [base.how_scale])
     for count in range(1, args.seeds + 1):
-        comparison = Comparison(
-            base, args.out, arms=arms, seeds=range(count), resume=True, data_dir=args.data_dir, download=args.download
-        )
+        comparison = Comparison(base, args.out, arms=arms, seeds=range(count), resume=True, task=task)
         try:
             summary = comparison.run(lambda title: _Titled(title, deadline))
         except OutOfTime:
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary, done = train_stage(args, base, deadline)
     if summary is not None:
         print(comparison_tables(summary))
-        figure = plot.plot_comparison(curves(args.out, summary), f"{base.data}, {base.model}")
+        figure = plot.plot_comparison(curves(args.out, summary), summary, f"{base.data}, {base.model}")
         plot.save(figure, args.out / "chart.png")
         print(f"written to {args.out}: compare.json, chart.png")
     if not done:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-from freezeout_ext.tasks.images import DataSplits, load_data
+from freezeout_ext.tasks import Task, built_in
 from freezeout_ext.text import table
 from freezeout_ext.training import plot
 from freezeout_ext.training.config import TrainConfig
@@ -95,7 +95,7 @@ def points(t_0s: Sequence[float]) -> list[Point]:
 
 
 def train_stage(
-    base: TrainConfig, todo: list[Point], seeds: Sequence[int], folder: Path, data: DataSplits, deadline: float
+    base: TrainConfig, todo: list[Point], seeds: Sequence[int], folder: Path, task: Task, deadline: float
 ) -> bool:
     """Trains until the deadline, at least one epoch. Returns whether all is done."""
     for seed in seeds:
@@ -107,7 +107,7 @@ def train_stage(
                 return False
             print(f"{point.strategy}, t_0 {point.t_0:g}, seed {seed}", flush=True)
             try:
-                Run.prepare(point.config(base, seed), out.path, resume=True, data=data).train(StageReporter(deadline))
+                Run.prepare(point.config(base, seed), out.path, resume=True, task=task).train(StageReporter(deadline))
             except OutOfTime:
                 return False
     return True
@@ -185,11 +185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         tiny = REHEARSED[model.partition("-")[0]]
         base = replace(base, model=tiny, data="digits", epochs=2, batch_size=450, warmup_epochs=0.0)
     base = replace(base, device=args.device)
-    data = load_data(base.data, args.data_dir, download=args.download, device=base.resolved().device)
+    given = {"data_dir": args.data_dir, "download": args.download, "device": base.resolved().device}
+    task = built_in(base.data, base.model, **given)
     folder = args.out / f"{args.figure}-{args.setting}"
     make_folder(folder)
     todo, seeds = points(args.t0s), range(args.seeds)
-    done = train_stage(base, todo, seeds, folder, data, deadline)
+    done = train_stage(base, todo, seeds, folder, task, deadline)
     rows = collect(todo, seeds, folder)
     if rows:
         write_json(folder / "results.json", {"config": base.to_dict(), "points": rows})

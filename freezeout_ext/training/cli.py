@@ -214,7 +214,7 @@ def _add_run_options(parser: argparse.ArgumentParser, *, out: bool = True) -> No
     length.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=int, help=f"({TrainConfig.batch_size})")
     add("--optimizer", choices=[name for name in OPTIMIZERS if name != "task"], help=f"({TrainConfig.optimizer})")
-    add("--lr", type=float, help="peak learning rate (0.1; adamw 0.001; that of the task's optimizer)")
+    add("--lr", type=float, help="peak learning rate (0.1; AdamW 0.001; that of the task's optimizer)")
     add("--momentum", type=float, help=f"Nesterov's, for SGD ({TrainConfig.momentum})")
     add("--weight-decay", type=float, help=f"({TrainConfig.weight_decay})")
     warmup = parser.add_mutually_exclusive_group()
@@ -255,7 +255,7 @@ def _add_freezeout_options(parser: argparse.ArgumentParser, *, lists: bool = Fal
         help=f"linear, squared, cubic or a power (cubic){end}",
         **several,
     )
-    parser.add_argument("--scale-lr", action=argparse.BooleanOptionalAction, help="rates times 1/t_i (yes; adamw: no)")
+    parser.add_argument("--scale-lr", action=argparse.BooleanOptionalAction, help="rates times 1/t_i (yes; AdamW: no)")
     parser.add_argument(
         "--start-frozen",
         type=_count_or_name,

@@ -13,7 +13,7 @@ from ..tasks import Task
 
 METHODS = ("freezeout", "full", "no-anneal")
 # "task": the one that the task makes.
-OPTIMIZERS = ("fused-sgd", "sgd", "adamw", "task")
+OPTIMIZERS = ("fused-sgd", "sgd", "fused-adamw", "adamw", "task")
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Each compiles the layers at the frontier anew.
 COMPILED_TRANSITIONS = 4
@@ -126,7 +126,7 @@ class TrainConfig:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be cpu or auto here, got cuda: torch finds no CUDA device")
-        cuda, adam, own = device == "cuda", self.optimizer == "adamw", self.optimizer == "task"
+        cuda, adam, own = device == "cuda", self.optimizer.endswith("adamw"), self.optimizer == "task"
         return replace(
             self,
             device=device,

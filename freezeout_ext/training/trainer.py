@@ -13,7 +13,7 @@ from torch import Tensor
 from ..batch import Batch, part, size, to
 from ..features import FeatureCache
 from ..freezeout import FreezeOut
-from ..fused import FusedSGD
+from ..fused import FusedAdamW, FusedSGD
 from ..graphed import GraphedStep
 from ..integrations.compile import CompiledLayers
 from ..layers import find_layers
@@ -323,6 +323,8 @@ def make_optimizer(
     """The optimizer that config names over the parameters, or groups of them."""
     if config.optimizer == "task":
         return task.optimizer(parameters)
+    if config.optimizer == "fused-adamw":
+        return FusedAdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     # A CUDA graph holds what the host knew at its capture: rates and counts have to be on the device.
     on_device = {"fused": True} if config.graph and config.device == "cuda" and config.optimizer != "fused-sgd" else {}
     if config.optimizer == "adamw":
