@@ -190,7 +190,7 @@ def run(task: str, arm: Arm, seed: int, data, pretrained: dict | None) -> dict:
 
 
 def train(model: nn.Module, split: Split, arm: Arm, epochs: int, seed: int) -> dict:
-    views = SplitViews(split)
+    views = replace(split, augmented=True)
     optimizer = FusedSGD(model.parameters(), lr=RATE * arm.rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     cache = FeatureCache(views, views=max(arm.views, 1), dtype=DTYPES[arm.dtype], seed=seed)
     loader = cache.loader(BATCH)
@@ -238,7 +238,7 @@ def train(model: nn.Module, split: Split, arm: Arm, epochs: int, seed: int) -> d
 
 
 @torch.no_grad()
-def adapt(model: nn.Module, views: SplitViews) -> None:
+def adapt(model: nn.Module, views: Split) -> None:
     """Running statistics of all batch norms: the mean over one pass of the new images, in training mode."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
