@@ -26,13 +26,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from freezeout_ext.training.paired import paired_test
 from torch import nn
 
 from freezeout_ext import FeatureCache, FreezeOut, FusedSGD
 from freezeout_ext.models import build_model
 from freezeout_ext.tasks.images import Split, batches, load_data
-from freezeout_ext.training.split_views import SplitViews
+from freezeout_ext.training.compare import paired_test
 
 NET, BATCH, RATE = "vgg-11-x0.125", 32, 0.1
 PRETRAIN_EPOCHS, FINETUNE_EPOCHS, SCRATCH_EPOCHS = 5, 8, 5
