@@ -159,3 +159,20 @@ def test_a_run_goes_on_from_its_folder_bit_for_bit(tmp_path):
     assert losses == whole
     # All 32 views were computed in the first part; only the watched batch is computed again.
     assert cache.report().misses <= 8 and cache.report().hits >= 40
+
+
+def test_hooks_on_frozen_modules_and_compiled_blocks_are_refused_by_name():
+    def hooked(model):
+        model[1].register_forward_hook(lambda *_: None)
+
+    def compiled(model):
+        model[6].compile(backend="eager")
+
+    for change, words in ((hooked, "hook is registered on 1"), (compiled, "6 is compiled")):
+        model, cache = small_net(), FeatureCache(Pictures(8), views=1)
+        FreezeOut(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=9, start_frozen=1, cache=cache)
+        change(model)
+        for inputs, _, keys in [*cache.loader(8), *cache.loader(8)]:
+            with cache.samples(keys):
+                model(inputs)
+        assert any(words in note for note in cache.report().notes) and cache.report().hits == 0

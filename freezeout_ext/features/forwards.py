@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .eligible import unwatchable
 from .frontier import sliced
 from .generations import Generation, Generations
 from .probe import Forward, Seen, autocast_state, lengths_of, right_padded
@@ -202,6 +203,11 @@ class Forwards:
                 return self._as_ever(original, args, kwargs, absent)
             return self._from_kept(now, original, args, kwargs, keys, absent)
 
+        reason = unwatchable(self._kept.model, self.frozen)
+        if reason is not None:
+            self._refuse(reason)
+            return self.run("", self._kept.model, original, args, kwargs)
+
         def under(part: Tensor | None) -> AbstractContextManager:
             some = keys if part is None else keys[part]
             return self._kept.standing_in(base, some, (args, kwargs))
@@ -213,13 +219,16 @@ class Forwards:
         if isinstance(frontier, Seen) and not self._aliases:
             self._aliases = True  # the next forward is watched once more
         elif isinstance(frontier, Refused):
-            self.refused = str(frontier)
-            self._note(f"not kept behind {self.num_frozen} layers: {frontier}")
-            logger.warning("features are not kept behind %d layers: %s", self.num_frozen, frontier)
+            self._refuse(str(frontier))
         else:
             self._keep(self._kept.begin(frontier), keys, forward.rows, kwargs)
             self._counted(base, len(keys))
         return output
+
+    def _refuse(self, reason: str) -> None:
+        self.refused = reason
+        self._note(f"not kept behind {self.num_frozen} layers: {reason}")
+        logger.warning("features are not kept behind %d layers: %s", self.num_frozen, reason)
 
     # Parts of these
 
