@@ -136,7 +136,7 @@ class FreezeOut(Readings):
         self._by_hand: tuple[int, int] | None = None  # step and number of frozen layers of the last move by hand
         self._saved_bytes: int | None = None
         self._closed = False
-        self._cache = cache
+        self.cache = cache
         self._groups = ParamGroups(self.optimizers, self.layers, schedulers)
         self._order = OrderCheck(self.model, in_prefix)
         self._ddp_check = DDPCheck(self.model)
@@ -261,8 +261,8 @@ class FreezeOut(Readings):
         if self._closed:
             return
         self._closed = True
-        if self._cache is not None:
-            self._cache.detach()
+        if self.cache is not None:
+            self.cache.detach()
         self._order.close()
         self._ddp_check.close()
         self._frozen.close()

@@ -216,6 +216,27 @@ class FeatureCache:
         self._forwards.moved(0, {})
         self._freezeout = self._kept.model = None
 
+    # For steps that are captured: what is gathered is an input of theirs, and the frozen layers are no part of them.
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether a forward now, inside samples(), would read or keep features."""
+        self._follow()
+        return self._forwards.keys is not None and not self._forwards.as_ever(self._forwards.keys)
+
+    def rows(self) -> tuple[Tensor, ...] | None:
+        """-> what a forward now reads, gathered; None where it must run on its own: it keeps, watches or checks."""
+        return self._forwards.rows()
+
+    @contextmanager
+    def given(self, rows: tuple[Tensor, ...]) -> Iterator[None]:
+        """Inside, forwards run on these rows, such as the static inputs of a captured step."""
+        self._forwards.given = rows
+        try:
+            yield
+        finally:
+            self._forwards.given = None
+
     def _run(self) -> Callable:
         """Forwards.run, which no compiler may trace: it does something else at every step."""
         if self._untraced is None and "torch._dynamo" in sys.modules:
