@@ -138,7 +138,7 @@ class FreezeOut(Readings):
         self._saved_bytes: int | None = None
         self._closed = False
         self._at_steps: list[RemovableHandle] = []
-        self._cache = cache
+        self.cache = cache
         self._groups = ParamGroups(self.optimizers, self.layers, schedulers)
         self._order = OrderCheck(self.model, in_prefix)
         self._ddp_check = DDPCheck(self.model)
@@ -267,8 +267,8 @@ class FreezeOut(Readings):
         self._closed = True
         for handle in self._at_steps:
             handle.remove()
-        if self._cache is not None:
-            self._cache.detach()
+        if self.cache is not None:
+            self.cache.detach()
         self._order.close()
         self._ddp_check.close()
         self._frozen.close()

@@ -151,19 +151,32 @@ class GraphedStep:
             self.optimizer.set_device_schedule(None)
 
     def _step_on_device(self, backend: Backend, inputs: Batch, targets: Batch) -> Result:
-        key = (layout(inputs), layout(targets))
-        if key not in self._graphs:
-            if not self._is_warm(key) or len(self._graphs) == MAX_SHAPES:
+        cache = None if self.freezeout is None else self.freezeout.cache
+        batch, step = (inputs, targets), self._step
+        if cache is not None and cache.takes_part:
+            rows = cache.rows()
+            if rows is None:  # features are kept, watched or checked in this step
                 self.eager_steps += 1
                 return backend.run(lambda: self._step(inputs, targets))
-            self._graphs[key] = _Graph(backend, self._step, inputs, targets, first=not self._graphs)
+            batch, step = (inputs, targets, rows), self._step_on_rows
+        key = layout(batch)
+        if key not in self._graphs:
+            if not self._is_warm(key, runs_prefix=len(batch) == 2) or len(self._graphs) == MAX_SHAPES:
+                self.eager_steps += 1
+                return backend.run(lambda: step(*batch))
+            self._graphs[key] = _Graph(backend, step, *batch, first=not self._graphs)
             self.captures += 1
         self.replays += 1
-        return self._graphs[key].replay(inputs, targets)
+        return self._graphs[key].replay(*batch)
 
-    def _is_warm(self, key: tuple) -> bool:
+    def _step_on_rows(self, inputs: Batch, targets: Batch, rows: tuple[Tensor, ...]) -> Result:
+        """The step from kept features: these are inputs of a captured step, the frozen layers are no part of it."""
+        with self.freezeout.cache.given(rows):
+            return self._step(inputs, targets)
+
+    def _is_warm(self, key: tuple, *, runs_prefix: bool) -> bool:
         """Whether the next step of this shape may be captured; counts it."""
-        settled = self.freezeout is None or self.freezeout.prefix_is_settled
+        settled = self.freezeout is None or not runs_prefix or self.freezeout.prefix_is_settled
         # What a graph made would be its own.
         settled = settled and not (isinstance(self.optimizer, FusedOptimizer) and self.optimizer.lacks_states())
         if not settled and self._unsettled.get(key, 0) < MOST_UNSETTLED_STEPS:

@@ -7,12 +7,12 @@ import weakref
 
 import pytest
 import torch
-from feature_cases import Pictures, small_net, train
+from feature_cases import HostGraphs, Pictures, graphed_step, small_net, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from freezeout_ext import FeatureCache, FreezeOut
+from freezeout_ext import FeatureCache, FreezeOut, FusedSGD
 from freezeout_ext.models import build_model
 
 # The order of summation in a convolution or a product may differ with the number of samples.
@@ -189,7 +189,7 @@ def test_three_caches_and_many_transitions_leave_no_memory():
         def move(step, freezeout):
             n = (step * 2 + 1) % 3
             (freezeout.freeze_to if n >= freezeout.num_frozen else freezeout.thaw_to)(n)
-            stores.extend(weakref.ref(g.store) for g in freezeout._cache._kept)
+            stores.extend(weakref.ref(g.store) for g in freezeout.cache._kept)
 
         _, cache, freezeout = train(model, Pictures(), epochs=5, on_batch=move)
         cache.close()
@@ -259,3 +259,27 @@ def test_autocast_is_part_of_what_is_kept():
     with cache.samples(keys), pytest.raises(RuntimeError, match="were not read"):
         model(inputs)  # which was not read
     assert [n for n in cache.report().notes if "another autocast" in n]
+
+
+def test_a_graphed_step_takes_kept_rows_as_its_input():
+    dataset, found = Pictures(16), []
+    for backend in (HostGraphs(), None):
+        torch.manual_seed(0)
+        model = small_net()
+        cache = FeatureCache(dataset, views=1, measure=False)
+        loader = cache.loader(8)
+        optimizer = FusedSGD(model.parameters(), lr=0.05, momentum=0.9)
+        freezeout = FreezeOut(
+            model, optimizer, total_steps=40, start_frozen=1, t_0=0.5, scale_lr=False, max_transitions=2, cache=cache
+        )
+        step = graphed_step(model, nn.functional.cross_entropy, optimizer, freezeout, backend=backend)
+        losses = []
+        for _ in range(20):
+            for inputs, targets, keys in loader:
+                with cache.samples(keys):
+                    losses.append(step(inputs, targets)[0].item())
+        found.append((losses, {k: v.clone() for k, v in model.state_dict().items()}))
+        assert cache.report().hits + cache.report().pushed > 200
+        if backend is not None:
+            assert step.captures >= 2 and step.replays > 10
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)

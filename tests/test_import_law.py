@@ -34,7 +34,7 @@ LAW = {
     "features": set(),
     "graphed": {"freezeout", "schedule", "param_groups", "fused", "native", "attach", "cuda_graphs", "batch"},
     "planner": {"schedule", "layers", "fused", "batch", "text"},
-    "integrations": {"freezeout", "attach"},
+    "integrations": {"freezeout", "attach", "features"},
     "models": set(),
     "batch": set(),
     "tasks": {"models", "batch"},

@@ -3,6 +3,6 @@
 from .cache import FeatureCache
 from .loader import CacheLoader
 from .report import CacheReport
-from .views import BatchDataset, Keys
+from .views import BatchDataset, Keys, keys_in
 
-__all__ = ["BatchDataset", "CacheLoader", "CacheReport", "FeatureCache", "Keys"]
+__all__ = ["BatchDataset", "CacheLoader", "CacheReport", "FeatureCache", "Keys", "keys_in"]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -77,6 +78,7 @@ class FeatureCache:
         self._forwards = Forwards(self._kept, measure=measure, note=self._note)
         self._freezeout: FreezeOutLike | None = None
         self._paused: Callable[[], AbstractContextManager] = nullcontext
+        self._untraced: Callable | None = None
         self._closed = False
         self._read = self._skipped = 0
         self._whole_due = Schedule()
@@ -137,7 +139,7 @@ class FeatureCache:
         try:
             # The frozen prefix must not watch a forward that its modules take no part in.
             pause = nullcontext if forwards.from_inputs(forwards.keys) else self._paused
-            with pause(), through({"": self._freezeout.model}, forwards.run):
+            with pause(), through({"": self._freezeout.model}, self._run()):
                 yield
         finally:
             forwards.keys = forwards.lengths = None
@@ -213,6 +215,33 @@ class FeatureCache:
         self._kept.drop_all()
         self._forwards.moved(0, {})
         self._freezeout = self._kept.model = None
+
+    # For steps that are captured: what is gathered is an input of theirs, and the frozen layers are no part of them.
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether a forward now, inside samples(), would read or keep features."""
+        self._follow()
+        return self._forwards.keys is not None and not self._forwards.as_ever(self._forwards.keys)
+
+    def rows(self) -> tuple[Tensor, ...] | None:
+        """-> what a forward now reads, gathered; None where it must run on its own: it keeps, watches or checks."""
+        return self._forwards.rows()
+
+    @contextmanager
+    def given(self, rows: tuple[Tensor, ...]) -> Iterator[None]:
+        """Inside, forwards run on these rows, such as the static inputs of a captured step."""
+        self._forwards.given = rows
+        try:
+            yield
+        finally:
+            self._forwards.given = None
+
+    def _run(self) -> Callable:
+        """Forwards.run, which no compiler may trace: it does something else at every step."""
+        if self._untraced is None and "torch._dynamo" in sys.modules:
+            self._untraced = torch.compiler.disable(self._forwards.run)
+        return self._untraced or self._forwards.run
 
     def _follow(self) -> None:
         """Notices that layers were frozen or thawed."""

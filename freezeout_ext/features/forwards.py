@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .eligible import unwatchable
 from .frontier import sliced
 from .generations import Generation, Generations
 from .probe import Forward, Seen, autocast_state, lengths_of, right_padded
@@ -52,6 +53,7 @@ class Forwards:
         frozen: name -> module of what is frozen, and how many layers these are.
         keys, lengths: of the present batch.
         absent: bool [keys], of which views the last batch brought no input.
+        given: rows that the next forward runs on, whatever its keys are; see FeatureCache.given.
         refused: why nothing is kept behind the present number of layers.
         hits, pushed, misses, checks, difference: see CacheReport.
     """
@@ -63,6 +65,7 @@ class Forwards:
         self.keys: Tensor | None = None
         self.lengths: Tensor | None = None
         self.absent = torch.zeros(generations.views.num_keys, dtype=torch.bool)
+        self.given: tuple[Tensor, ...] | None = None
         self.refused: str | None = None
         self.gave_up = False
         self.hits = self.pushed = self.misses = self.checks = self.count = 0
@@ -87,6 +90,8 @@ class Forwards:
         if not (model.training and torch.is_grad_enabled() and self.num_frozen):
             return original(*args, **kwargs)
         self.count += 1
+        if self.given is not None:
+            return self._from_given(original, args, kwargs)
         keys = self.keys
         self._check_batch(keys, args, kwargs)
         self._kept.drop_changed()
@@ -103,14 +108,33 @@ class Forwards:
             return self._as_ever(original, args, kwargs, absent)
         return self._from_kept(now, original, args, kwargs, keys, absent)
 
+    def as_ever(self, keys: Tensor) -> bool:
+        """Whether a forward over these keys neither reads nor keeps anything."""
+        nothing = self._kept.latest is None and self.refused is not None
+        return not self.num_frozen or self.gave_up or nothing or bool((keys < 0).any())
+
     def from_inputs(self, keys: Tensor) -> bool:
-        """Whether a forward over these keys is one as ever, from inputs alone: all frozen modules run."""
+        """Whether all frozen modules run in a forward over these keys, and nobody watches."""
         now = self._kept.latest
-        if not self.num_frozen or self.gave_up or bool((keys < 0).any()):
+        if self.as_ever(keys):
             return True
-        if now is None or now.frontier.num_frozen != self.num_frozen:
-            return now is None and self.refused is not None
+        if now is None or (now.frontier.num_frozen != self.num_frozen and self.refused is None):
+            return False
         return not any(bool(g.store.has(keys).any()) for g in self._kept)
+
+    def rows(self) -> tuple[Tensor, ...] | None:
+        """-> kept rows of the present batch, for `given`; None where its forward must run through `run` itself."""
+        keys, now = self.keys, self._kept.latest
+        if self.as_ever(keys) or now is None or (now.frontier.num_frozen != self.num_frozen and self.refused is None):
+            return None
+        self._kept.drop_changed()
+        if now not in self._kept or not bool(now.store.has(keys).all()) or now.frontier.length is not None:
+            return None
+        if self._checks_due.due() and not bool(self.absent[keys].any()):
+            return None
+        self._checks_due.pass_on(done=False)
+        self.hits += len(keys)
+        return tuple(now.store.gather(keys, self._kept.device))
 
     def needs_inputs(self, absent: Tensor) -> None:
         """
@@ -125,6 +149,13 @@ class Forwards:
             )
 
     # The ways
+
+    def _from_given(self, original: Callable, args: tuple, kwargs: dict) -> Any:
+        now = self._kept.latest
+        if now.frontier.autocast != autocast_state(args, kwargs):
+            raise RuntimeError("a step on given rows must run under the autocast under which they were computed")
+        with now.frontier.replaced(self.given):
+            return original(*args, **kwargs)
 
     def _as_ever(self, original: Callable, args: tuple, kwargs: dict, absent: Tensor) -> Any:
         self.needs_inputs(absent)
@@ -202,6 +233,11 @@ class Forwards:
                 return self._as_ever(original, args, kwargs, absent)
             return self._from_kept(now, original, args, kwargs, keys, absent)
 
+        reason = unwatchable(self._kept.model, self.frozen)
+        if reason is not None:
+            self._refuse(reason)
+            return self.run("", self._kept.model, original, args, kwargs)
+
         def under(part: Tensor | None) -> AbstractContextManager:
             some = keys if part is None else keys[part]
             return self._kept.standing_in(base, some, (args, kwargs))
@@ -213,13 +249,16 @@ class Forwards:
         if isinstance(frontier, Seen) and not self._aliases:
             self._aliases = True  # the next forward is watched once more
         elif isinstance(frontier, Refused):
-            self.refused = str(frontier)
-            self._note(f"not kept behind {self.num_frozen} layers: {frontier}")
-            logger.warning("features are not kept behind %d layers: %s", self.num_frozen, frontier)
+            self._refuse(str(frontier))
         else:
             self._keep(self._kept.begin(frontier), keys, forward.rows, kwargs)
             self._counted(base, len(keys))
         return output
+
+    def _refuse(self, reason: str) -> None:
+        self.refused = reason
+        self._note(f"not kept behind {self.num_frozen} layers: {reason}")
+        logger.warning("features are not kept behind %d layers: %s", self.num_frozen, reason)
 
     # Parts of these
 

@@ -100,9 +100,15 @@ class CacheLoader:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    @property
+    def sampler(self) -> "CacheLoader":
+        """Itself: trainers call `loader.sampler.set_epoch`."""
+        return self
+
     def __iter__(self) -> Iterator:
+        # At the first batch: trainers set the epoch after they have made the iterator.
         epoch, self.epoch = self.epoch, self.epoch + 1
-        return self.batches(epoch)
+        yield from self.batches(epoch)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator:
         """The batches of an epoch from `first_step` on."""

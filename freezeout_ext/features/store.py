@@ -164,8 +164,8 @@ class Store:
 
         length: what rows that differ in length are padded to, with 0; None: to the longest.
         """
-        rows = self._row_of[keys].to(torch.int64)
-        if bool((rows < 0).any()):
+        rows = torch.index_select(self._row_of, 0, keys)
+        if len(rows) and int(rows.min()) < 0:
             raise KeyError(f"keys must be kept, {int((rows < 0).sum())} of {len(keys)} are not")
         device = self.device if device is None else torch.device(device)
         index = rows.to(self.device, non_blocking=True)
@@ -276,7 +276,7 @@ class Store:
         return torch.index_select(self._buffers[i], 0, index, out=staged).to(device, non_blocking=True)
 
     def _places(self, rows: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
-        start, count = self._spans[rows].unbind(1)
+        start, count = self._spans[rows.to(torch.int64)].unbind(1)
         length = int(count.max()) if length is None else length
         if bool((count > length).any()):
             raise ValueError(f"length must be >= that of the longest row, {int(count.max())}, got {length}")

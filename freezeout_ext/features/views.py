@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -53,6 +53,19 @@ class Keys:
 
     def tolist(self) -> list[int]:
         return self.tensor.tolist()
+
+
+def keys_in(batch: Any) -> Keys:
+    """-> the keys of a batch that a cache's loader made.
+
+    Raises:
+        ValueError: there are none.
+    """
+    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    found = [entry for entry in entries if isinstance(entry, Keys)]
+    if len(found) != 1:
+        raise ValueError("batches must hold the keys of their views: take them from cache.loader(...)")
+    return found[0]
 
 
 class Views:

@@ -1,10 +1,12 @@
 """FreezeOut in Lightning: Trainer(callbacks=[FreezeOutCallback(t_0=0.5)])."""
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
+from ..features import keys_in
 from ..freezeout import FreezeOut
 from . import follow_if_distributed
 
@@ -27,7 +29,8 @@ class FreezeOutCallback(Callback):
     Args:
         module: name of the submodule of the LightningModule whose layers to freeze; None: its only child with
             trainable parameters, or else the LightningModule itself.
-        arguments: of FreezeOut (t_0, how_scale, layers, ...).
+        arguments: of FreezeOut (t_0, how_scale, layers, ...). With `cache=` the Trainer is given `cache.loader(...)`,
+            and each training step runs over its batch's keys, which come last in the batch.
 
     Raises:
         ValueError: an LR scheduler beside annealing; total_steps cannot be known.
@@ -41,6 +44,7 @@ class FreezeOutCallback(Callback):
         self._module = module
         self._arguments = arguments
         self._state: dict | None = None
+        self._samples = ExitStack()
         self._global_step = 0  # at the last look
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,7 +67,15 @@ class FreezeOutCallback(Callback):
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self._global_step = trainer.global_step
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
+        if "cache" in self._arguments:
+            self._samples.enter_context(self._arguments["cache"].samples(keys_in(batch)))
+
+    def on_exception(self, *_: Any) -> None:
+        self._samples.close()
+
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._samples.close()
         # global_step counts the steps of all optimizers.
         if trainer.global_step > self._global_step:
             self._global_step = trainer.global_step

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..features import FeatureCache
 from ..freezeout import FreezeOut
 from . import follow_if_distributed
 
@@ -46,7 +47,8 @@ def add_freezeout(trainer: Trainer, **arguments: Any) -> FreezeOutCallback:
     of its arguments, total_steps is what it will run. `anneal=False` keeps the Trainer's scheduler and only freezes.
 
     Args:
-        arguments: of FreezeOut (t_0, how_scale, layers, ...).
+        arguments: of FreezeOut (t_0, how_scale, layers, ...). With `cache=FeatureCache(train_dataset, ...)` the cache's
+            loader takes the place of the Trainer's.
 
     Returns: the callback, added to the trainer; its `freezeout` exists once training has started.
 
@@ -80,9 +82,28 @@ def add_freezeout(trainer: Trainer, **arguments: Any) -> FreezeOutCallback:
         trainer.lr_scheduler = _Rates(callback.freezeout)
         return trainer.lr_scheduler
 
+    if "cache" in arguments:
+        _train_on(trainer, arguments["cache"])
     trainer.create_scheduler = create
     trainer.add_callback(callback)
     return callback
+
+
+def _train_on(trainer: Trainer, cache: FeatureCache) -> None:
+    """Batches come from the cache's loader, and each training step runs over their keys."""
+    training_step, args = trainer.training_step, trainer.args
+    loader = cache.loader(
+        args.train_batch_size, collate_fn=trainer.data_collator, drop_last=args.dataloader_drop_last, seed=args.seed,
+        num_workers=args.dataloader_num_workers,
+    )  # fmt: skip
+
+    def step(model: torch.nn.Module, inputs: dict, *rest: Any, **named: Any) -> torch.Tensor:
+        keys = inputs.pop(loader.key_name)
+        with cache.samples(keys):
+            return training_step(model, inputs, *rest, **named)
+
+    trainer.get_train_dataloader = lambda: loader
+    trainer.training_step = step
 
 
 class _Rates:

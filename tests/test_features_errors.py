@@ -1,0 +1,178 @@
+"""What a cache refuses, each by name; and a run that is stopped and goes on from a folder."""
+
+import copy
+
+import pytest
+import torch
+from feature_cases import Pictures, small_net, train
+from torch import nn
+
+from freezeout_ext import FeatureCache, FreezeOut
+
+
+def frozen(dataset=None, **arguments):
+    """-> (cache, model) with one layer frozen and all of 8 samples kept."""
+    dataset = dataset or Pictures(8)
+    cache = FeatureCache(dataset, views=1, measure=False, **arguments)
+    model = small_net()
+    FreezeOut(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=9, start_frozen=1, cache=cache)
+    for inputs, _, keys in cache.loader(8, shuffle=False):
+        with cache.samples(keys):
+            model(inputs)
+    return cache, model
+
+
+def test_keys():
+    cache, model = frozen()
+    for keys, words in (
+        ([1, 1, 2], r"\[1\] more than once"),
+        ([0, 8], "0?8..7, got 8|in -8..7, got 8"),
+        ([-9], "got -9"),
+        (torch.zeros(2, 2), "got shape"),
+        ([], "got shape"),
+    ):
+        with pytest.raises(ValueError, match=words), cache.samples(keys):
+            pass
+    with pytest.raises(ValueError, match="got 3 for a batch of 4"), cache.samples([0, 1, 2]):
+        model(torch.zeros(4, 3, 8, 8))
+    with pytest.raises(TypeError, match="got a str"), cache.samples("keys"):
+        pass
+    cache.close()
+    with pytest.raises(RuntimeError, match="after close"), cache.samples([0]):
+        pass
+
+
+def test_data_sets_and_arguments():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(TypeError, match="iterable data has no samples to name"):
+        FeatureCache(Stream())
+    for arguments, words in (
+        ({"views": 0}, "views must be"),
+        ({"views": 1.5}, "views must be"),
+        ({"dtype": torch.float64}, "dtype must be"),
+        ({"limit": 0}, "limit must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            FeatureCache(Pictures(), **arguments)
+    with pytest.raises(ValueError, match="batch_size"):
+        FeatureCache(Pictures()).loader(0)
+    with pytest.raises(ValueError, match="the cache makes its own"):
+        FeatureCache(Pictures()).loader(4, sampler=None)
+    with pytest.raises(RuntimeError, match=r"FreezeOut\(cache"), FeatureCache(Pictures()).samples([0]):
+        pass
+    cache, _ = frozen()
+    model = small_net()
+    with pytest.raises(ValueError, match="cache must be of one FreezeOut"):
+        FreezeOut(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=9, cache=cache)
+
+
+def test_a_generator_of_the_data_sets_own_is_found_before_the_first_batch():
+    class Own(Pictures):
+        generator = torch.Generator(device="cpu").manual_seed(0)
+
+        def __getitem__(self, i):
+            x, y = super().__getitem__(i)
+            return x + torch.randn((), generator=self.generator), y
+
+    with pytest.raises(ValueError, match="generator of its own"):
+        frozen(Own(8))
+
+
+def test_mixup_of_inputs_ends_the_cache_with_an_error_that_names_it():
+    model, cache = small_net(), FeatureCache(Pictures(16), views=1, measure=False)
+    FreezeOut(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=9, start_frozen=1, cache=cache)
+    with pytest.raises(RuntimeError, match="mixup"):
+        for _ in range(4):
+            for inputs, _, keys in cache.loader(8):
+                with cache.samples(keys):
+                    model(0.7 * inputs + 0.3 * inputs[torch.randperm(len(inputs))])
+    assert cache.bytes == 0
+    model(torch.zeros(2, 3, 8, 8))
+
+
+def test_too_little_memory_is_said_with_the_bytes_before_anything_is_kept(monkeypatch):
+    from freezeout_ext.features import room
+
+    monkeypatch.setattr(room, "_free", lambda *_: 10_000)
+    with pytest.raises(MemoryError, match=r"needs 12,288 bytes on host memory, 8,000 .*limit="):
+        frozen()
+
+
+def test_another_data_set_or_other_views_than_the_folders(tmp_path):
+    cache, _ = frozen(store=tmp_path)
+    cache.close()
+    other = Pictures(8)
+    other.images += 1
+    for dataset, views, words in ((other, 1, "sample"), (Pictures(9), 1, "samples"), (Pictures(8), 2, "views")):
+        with pytest.raises(ValueError, match=f"differs in .*{words}"):
+            FeatureCache(dataset, views=views, store=tmp_path)
+    with pytest.raises(ValueError, match="of the same views"):
+        FeatureCache(Pictures(8), views=1).load_state_dict({"samples": 8, "views": 2, "seed": 0})
+
+
+def test_a_folder_of_other_weights_is_emptied_and_says_so(tmp_path):
+    cache, _ = frozen(store=tmp_path)
+    cache.close()
+    torch.manual_seed(99)
+    cache, _ = frozen(store=tmp_path)
+    assert [note for note in cache.report().notes if "other weights" in note]
+    assert cache.report().misses == 8 and cache.report().hits == 0
+    cache.close()
+
+
+def test_a_run_goes_on_from_its_folder_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    start, dataset = small_net(), Pictures(16)
+    whole, _, _ = train(copy.deepcopy(start), dataset, epochs=6, start_frozen=1, t_0=1.0)
+    model = copy.deepcopy(start)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses, state = [], None
+    for first, last in ((0, 3), (3, 6)):
+        cache = FeatureCache(dataset, views=2, store=tmp_path, measure=False)
+        if state is not None:
+            model = copy.deepcopy(start)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        loader = cache.loader(8)
+        freezeout = FreezeOut(
+            model, optimizer, total_steps=6 * len(loader), start_frozen=1, t_0=1.0, scale_lr=False, cache=cache
+        )
+        if state is not None:
+            model.load_state_dict(state[0])
+            freezeout.load_state_dict(state[1])
+            optimizer.load_state_dict(state[2])
+            cache.load_state_dict(state[3])
+        loader.epoch = first
+        for _ in range(first, last):
+            for inputs, targets, keys in loader:
+                with cache.samples(keys):
+                    loss = nn.functional.cross_entropy(model(inputs), targets)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                freezeout.step()
+                losses.append(loss.item())
+        state = [copy.deepcopy(x.state_dict()) for x in (model, freezeout, optimizer, cache)]
+        cache.close()
+    assert losses == whole
+    # All 32 views were computed in the first part; only the watched batch is computed again.
+    assert cache.report().misses <= 8 and cache.report().hits >= 40
+
+
+def test_hooks_on_frozen_modules_and_compiled_blocks_are_refused_by_name():
+    def hooked(model):
+        model[1].register_forward_hook(lambda *_: None)
+
+    def compiled(model):
+        model[6].compile(backend="eager")
+
+    for change, words in ((hooked, "hook is registered on 1"), (compiled, "6 is compiled")):
+        model, cache = small_net(), FeatureCache(Pictures(8), views=1)
+        FreezeOut(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=9, start_frozen=1, cache=cache)
+        change(model)
+        for inputs, _, keys in [*cache.loader(8), *cache.loader(8)]:
+            with cache.samples(keys):
+                model(inputs)
+        assert any(words in note for note in cache.report().notes) and cache.report().hits == 0
