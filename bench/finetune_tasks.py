@@ -208,8 +208,8 @@ def from_scratch(name: str, epochs: int, timed: tuple[int, float]) -> Callable[[
 EXPERIMENTS = {
     "classes": between_classes,
     "pretrained": pretrained,
-    "scratch-vgg": from_scratch("vgg-11-x0.125", 6, (10, 3.0)),
-    "scratch-wrn": from_scratch("wrn-10-1", 4, (5, 5.0)),
+    "scratch-vgg": from_scratch("vgg-11-x0.125", 4, (10, 3.0)),
+    "scratch-wrn": from_scratch("wrn-10-1", 3, (5, 5.0)),
 }
 
 

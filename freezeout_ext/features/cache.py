@@ -277,9 +277,7 @@ class FeatureCache:
         now = self._kept.latest
         return None if now is None or self._forwards.gave_up else now.frontier.needless
 
-    def planned(self, keys: Tensor) -> bool:
-        if not bool(self.skippable(keys).all()):
-            return False
+    def planned(self) -> bool:
         due = self._whole_due.due()
         self._whole_due.pass_on(done=due)
         return due

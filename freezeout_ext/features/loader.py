@@ -28,8 +28,8 @@ class Source(Protocol):
     def needless(self) -> Callable[[Any], bool] | None:
         """-> which entries of a batch no forward needs, by name or place; None where all are needed."""
 
-    def planned(self, keys: Tensor) -> bool:
-        """Whether this batch is to be loaded whole, for a spot check."""
+    def planned(self) -> bool:
+        """Whether this batch, which could be skipped, is to be loaded whole for a spot check."""
 
     def delivered(self, keys: Tensor, skipped: Tensor, samples_read: int) -> None:
         """Notes which inputs a batch lacks, before it is handed out."""
@@ -117,11 +117,11 @@ class CacheLoader:
         plans = self._plans(epoch, first_step, planned)
         if self._loader is None:
             for _ in plans:
-                yield self._made(*planned.popleft())
+                yield self._made(*planned.popleft(), epoch)
             return
         self._requests.plans, self._requests.length = plans, len(self) - first_step
         for found in self._loader:
-            yield self._finished(*planned.popleft(), found)
+            yield self._finished(*planned.popleft(), epoch, found)
 
     def order(self, epoch: int) -> Tensor:
         """-> the samples of this process in the order of an epoch."""
@@ -136,45 +136,46 @@ class CacheLoader:
             if step < first_step or step == len(self):
                 continue
             keys = self._cache.keys(samples, epoch)
-            seeds = self._cache.views.seeds(keys, epoch)
-            skipped = self._skippable(keys)
-            if self._cache.planned(keys):
-                skipped = torch.zeros_like(skipped)
-            planned.append((keys, samples, seeds, skipped))
-            yield list(zip(samples[~skipped].tolist(), seeds[~skipped].tolist(), strict=True))
+            skipped = kept = self._cache.skippable(keys)
+            if self._loader is not None:
+                skipped = kept & self._items.has(keys)
+            if bool(kept.all()) and self._cache.planned():
+                skipped = torch.zeros_like(kept)
+            planned.append((keys, samples, skipped))
+            yield [] if self._loader is None else self._pairs(keys[~skipped], samples[~skipped], epoch)
 
-    def _skippable(self, keys: Tensor) -> Tensor:
-        skipped = self._cache.skippable(keys)
-        return skipped & self._items.has(keys) if self._loader is not None else skipped
+    def _pairs(self, keys: Tensor, samples: Tensor, epoch: int) -> list[tuple[int, int]]:
+        """-> (sample, seed) of each view."""
+        return list(zip(samples.tolist(), self._cache.views.seeds(keys, epoch).tolist(), strict=True))
 
-    def _made(self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor) -> Any:
-        """A batch of a data set that makes whole batches."""
+    def _made(self, keys: Tensor, samples: Tensor, skipped: Tensor, epoch: int) -> Any:
+        """A batch of a data set that makes whole batches; it was planned right before."""
         dataset, template = self._cache.views.dataset, self._items.template
-        if template is not None and bool((skipped & self._skippable(keys)).all()):
+        if template is not None and bool(skipped.all()):
             leaves, spec = template
             inputs = tree_unflatten([poison((len(keys), *x.shape), x.dtype, x.device) for x in leaves], spec)
         else:
             skipped = torch.zeros_like(skipped)
-            inputs = dataset.batch(samples, seeds)
+            inputs = dataset.batch(samples, self._cache.views.seeds(keys, epoch))
             leaves, spec = tree_flatten(inputs)
             self._items.template = [x[0].detach() for x in leaves], spec
         self._cache.delivered(keys, skipped, int((~skipped).sum()))
         return inputs, dataset.targets(samples), Keys(keys)
 
-    def _finished(self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor, found: Any) -> Any:
+    def _finished(self, keys: Tensor, samples: Tensor, skipped: Tensor, epoch: int, found: Any) -> Any:
         """What workers brought and what was kept, as one batch."""
         if isinstance(found, Mapping):
             found = dict(found)
         read = int((~skipped).sum())
-        lost = skipped & ~self._skippable(keys)
+        lost = skipped & ~(self._cache.skippable(keys) & self._items.has(keys))
         if lost.any():
             # The store was emptied since: this process reads what is missing. Whole, so that there is one way.
-            skipped, found = torch.zeros_like(skipped), self._read(samples, seeds)
+            skipped, found = torch.zeros_like(skipped), self._read(keys, samples, epoch)
             read += len(keys)
         if skipped.any():
             merged = self._items.merge(keys, skipped, found)
             if merged is None:
-                skipped, merged = torch.zeros_like(skipped), self._read(samples, seeds)
+                skipped, merged = torch.zeros_like(skipped), self._read(keys, samples, epoch)
                 read += len(keys)
             found = merged
         else:
@@ -182,9 +183,9 @@ class CacheLoader:
         self._cache.delivered(keys, skipped, read)
         return self._with_keys(found, Keys(keys))
 
-    def _read(self, samples: Tensor, seeds: Tensor) -> Any:
+    def _read(self, keys: Tensor, samples: Tensor, epoch: int) -> Any:
         views = self._cache.views
-        batch = self._collate([views.load(*pair) for pair in zip(samples.tolist(), seeds.tolist(), strict=True)])
+        batch = self._collate([views.load(*pair) for pair in self._pairs(keys, samples, epoch)])
         return dict(batch) if isinstance(batch, Mapping) else batch
 
     def _with_keys(self, batch: Any, keys: Keys) -> Any:
