@@ -120,7 +120,7 @@ class Views:
         """-> a hash of one sample's view: another data set of the same length has another one."""
         self.check()
         seed = 20170603
-        item = self.dataset.batch(torch.tensor([0]), torch.tensor([seed])) if self.batched else self.load(0, seed)
+        item = self.dataset.batch(*torch.tensor([[0], [seed]], device="cpu")) if self.batched else self.load(0, seed)
         digest = hashlib.sha256()
         for leaf in tree_leaves(item):
             if isinstance(leaf, Tensor):
@@ -149,7 +149,7 @@ class Views:
 
 def order_seed(seed: int, epoch: int) -> int:
     """-> the seed of an epoch's order."""
-    return int(_mix(_mix(torch.tensor(seed)) ^ epoch) & (2**63 - 1))
+    return int(_mix(_mix(torch.tensor(seed, device="cpu")) ^ epoch) & (2**63 - 1))
 
 
 @contextmanager
