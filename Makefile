@@ -18,8 +18,8 @@ demo: .venv/demo-ready
 FINETUNE_DATA ?= --data digits
 finetune: .venv/finetune-ready
 	.venv/bin/freezeout compare $(FINETUNE_DATA) --image-size 64 --model efficientnet-lite0 --weights pretrained --epochs 3 \
-	  --batch-size 50 --arms full no-anneal cached short --shorter 0.33 --start-frozen _blocks.11 --t0 1 --views 2 \
-	  --cache-dtype bf16 --seeds 2 --threads 2 --out finetune-run --resume
+	  --batch-size 50 --arms full no-anneal cached short --start-frozen _blocks.11 --t0 1 --views 1 --cache-dtype bf16 \
+	  --seeds 3 --threads 2 --out finetune-run --resume
 	.venv/bin/freezeout report finetune-run
 
 test: .venv/test-ready

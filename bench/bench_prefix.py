@@ -25,8 +25,8 @@ from freezeout_ext.layers import Layers, find_layers
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix
 from freezeout_ext.prefix.cpu import CpuEngine, unsupported_dtype
-from freezeout_ext.prefix.lower import lower_units
 from freezeout_ext.prefix.judge import TOLERANCE, Trial, median
+from freezeout_ext.prefix.lower import lower_units
 from freezeout_ext.training.measure import conditions
 
 NETS = ("densenet-76-12", "wrn-40-4", "vgg-16", "resnet-18")

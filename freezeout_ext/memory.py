@@ -1,6 +1,6 @@
 """Bytes of a training step that do not depend on the allocator: what is kept for backward, gradients, state."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -9,23 +9,40 @@ from torch import Tensor, nn
 
 
 class SavedBytes:
-    """total = bytes of the distinct storages that autograd saved for backward, parameters and buffers not counted."""
+    """by_owner[o] = bytes of the storages that autograd saved for backward, and that owner o was the last to save.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self.total = 0
+    Parameters and buffers are not counted, nor is a storage twice.
+
+    Args:
+        owner: asked at each tensor that is saved, such as for the layer that runs.
+    """
+
+    def __init__(self, model: nn.Module, owner: Callable[[], int] = lambda: 0) -> None:
+        self._owner = owner
+        self._held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self._saved: dict[int, tuple[int, int]] = {}  # address -> (owner, bytes)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
             yield
 
+    @property
+    def by_owner(self) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for owner, count in self._saved.values():
+            found[owner] = found.get(owner, 0) + count
+        return found
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_owner.values())
+
     def _pack(self, tensor: Tensor) -> Tensor:
         # The graph keeps every saved storage alive until backward: no address comes twice.
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
+        if storage.data_ptr() not in self._held:
+            self._saved[storage.data_ptr()] = self._owner(), storage.nbytes()
         return tensor
 
 
@@ -43,6 +60,11 @@ class Memory:
     gradients: int
     state: int
     saved: int | None
+
+    @property
+    def held(self) -> int:
+        """Without what is saved for backward."""
+        return self.weights + self.gradients + self.state
 
     def __str__(self) -> str:
         saved = "saved for backward not counted" if self.saved is None else f"{_mib(self.saved)} saved for backward"

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from freezeout_ext.planner import SavedBytes
+from freezeout_ext.memory import SavedBytes, held_memory
 from freezeout_ext.training import measure
 from freezeout_ext.training.measure import (
     Phase,
     StepTimer,
     conditions,
-    held_bytes,
     steps_error,
     transitions_measured,
 )
@@ -50,19 +49,19 @@ def test_saved_bytes_do_not_change_the_gradients(net):
     assert torch.equal(net[0].weight.grad, plain)
 
 
-def test_held_bytes_by_hand(net):
+def test_held_memory_by_hand(net):
     net.register_buffer("count", torch.zeros(6, dtype=torch.float64))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     parameters = 4 * (4 * 3 + 3 + 3 * 2 + 2)
-    assert held_bytes(net, optimizer) == 48 + 2 * parameters
+    assert held_memory(net, [optimizer], None).held == 48 + 2 * parameters
     net(torch.ones(5, 4)).sum().backward()
     optimizer.step()
-    assert held_bytes(net, optimizer) == 48 + 3 * parameters
+    assert held_memory(net, [optimizer], None).held == 48 + 3 * parameters
     first = list(net[0].parameters())
     for p in first:
         p.requires_grad_(False)
         del optimizer.state[p]
-    assert held_bytes(net, optimizer) == 48 + 3 * parameters - 2 * 4 * (4 * 3 + 3)
+    assert held_memory(net, [optimizer], None).held == 48 + 3 * parameters - 2 * 4 * (4 * 3 + 3)
 
 
 def test_step_timer_times_what_lies_between_marks(monkeypatch):

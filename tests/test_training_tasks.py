@@ -99,6 +99,13 @@ def test_features_are_read_back_once_all_views_are_kept(tmp_path):
     assert result["peak_memory_bytes"] >= features["bytes"] > 0
 
 
+def test_features_of_a_comparison_lie_in_a_folder_for_each_seed(tmp_path):
+    options = {**OPTIONS, "start_frozen": 1, "views": 1, "cache": str(tmp_path / "kept")}
+    summary = compare(classification(), tmp_path / "out", seeds=2, kinds=["cached"], **options)
+    assert sorted(path.name for path in (tmp_path / "kept" / "cached linear 0.5").iterdir()) == ["seed-0", "seed-1"]
+    assert summary["arms"][-1]["features"]["where"].endswith("seed-0")
+
+
 FILE = """
 import torch
 from torch import nn

@@ -5,13 +5,11 @@ from .flops import flop_costs
 from .measuring import measure_costs, measure_loader
 from .median_error import median_error
 from .planning import T_0S, Plan, plan, plan_from_costs, suggestions_text
-from .saved import SavedBytes
 
 __all__ = [
     "T_0S",
     "Plan",
     "Prediction",
-    "SavedBytes",
     "StepCosts",
     "Suggestion",
     "flop_costs",

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..batch import Batch, call, detached, size
 from ..fused import FusedSGD
 from ..layers import Layers, find_layers
+from ..memory import SavedBytes
 from .costs import StepCosts
 from .marks import LayerMarks
 from .median_error import median_error
-from .saved import SavedBytes
 
 WARM_UP_STEPS = 2  # of each copy
 FULL_STEPS = 3  # whole steps a round, with instruments and without

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .chain import Carried, Form, Link, flatten
+from .chain import Link
+from .forms import Carried, Form, flatten
 from .judge import first_line
 from .program import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, batch_norm_affine, map_tree
 from .simplify import simplify

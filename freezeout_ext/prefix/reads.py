@@ -6,18 +6,17 @@ the environment; objects that cannot be compared. Functions of torch and of libr
 their arguments alone.
 """
 
-import dis
 import enum
 import functools
-import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .code import ASKS, WRITING_FUNCTIONS, WRITING_METHODS, Code, code_of, functions_of, of_torch
 from .judge import Refused
 
 # Immutable: their identity or value is all there is to compare.
@@ -30,78 +29,9 @@ TRUSTED = {
     "collections", "typing", "types", "abc", "enum", "dataclasses", "builtins", "copy", "warnings", "logging",
     "inspect", "contextlib", "packaging", "typing_extensions", "numbers", "string", "re", "huggingface_hub",
 }  # fmt: skip
-WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR"}
-WRITING_FUNCTIONS = {"setattr", "delattr", "globals", "exec", "eval", "compile", "open", "input", "print", "__import__"}
-WRITING_METHODS = {
-    "__setattr__", "__delattr__", "__setitem__", "__dict__", "register_buffer", "register_module", "register_parameter",
-    "add_module",
-}  # fmt: skip
 # Any attribute may be meant.
 DYNAMIC = {"getattr", "vars", "dir", "locals", "__getattribute__", "attrgetter"}
-# What a traced value answers otherwise than a tensor.
-ASKS = {"hasattr", "type", "callable", "id", "is_torch_fx_proxy"}
-LIST_WRITERS = {"append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse"}
 HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
-
-
-@dataclass(frozen=True)
-class Code:
-    """What a function's code names: attributes and strings, globals; whether it writes, and into what."""
-
-    names: frozenset[str]
-    globals: frozenset[str]
-    writes: str | None
-    imports: frozenset[str]
-    adds_in_place: bool
-
-
-@functools.cache
-def code_of(code: types.CodeType) -> Code:
-    """-> what the code and the functions written inside it name."""
-    names, globals_, imports, writes, adds = set(), set(), set(), None, False
-    for each in _nested(code):
-        names.update(c for c in each.co_consts if isinstance(c, str) and len(c) < 100)
-        instructions = list(dis.get_instructions(each))
-        for i, instruction in enumerate(instructions):
-            name, op = instruction.argval, instruction.opname
-            if op in ("STORE_SUBSCR", "DELETE_SUBSCR") and _into_argument(instructions[max(i - 4, 0) : i], each):
-                continue
-            if op == "STORE_ATTR" and name == "requires_grad":
-                continue  # of a tensor: seen in the module's state and in its output
-            if op in WRITES or (op == "STORE_DEREF" and name in code.co_freevars):
-                writes = writes or (name if isinstance(name, str) else "an element of a container or tensor")
-            elif op in ("LOAD_GLOBAL", "LOAD_NAME"):
-                globals_.add(name)
-            elif op == "INPLACE_ADD" or (op == "BINARY_OP" and instruction.argrepr.endswith("=")):
-                adds = True
-            elif op == "IMPORT_NAME":
-                imports.add(name.split(".")[0])
-            elif op in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
-                names.add(name)
-    return Code(frozenset(names), frozenset(globals_), writes, frozenset(imports), adds)
-
-
-def _into_argument(before: list[dis.Instruction], code: types.CodeType) -> bool:
-    """Whether an element is written into the function's own **kwargs, or into a cache of keys and values.
-
-    No module that is given such a cache is part of a prefix.
-    """
-    at = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
-    keywords = code.co_varnames[at : at + 1] if code.co_flags & inspect.CO_VARKEYWORDS else ()
-    loaded = [i.argval for i in before if i.opname.startswith("LOAD_FAST")]
-    into_keywords = len(before) > 1 and before[-2].opname.startswith("LOAD_FAST") and before[-2].argval in keywords
-    return into_keywords or any(str(name).startswith("past_key") for name in loaded)
-
-
-def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _nested(constant)
-
-
-def of_torch(cls: type) -> bool:
-    return cls.__module__.startswith(("torch.nn.", "torch.ao.nn."))
 
 
 @dataclass
@@ -174,9 +104,9 @@ class _Reader:
                         continue
                     value = vars(each)[name]
                     self.found.tables.append((vars(each), (name,)))
-                    for function in _functions(value):
+                    for function in functions_of(value):
                         names |= self._function(function)
-                    if not _functions(value):
+                    if not functions_of(value):
                         self.value(value, f"{name} of class {each.__name__}")
         return names
 
@@ -303,14 +233,6 @@ _OBJECTS_OF = {"timm", "transformers", "logging", "warnings", "re", "typing"}
 _STANDARD = {"random", "time", "os", "sys", "secrets", "uuid", "datetime", "threading", "subprocess", "io", "pathlib"}
 
 
-def _functions(value: Any) -> list[types.FunctionType]:
-    """The functions behind a class's attribute: a method, a static or class method, a property."""
-    if isinstance(value, staticmethod | classmethod):
-        value = value.__func__
-    parts = [value.fget] if isinstance(value, property) else [getattr(value, "func", value)]
-    return [part for part in parts if isinstance(part, types.FunctionType)]
-
-
 def _trusted(owner: Any) -> bool:
     if isinstance(owner, types.ModuleType):
         return owner.__name__.split(".")[0] in TRUSTED
@@ -324,29 +246,3 @@ def _pure_op(value: Any) -> bool:
 def _is_all_in_dict(cls: type) -> bool:
     """Whether an object's state is its `__dict__`: no slots, and no more memory than for the dict and weakrefs."""
     return cls.__basicsize__ <= object.__basicsize__ + 16 and not any(vars(c).get("__slots__") for c in cls.__mro__)
-
-
-@functools.cache
-def asks(cls: type) -> str | None:
-    """-> by which function the forward of a class would take a traced value for something else than a tensor."""
-    found = sorted(name for code in _methods(cls) for name in (code.globals | code.names) & ASKS)
-    return found[0] if found else None
-
-
-@functools.cache
-def may_write_lists(cls: type) -> bool:
-    """Whether the forward of a class may change a list that it is given."""
-    return any(code.adds_in_place or code.names & LIST_WRITERS for code in _methods(cls))
-
-
-def _methods(cls: type) -> list[Code]:
-    """The code of a class's forward and of all methods that it names in turn."""
-    names, done, found = {"forward"}, set(), []
-    while not of_torch(cls) and names - done:
-        name = (names - done).pop()
-        done.add(name)
-        for function in [f for each in cls.__mro__ for f in _functions(vars(each).get(name))]:
-            if not function.__module__.startswith("torch."):
-                found.append(code_of(function.__code__))
-                names |= found[-1].names
-    return found

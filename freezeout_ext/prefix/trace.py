@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .code import asks
 from .judge import drawn_since, foreign_random_states
 from .program import Ref, map_tree
-from .reads import asks
 
 
 class Unlowerable(Exception):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import OwnForward
-from .chain import Form, Link, Unit, flatten
+from .chain import Link, Unit
+from .code import may_write_lists
+from .forms import Form, flatten
 from .guard import Guard, autocast_state, guarded, version_of
 from .judge import Refused, drawn_since, foreign_random_states
-from .reads import may_write_lists
 
 PROBE_SAMPLES = 4
 

@@ -70,7 +70,10 @@ class Arm:
         method = {"short": "full", "const-time": "freezeout", "cached": "no-anneal"}.get(self.kind, self.kind)
         config = replace(base, method=method, seed=seed, steps=steps or base.steps, cache=None)
         if self.kind == "cached":
-            config = replace(config, cache=base.cache or "device")
+            kept = base.cache or "device"
+            # What lies in a folder is of one seed and one way of freezing.
+            in_memory = kept in ("device", "host")
+            config = replace(config, cache=kept if in_memory else str(Path(kept) / self.name / f"seed-{seed}"))
         if method == "full":
             config = replace(config, start_frozen=0)
         else:
@@ -151,7 +154,8 @@ class Comparison:
             check_empty(self.out)
         with faults_of(task.file):
             for arm in self.arms:
-                trainer = Trainer(arm.config(self.base, self.seeds[0]), task)
+                config = arm.config(self.base, self.seeds[0])
+                trainer = Trainer(replace(config, cache=config.cache and "device"), task)
                 if trainer.cache is not None:
                     trainer.cache.close()
         self._layers, self._steps = trainer.layer_names, trainer.steps_per_epoch * self.base.epochs

@@ -3,14 +3,12 @@
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
 import torch
-from torch import Tensor, nn
 
 from ..planner import median_error
 from .malloc import malloc_in_use
@@ -100,19 +98,6 @@ class StepTimer:
 
 def _differences(marks: list[float]) -> list[float]:
     return [end - start for start, end in pairwise(marks)]
-
-
-def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of parameters, buffers, the gradients that backward makes, and optimizer state."""
-    parameters = list(model.parameters())
-    state = (value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor))
-    return (
-        _bytes(parameters) + _bytes(model.buffers()) + _bytes(p for p in parameters if p.requires_grad) + _bytes(state)
-    )
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def transitions_measured(transitions: list[dict], phases: list[Phase]) -> list[dict]:

@@ -17,13 +17,13 @@ from ..fused import FusedAdamW, FusedSGD
 from ..graphed import GraphedStep
 from ..integrations.compile import CompiledLayers
 from ..layers import find_layers
-from ..planner import SavedBytes
+from ..memory import SavedBytes, held_memory
 from ..schedule import Schedule
 from ..tasks import Task, batches
 from ..tasks.batches import as_batch
 from .config import AMP_DTYPES, CACHE_DTYPES, TrainConfig
 from .malloc import keep_freed_memory
-from .measure import Phase, StepTimer, held_bytes, transitions_measured
+from .measure import Phase, StepTimer, transitions_measured
 from .ranks import Ranks
 
 # Whole sets are evaluated in batches of this size at least.
@@ -265,15 +265,18 @@ class Trainer:
         phase = self.phases[-1]
         if opens and self.device.type == "cpu":
             # Before and after: the step makes the optimizer's state, and may free some of it.
-            saved, before = SavedBytes(self.model), held_bytes(self.model, self.optimizer)
+            saved, before = SavedBytes(self.model), self._held_bytes()
             with saved.watch():
                 loss, outputs = self.train_step(inputs, targets)
-            phase.memory = saved.total + max(before, held_bytes(self.model, self.optimizer))
+            phase.memory = saved.total + max(before, self._held_bytes())
         else:
             loss, outputs = self.train_step(inputs, targets)
         phase.steps += 1
         totals.add(loss, outputs, targets)
         return None if opens else phase
+
+    def _held_bytes(self) -> int:
+        return held_memory(self.model, [self.optimizer], None).held
 
     def _judged(self, name: str, loss: float, metric: float) -> dict:
         return {f"{name}_loss": loss} | ({f"{name}_{self.task.metric_name}": metric} if self.task.metric else {})

@@ -1,0 +1,76 @@
+"""How a module is called and what it returns: trees of the value that goes on, of other tensors, and of constants."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .judge import Refused
+from .reads import PLAIN
+
+
+class Carried:
+    """In a Form: the value that goes from unit to unit."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """In a Form: the chain's input of this number."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a unit is called, or what it returns: a tree of `Carried`, `Input` and constants."""
+
+    spec: TreeSpec
+    leaves: tuple
+
+    @classmethod
+    def of(cls, tree: Any, carried: Tensor, inputs: list[Tensor], new: Callable[[Tensor], object]) -> "Form":
+        """Of what was seen; `new` notes a tensor that is neither, as the next input, or raises.
+
+        Raises:
+            Refused: a leaf is neither a tensor nor a constant.
+        """
+        found, spec = flatten(tree)
+        leaves: list[Any] = []
+        for leaf in found:
+            if leaf is carried:
+                leaves.append(Carried)
+            elif isinstance(leaf, Tensor):
+                if not any(leaf is x for x in inputs):
+                    new(leaf)
+                leaves.append(next(Input(i) for i, x in enumerate(inputs) if x is leaf))
+            elif isinstance(leaf, PLAIN):
+                leaves.append(leaf)
+            else:
+                raise Refused(f"a {type(leaf).__name__}")
+        return cls(spec, tuple(leaves))
+
+    def fill(self, carried: Any, inputs: tuple) -> Any:
+        """-> the tree with values in it."""
+        if self.leaves == (Carried,) and self.spec.is_leaf():
+            return carried
+        values = [carried if a is Carried else inputs[a.index] if type(a) is Input else a for a in self.leaves]
+        return tree_unflatten(values, self.spec)
+
+    def match(self, tree: Any) -> list | None:
+        """-> the leaves of a tree of this form in which the constants are the same; None where it is another."""
+        found, spec = flatten(tree)
+        if spec != self.spec:
+            return None
+        for leaf, known in zip(found, self.leaves, strict=True):
+            is_constant = known is not Carried and type(known) is not Input
+            if is_constant and not (leaf is known or (type(leaf) is type(known) and leaf == known)):
+                return None
+        return found
+
+
+def flatten(tree: Any) -> tuple[list, TreeSpec]:
+    """Tuples and lists are opened, and the dict of keyword arguments; other objects, which may change, are leaves."""
+    keywords = tree[1] if type(tree) is tuple and len(tree) == 2 and type(tree[1]) is dict else None
+    return tree_flatten(tree, is_leaf=lambda node: type(node) not in (tuple, list) and node is not keywords)
