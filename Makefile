@@ -33,6 +33,7 @@ simulate: .venv/test-ready
 lint: .venv/test-ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror csrc/* tests/*.cpp tests/simulated_cuda/*.cpp
 
 # The native tests under AddressSanitizer and UBSan; without what needs nvcc, a clean process or torch.compile.
@@ -43,7 +44,7 @@ sanitize: .venv/test-ready
 	  -k "not cuda and not on_the_host and not timm and not option_grid and not freezeout_trains"
 
 clean:
-	rm -rf .venv build dist demo-run finetune-run *.egg-info freezeout_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist demo-run finetune-run *.egg-info freezeout_ext/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/demo-ready: $(INPUTS)

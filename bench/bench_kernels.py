@@ -23,11 +23,12 @@ from freezeout_ext.training.measure import conditions
 if not torch.cuda.is_available():
     pytest.skip("no GPU: there is nothing to time", allow_module_level=True)
 
+from freezeout_ext.prefix.folding import lower_chain
+
 from freezeout_ext import kernels
 from freezeout_ext.cuda_graphs import capture
 from freezeout_ext.prefix.cuda import CudaEngine
 from freezeout_ext.prefix.cuda_conv import Constants, ConvCall
-from freezeout_ext.prefix.folding import lower_chain
 
 BATCH, DTYPE, REPEATS = 128, torch.bfloat16, 20
 

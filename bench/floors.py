@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from freezeout_ext.prefix.folding import lower_chain
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +28,6 @@ from freezeout_ext.attach import pin
 from freezeout_ext.layers import find_layers
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix.cuda import CudaEngine
-from freezeout_ext.prefix.folding import lower_chain
 
 BATCH, IMAGE, CLASSES = 128, 32, 100
 # Counted with this batch: no other dimension of these nets is 2.

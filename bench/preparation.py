@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import floors
 import torch
+from freezeout_ext.prefix.folding import lower_chain
 
 from freezeout_ext import kernels
 from freezeout_ext.kernels.layout import vector_width
 from freezeout_ext.prefix.cuda import CudaEngine
-from freezeout_ext.prefix.folding import lower_chain
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from .attach import TransientHook
 from .layers import Layers, find_layers
@@ -140,8 +141,8 @@ class DDPCheck:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._handle = None
-        self._verified = None  # the reducer that was seen to be right
+        self._handle: RemovableHandle | None = None
+        self._verified: object = None  # the reducer that was seen to be right
 
     def watch(self) -> None:
         """To be called at each transition."""

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -46,9 +46,10 @@ def capture(
     stream = stream or _passing_stream(torch.cuda.current_device())
     stream.wait_stream(current)
     graph = torch.cuda.CUDAGraph()
+    shared: dict[str, Any] = {} if pool is None else {"pool": pool}
     with torch.cuda.stream(stream):
         # A loader's pinning thread may allocate meanwhile: only this thread's calls count as the capture's.
-        graph.capture_begin(**({} if pool is None else {"pool": pool}), capture_error_mode="thread_local")
+        graph.capture_begin(**shared, capture_error_mode="thread_local")
         try:
             result = run()
         except BaseException:

@@ -3,12 +3,13 @@
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
@@ -41,6 +42,16 @@ class Cache(Protocol):
 
     def detach(self) -> None:
         """Called by FreezeOut.close()."""
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether a forward now would read or keep outputs. A GraphedStep asks."""
+
+    def rows(self) -> tuple[Tensor, ...] | None:
+        """What a forward now reads, gathered; None where it must run on its own."""
+
+    def given(self, rows: tuple[Tensor, ...]) -> AbstractContextManager[None]:
+        """Inside, forwards run on these rows."""
 
 
 class FreezeOut(Readings):
@@ -222,7 +233,11 @@ class FreezeOut(Readings):
         hooks = self._frozen.hooks
         key = max(hooks, default=0) + 1
         hooks[key] = partial(hook, self)
-        return lambda: hooks.pop(key, None)
+
+        def remove() -> None:
+            hooks.pop(key, None)
+
+        return remove
 
     def skip_order_check(self) -> None:
         """Leaves it to the caller that the layers run in their order: compiled layers cannot be watched."""

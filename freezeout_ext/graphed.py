@@ -152,7 +152,8 @@ class GraphedStep:
 
     def _step_on_device(self, backend: Backend, inputs: Batch, targets: Batch) -> Result:
         cache = None if self.freezeout is None else self.freezeout.cache
-        batch, step = (inputs, targets), self._step
+        batch: tuple[Any, ...] = (inputs, targets)
+        step: Callable[..., Result] = self._step
         if cache is not None and cache.takes_part:
             rows = cache.rows()
             if rows is None:  # features are kept, watched or checked in this step
@@ -171,6 +172,7 @@ class GraphedStep:
 
     def _step_on_rows(self, inputs: Batch, targets: Batch, rows: tuple[Tensor, ...]) -> Result:
         """The step from kept features: these are inputs of a captured step, the frozen layers are no part of it."""
+        assert self.freezeout is not None and self.freezeout.cache is not None  # whose rows these are
         with self.freezeout.cache.given(rows):
             return self._step(inputs, targets)
 
@@ -222,7 +224,7 @@ class GraphedStep:
 class _Graph:
     """A captured step and the tensors that it reads."""
 
-    def __init__(self, backend: Backend, step: Callable[[Batch, Batch], Result], *batch: Batch, first: bool) -> None:
+    def __init__(self, backend: Backend, step: Callable[..., Result], *batch: Batch, first: bool) -> None:
         self._inputs = mapped(batch, lambda tensor: torch.empty_like(tensor).copy_(tensor))
         try:
             self._run = backend.capture(lambda: step(*self._inputs), first=first)
@@ -244,18 +246,13 @@ def _backend_of(device: torch.device) -> Backend | None:
     return _CudaGraphs(device) if device.type == "cuda" else None
 
 
-def _backend_of(device: torch.device) -> Backend | None:
-    """What captures steps on `device`; None where nothing does."""
-    return _CudaGraphs(device) if device.type == "cuda" else None
-
-
 class _CudaGraphs:
     """CUDA graphs in one memory pool. Eager steps run on the stream of the captures, as these need: a gradient's
     accumulation stays on the stream where it first ran."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = own_stream(self, torch.cuda.current_device() if device.index is None else device.index)
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # torch's handle
 
     def run(self, body: Body) -> Result:
         current = torch.cuda.current_stream(self._stream.device)
@@ -315,6 +312,7 @@ class _ScheduledRates:
         if not self.is_set:
             self.counter.fill_(graphed.step_count)
             rates = [_scheduled(graphed, group, base) for group, base in zip(groups, graphed._base_rates, strict=True)]
+            assert isinstance(graphed.optimizer, FusedOptimizer)  # see _device_rates
             graphed.optimizer.set_device_schedule(self.counter, rates)
             free = graphed.cosine is None and (graphed.freezeout is None or not graphed.freezeout.anneal)
             self._constant = [float(group["lr"]) for group in groups] if free else None

@@ -4,7 +4,6 @@
 """
 
 from importlib import metadata
-from types import ModuleType
 from typing import Any
 
 # Before _C: both need an OpenMP runtime by the name libgomp.so.1, and the loader serves the copy that came first.
@@ -15,10 +14,10 @@ try:
 
     import_error: str | None = None
 except ModuleNotFoundError:
-    C: ModuleType | None = None
+    C = None  # type: ignore[assignment]  # None is the module's absence
     import_error = "freezeout_ext._C was not compiled for this Python; install the package with pip"
 except ImportError as error:
-    C = None
+    C = None  # type: ignore[assignment]
     import_error = f"freezeout_ext._C does not load: {error}"
 
 

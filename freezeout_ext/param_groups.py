@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,8 @@ class ParamGroups:
         A loaded state of a layer that is frozen now is set aside: FreezeOut's own state may be loaded next and thaw it.
         """
         for group in self:
-            group["layer"] = self.layer_of.get(next(iter(group["params"]), None), len(self._layers) - 1)
+            first: Any = next(iter(group["params"]), None)
+            group["layer"] = self.layer_of.get(first, len(self._layers) - 1)
             group.setdefault("base_lr", float(group["lr"]))
         self._set_aside.clear()
         for p, i in self.layer_of.items():
@@ -209,18 +211,19 @@ def let_scaler_skip(optimizer: torch.optim.Optimizer) -> None:
 
     An optimizer whose parameters are all frozen has no gradient and nothing to update. So while it is idle it says so.
     """
+    marked: Any = optimizer  # whose class declares none of these attributes
     idle = all(group["frozen"] for group in optimizer.param_groups)
     if idle and not hasattr(optimizer, "_was_amp_aware"):
-        optimizer._was_amp_aware = getattr(optimizer, "_step_supports_amp_scaling", False)
-        optimizer._step_supports_amp_scaling = True
-        optimizer._forget_inf = optimizer.register_step_pre_hook(_forget_inf)
+        marked._was_amp_aware = getattr(optimizer, "_step_supports_amp_scaling", False)
+        marked._step_supports_amp_scaling = True
+        marked._forget_inf = optimizer.register_step_pre_hook(_forget_inf)
     elif not idle and hasattr(optimizer, "_was_amp_aware"):
-        optimizer._step_supports_amp_scaling = optimizer._was_amp_aware
-        optimizer._forget_inf.remove()
-        del optimizer._was_amp_aware, optimizer._forget_inf
+        marked._step_supports_amp_scaling = marked._was_amp_aware
+        marked._forget_inf.remove()
+        del marked._was_amp_aware, marked._forget_inf
 
 
-def _forget_inf(optimizer: torch.optim.Optimizer, *_: object) -> None:
+def _forget_inf(optimizer: Any, *_: object) -> None:
     # torch's loops refuse the sum over no devices that GradScaler sets.
     if hasattr(optimizer, "found_inf"):
         optimizer.found_inf = optimizer.grad_scale = None

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import TypeGuard
 
 POWERS = {"linear": 1.0, "squared": 2.0, "cubic": 3.0}
 
@@ -155,7 +156,7 @@ def _power(how_scale: str | float) -> float:
     raise ValueError(f"how_scale must be one of {', '.join(POWERS)} or a positive power, got {how_scale!r}")
 
 
-def _is_real(value: object) -> bool:
+def _is_real(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -45,12 +45,14 @@ class _Reader:
     def __init__(self, kind: type, children: set[str]) -> None:
         self._kind, self._children = kind, children
         self._depth = 0
+        self._self = ""
+        self._aliases: dict[str, list[Group]] = {}
 
     def sequence(self, method: Callable) -> list[Group]:
         tree = _tree(inspect.unwrap(method))
         if tree is None or not tree.args.args:
             return []
-        outer = getattr(self, "_self", None), getattr(self, "_aliases", None)
+        outer = self._self, self._aliases
         self._self, self._aliases = tree.args.args[0].arg, {}
         self._depth += 1
         found = [group for statement in tree.body for group in self._visit(statement)]

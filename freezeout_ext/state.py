@@ -47,7 +47,7 @@ def checked_state(
 def _transitions(transitions: object, num_layers: int) -> list[Transition]:
     if not isinstance(transitions, list | tuple):
         raise TypeError(f"state_dict['transitions'] must be a list, got {type(transitions).__name__}")
-    kinds = {
+    kinds: dict[str, type | tuple[type, ...]] = {
         "step": int,
         "num_frozen": int,
         "parameters_frozen": int,

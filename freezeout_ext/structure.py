@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -59,7 +60,9 @@ def find_units(model: nn.Module) -> list[Unit]:
         large = [unit for unit in units if 2 * unit.size() > total and divisible(unit, model, opened)]
         if not large:
             return units
-        opened.add(main_module(large[0])[1])
+        stage = main_module(large[0])[1]
+        assert stage is not None  # a divisible unit has one
+        opened.add(stage)
 
 
 def main_module(unit: Unit) -> tuple[str, nn.Module | None]:
@@ -140,7 +143,7 @@ def _children_in_order(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], 
         return list(children.items()), len(trained) < 2
     ordered: list[tuple[str, nn.Module]] = []
     for group in groups:
-        lists = [children[name] for name in group]
+        lists: list[Any] = [children[name] for name in group]
         sizes = {len(each) if isinstance(each, nn.ModuleList) else 0 for each in lists}
         if len(group) == 1:
             ordered.append((group[0], lists[0]))
@@ -197,11 +200,12 @@ def _repeats(module: nn.Module) -> bool:
     Blocks of a single weight (a convolution with its norm) make no stage where their holder adds something to what
     they give: that holder is a residual block.
     """
+    lists: list[nn.Module]
     for holder in module.modules():
         if isinstance(holder, CONTAINERS):
             lists, residual = ([holder] if holder is module else []), False
         else:
-            lists, residual = list(_lists(holder)), adds(type(holder))
+            lists, residual = list(_lists(holder)), adds(type(holder))  # type: ignore[arg-type]  # takes Module.__hash__ for the class's
         for each in lists:
             blocks = [b for b in each.children() if _is_block(b) and not (residual and _num_weights(b) < 2)]
             if len(blocks) > len(set(map(type, blocks))):
@@ -290,7 +294,9 @@ def timm_units(model: nn.Module) -> list[Unit]:
     """One unit for each group of the model's own `group_matcher`; a group that is a whole stage is divided further."""
     from timm.models import group_parameters
 
-    groups = group_parameters(_EveryName(model), model.group_matcher(coarse=False))
+    timm_model: Any = model
+    names: Any = _EveryName(model)
+    groups = group_parameters(names, timm_model.group_matcher(coarse=False))
     owner = {name: group for group, names in groups.items() for name in names}
     units = {group: Unit() for group in sorted(groups)}
     _place("", model, owner, units)

@@ -73,8 +73,14 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         has_complex = self._init_group({**group, "params": params, "foreach": False, "fused": False}, *lists)
         beta1, beta2 = group["betas"]
         names = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "capturable", "differentiable")
+        given, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         adam(
-            *lists,
+            given,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
             foreach=False,
             fused=False,
             has_complex=has_complex,

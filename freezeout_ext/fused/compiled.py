@@ -1,7 +1,7 @@
 """What the optimizers and their ops share: which tensors the compiled update takes, and running it on them."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -94,6 +94,7 @@ def op_takes(tensors: list[Tensor | None]) -> bool:
     Only contiguous and channels-last tensors: traced code cannot compare all strides.
     """
     p = tensors[0]
+    assert p is not None  # the parameter
     # Counters have a shape of their own.
     alike = [t for t in tensors if t is not None and (t.dim() == p.dim() or t is tensors[1])]
     if any(t.layout != torch.strided or t.dtype != p.dtype or t.device != p.device for t in alike):
@@ -126,7 +127,9 @@ def use_current_stream(batch: Any, table: Tensor) -> None:
     batch.set_table(table.data_ptr(), stream.cuda_stream)
 
 
-def check_lists(params: list[Tensor], lists: dict[str, Sequence | None], layer_of: list[int], num_rates: int) -> None:
+def check_lists(
+    params: list[Tensor], lists: Mapping[str, Sequence | None], layer_of: list[int], num_rates: int
+) -> None:
     """Raises ValueError unless the lists fit one another and one compiled update takes all tensors.
 
     lists: name -> one entry for each parameter, or None. "steps" are counters; other tensors are laid out as their

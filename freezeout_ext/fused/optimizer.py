@@ -245,7 +245,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group, candidates in groups:
                 params = [] if group.get("frozen") else [p for p in candidates if p.grad is not None]
                 if grad_scale is not None:
-                    _unscale_([p.grad for p in params], grad_scale)
+                    _unscale_([p.grad for p in params if p.grad is not None], grad_scale)
                 self._torch_update(group, params)
 
     def _step_by_op(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -266,7 +266,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if not compiled.op_takes(tensors):
                     rest.append((group, [p]))
                     continue
-                key = (p.dtype, p.device, *numbers.items())
+                key: tuple[Any, ...] = (p.dtype, p.device, *numbers.items())
                 if key not in calls:
                     calls[key] = ([[] for _ in lists], [], [])
                 gathered, layer_of, lrs = calls[key]
@@ -297,7 +297,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         of_all = self._reason_against_containers()
         active = [group for group in self.param_groups if not group.get("frozen")]
         shared = _share_memory([p for group in active for p in group["params"]])
-        found = []
+        found: list[list[str | None]] = []
         for group in self.param_groups:
             if group.get("frozen"):
                 found.append([])

@@ -52,11 +52,12 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
     def _torch_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         has_momentum = group["momentum"] != 0
         buffers = [self.state[p].get("momentum_buffer") for p in params] if has_momentum else []
+        grads: list[Any] = [p.grad for p in params]  # tensors, all of them
         sgd(
             params,
-            [p.grad for p in params],
+            grads,
             buffers,
-            has_sparse_grad=any(p.grad.is_sparse for p in params),
+            has_sparse_grad=any(grad.is_sparse for grad in grads),
             foreach=False,
             fused=False,
             **{key: group[key] for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")},

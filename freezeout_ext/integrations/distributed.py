@@ -77,10 +77,15 @@ class DDPFollower:
         self._handle = ddp.register_forward_pre_hook(TransientHook(self._before_forward), prepend=True)
         self._record()
 
+    def _wrapper(self) -> DistributedDataParallel:
+        assert self._ddp is not None  # asked for once it is attached
+        return self._ddp
+
     def _is_due(self) -> bool:
-        built_for = self._ddp._get_ddp_logging_data()["num_parameter_tensors"]
-        names = (name for name, p in self._ddp.module.named_parameters() if p.requires_grad)
-        return built_for != sum(name not in self._ddp.parameters_to_ignore for name in names)
+        ddp = self._wrapper()
+        built_for = ddp._get_ddp_logging_data()["num_parameter_tensors"]
+        names = (name for name, p in ddp.module.named_parameters() if p.requires_grad)
+        return built_for != sum(name not in ddp.parameters_to_ignore for name in names)
 
     def _before_forward(self, *_: object) -> None:
         if self._num_frozen != self.freezeout.num_frozen:
@@ -95,7 +100,7 @@ class DDPFollower:
 
     def _wrap_again(self) -> None:
         """The reducer of DDP(module, init_sync=False), as DDP itself makes it anew when it is unpickled."""
-        ddp = self._ddp
+        ddp = self._wrapper()
         ddp.parameters_to_ignore = self._ignored | _frozen_buffers(ddp.module, self.freezeout)
         parameters, sparse = ddp._build_params_for_reducer()
         names = ddp._build_debug_param_to_name_mapping(parameters)
@@ -114,8 +119,9 @@ class DDPFollower:
         )  # fmt: skip
 
     def _record(self) -> None:
-        buckets = self._ddp._get_ddp_logging_data()["bucket_sizes"]
-        sent = self._ddp.modules_buffers if self._ddp.broadcast_buffers else []
+        ddp = self._wrapper()
+        buckets = ddp._get_ddp_logging_data()["bucket_sizes"]
+        sent = ddp.modules_buffers if ddp.broadcast_buffers else []
         self.traffic.append(
             Traffic(
                 step=self.freezeout.step_count,

@@ -79,6 +79,7 @@ class FreezeOutCallback(Callback):
         # global_step counts the steps of all optimizers.
         if trainer.global_step > self._global_step:
             self._global_step = trainer.global_step
+            assert self.freezeout is not None  # made as the fit started
             self.freezeout.step()
 
     def state_dict(self) -> dict:

@@ -1,6 +1,6 @@
 """FreezeOut in Transformers: add_freezeout(trainer, t_0=0.5); trainer.train()."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -30,14 +30,25 @@ class FreezeOutCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step:
+            freezeout, saved_by = self._made(), _saved_by(state)
             # Saved by an earlier release: what is frozen is then a function of the step alone.
-            saved = state.stateful_callbacks.get(STATE) or {**self.freezeout.state_dict(), "step": state.global_step}
-            self.freezeout.load_state_dict(saved)
+            saved = saved_by.get(STATE) or {**freezeout.state_dict(), "step": state.global_step}
+            freezeout.load_state_dict(saved)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        while self.freezeout.step_count < state.global_step:
-            self.freezeout.step()
-        state.stateful_callbacks[STATE] = self.freezeout.state_dict()
+        freezeout = self._made()
+        while freezeout.step_count < state.global_step:
+            freezeout.step()
+        _saved_by(state)[STATE] = freezeout.state_dict()
+
+    def _made(self) -> FreezeOut:
+        assert self.freezeout is not None  # made with the scheduler, before training begins
+        return self.freezeout
+
+
+def _saved_by(state: TrainerState) -> dict[str, Any]:
+    """The states of the callbacks, by name."""
+    return cast("dict[str, Any]", state.stateful_callbacks)  # declared as the list that it is made from
 
 
 def add_freezeout(trainer: Trainer, **arguments: Any) -> FreezeOutCallback:
@@ -61,15 +72,18 @@ def add_freezeout(trainer: Trainer, **arguments: Any) -> FreezeOutCallback:
         raise ValueError("trainer must not have an LR scheduler: pass optimizers=(optimizer, None)")
     callback = FreezeOutCallback()
     create_scheduler = trainer.create_scheduler
+    changed: Any = trainer  # methods and a scheduler of ours take the places of its own
 
     # The one moment at which the optimizer exists, the number of steps is known and no state is loaded yet.
     def create(num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if callback.freezeout is not None:
             callback.freezeout.close()
         optimizer = trainer.optimizer if optimizer is None else optimizer
+        assert trainer.model is not None  # the optimizer was made for it
+        wrapped: Any = getattr(optimizer, "optimizer", optimizer)  # by Accelerate
         callback.freezeout = FreezeOut(
             trainer.model,
-            getattr(optimizer, "optimizer", optimizer),  # Accelerate's wrapper
+            wrapped,
             **{
                 "total_steps": num_training_steps,
                 "warmup_steps": trainer.args.get_warmup_steps(num_training_steps),
@@ -79,12 +93,12 @@ def add_freezeout(trainer: Trainer, **arguments: Any) -> FreezeOutCallback:
         follow_if_distributed(callback.freezeout)
         if not arguments.get("anneal", True):
             return create_scheduler(num_training_steps, optimizer)
-        trainer.lr_scheduler = _Rates(callback.freezeout)
-        return trainer.lr_scheduler
+        changed.lr_scheduler = _Rates(callback.freezeout)
+        return changed.lr_scheduler
 
     if "cache" in arguments:
         _train_on(trainer, arguments["cache"])
-    trainer.create_scheduler = create
+    changed.create_scheduler = create
     trainer.add_callback(callback)
     return callback
 
@@ -102,8 +116,9 @@ def _train_on(trainer: Trainer, cache: FeatureCache) -> None:
         with cache.samples(keys):
             return training_step(model, inputs, *rest, **named)
 
-    trainer.get_train_dataloader = lambda: loader
-    trainer.training_step = step
+    changed: Any = trainer
+    changed.get_train_dataloader = lambda: loader
+    changed.training_step = step
 
 
 class _Rates:

@@ -4,7 +4,8 @@ import logging
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ T = TypeVar("T", bound=Hashable)
 class Choice:
     """What was chosen, the seconds of each candidate that agreed (none on CPU), why the others were rejected."""
 
-    chosen: Hashable = None
-    seconds: dict[Hashable, float] = field(default_factory=dict)
+    chosen: Any = None
+    seconds: dict[Any, float] = field(default_factory=dict)
     rejected: dict[Hashable, str] = field(default_factory=dict)
 
 
@@ -43,7 +44,7 @@ def choices() -> dict[Hashable, Choice]:
     return dict(_choices)
 
 
-def chosen(key: Hashable) -> Hashable | None:
+def chosen(key: Hashable) -> Any:
     """What an earlier `choose` with this key returned, or None. Ask before operands for a measurement are made.
 
     Raises:
@@ -120,11 +121,15 @@ def _disagreement(
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     for i, (found, want) in enumerate(zip(results, wanted, strict=True)):
-        error = (found.double() - want.double()).abs().max().item()
+        off = (found.double() - want.double()).abs().max().item()
         largest = want.abs().max().item()
-        if not error <= tolerance * largest:  # a NaN disagrees
-            return f"output {i} is off by {error:.3g}, allowed {tolerance:.1g} of {largest:.3g}"
+        if not off <= tolerance * largest:  # a NaN disagrees
+            return f"output {i} is off by {off:.3g}, allowed {tolerance:.1g} of {largest:.3g}"
     return ""
+
+
+def _launched(run: Run) -> list[Sequence[Tensor]]:
+    return [run() for _ in range(LAUNCHES)]
 
 
 def device_seconds(candidates: Mapping[T, Run]) -> dict[T, float]:
@@ -133,7 +138,7 @@ def device_seconds(candidates: Mapping[T, Run]) -> dict[T, float]:
     pool = None
     for name, run in candidates.items():
         # In one memory: they are replayed in turns, and no one reads their results.
-        graphs[name], _ = capture(lambda run=run: [run() for _ in range(LAUNCHES)], pool=pool)
+        graphs[name], _ = capture(partial(_launched, run), pool=pool)
         pool = graphs[name].pool()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     seconds: dict[T, list[float]] = {name: [] for name in candidates}

@@ -14,8 +14,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Rows(NamedTuple):
     """A channels-last image [N, C, H, W], or a channel slice of one, as a matrix of N * H * W rows."""
 
-    base: Tensor  # starts where the storage starts, so that its pointer is aligned to 16 bytes
-    skip: int  # elements to channel 0 of pixel 0
+    base: Tensor | None  # None of no image; starts where the storage starts, so that its pointer is aligned to 16 bytes
+    skip: int | torch.SymInt  # elements to channel 0 of pixel 0
     stride: int  # elements from one pixel to the next
 
     @classmethod

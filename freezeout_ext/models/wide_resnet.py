@@ -55,7 +55,7 @@ class WideResNet(nn.Module):
             raise ValueError(f"WRN depth must be 6n + 4 (10, 16, 22, 28, 34, 40, ...), got {depth}")
         channels = 16
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
-        blocks = []
+        blocks: list[nn.Module] = []
         for out_channels in (16 * width, 32 * width, 64 * width):
             for k in range((depth - 4) // 6):
                 stride = 2 if k == 0 and blocks else 1

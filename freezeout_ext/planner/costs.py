@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 from ..schedule import Schedule
 
@@ -81,8 +82,11 @@ class StepCosts:
     def from_dict(cls, values: dict) -> "StepCosts":
         """Raises ValueError where `values` are not what to_dict returned."""
         try:
-            known = {name: value for name, value in values.items() if name != "other"}  # always 0 in earlier versions
-            costs = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+            known: dict[str, Any] = {
+                name: value for name, value in values.items() if name != "other"
+            }  # always 0 in earlier versions
+            known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+            costs = cls(**known)
             numbers = [costs.loss, costs.loader, *costs.forward, *costs.frozen_forward, *costs.backward]
             numbers += [*costs.backward_first, *costs.optimizer, *(costs.saving_error or ()), *(costs.memory or ())]
             whole = all(isinstance(name, str) for name in costs.layers)

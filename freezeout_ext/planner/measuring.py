@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import chain
 from statistics import median
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ WARM_UP_STEPS = 2  # of each copy
 FULL_STEPS = 3  # whole steps a round, with instruments and without
 LOADER_BATCHES = 20
 
-MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def measure_costs(
@@ -53,7 +54,7 @@ def measure_costs(
         example_inputs, targets: one batch of the size to train with; for inputs that are no tensor see `batch.call`.
         criterion: (outputs, targets) -> scalar loss.
         layers: of `model`, as find_layers gives them.
-        make_optimizer: parameters -> optimizer (FusedSGD with Nesterov momentum).
+        make_optimizer: param groups -> optimizer (FusedSGD with Nesterov momentum).
         amp_dtype: autocast's dtype, None for none.
         max_seconds: no further round begins after it; the first is always whole.
         loader, loader_ahead: seconds a step, see `StepCosts` and `measure_loader`.
@@ -130,7 +131,8 @@ class LayerBench:
         self.forget()
 
     def _copy(self) -> None:
-        self.model = self.layers = self.optimizer = None  # the old ones go first
+        for name in ("model", "layers", "optimizer"):
+            self.__dict__.pop(name, None)  # the old ones go first
         self.model, self.layers = copy.deepcopy(self._original)
         for p in self.model.parameters():
             p.grad = None
@@ -203,7 +205,8 @@ class LayerBench:
         """The medians over all rounds; `others`: further fields of StepCosts."""
         error = None
         if self.rounds > 1:
-            error = tuple(median_error(values) for values in zip(*self.savings, strict=True))
+            # Of two values or more there is one.
+            error = tuple(cast("float", median_error(values)) for values in zip(*self.savings, strict=True))
         return StepCosts(**self._medians(self._lists()), saving_error=error, **others)
 
     def _lists(self) -> list[list[float]]:

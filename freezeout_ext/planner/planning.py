@@ -107,7 +107,9 @@ def layers_table(costs: StepCosts) -> str:
     """Forward, backward and share of each layer, the rest of the step, and how well they add up."""
     factor, unit = (1e3, "ms") if costs.unit == "s" else (1e-6, "MFLOP")
     full = costs.step(0)
-    rows = [("layer", "name", f"forward, {unit}", "frozen", "backward", "as first", "share of step")]
+    rows: list[tuple[str, ...]] = [
+        ("layer", "name", f"forward, {unit}", "frozen", "backward", "as first", "share of step")
+    ]
     for i, name in enumerate(costs.layers):
         whole = costs.forward[i] + costs.backward[i]
         parts = (costs.forward[i], costs.frozen_forward[i], costs.backward[i], costs.backward_first[i])
@@ -117,7 +119,7 @@ def layers_table(costs: StepCosts) -> str:
     lines += [
         f"{name}: {factor * value:.3f} {unit} ({100 * value / full:.1f} %)" for name, value in rest.items() if value
     ]
-    if costs.closure_error is not None:
+    if costs.whole_step is not None and costs.closure_error is not None:
         lines.append(
             f"whole step: {factor * costs.whole_step:.3f} {unit} without instruments; the parts add up to"
             f" {100 * costs.closure_error:+.1f} % of it"
@@ -127,7 +129,9 @@ def layers_table(costs: StepCosts) -> str:
 
 
 def predictions_table(predictions: Iterable[Prediction], unit: str = "s") -> str:
-    rows = [("strategy", "t_0", "saving", "ceiling", "run", "without", "peak MiB at start", "mean", "at end")]
+    rows: list[tuple[str, ...]] = [
+        ("strategy", "t_0", "saving", "ceiling", "run", "without", "peak MiB at start", "mean", "at end")
+    ]
     for p in predictions:
         memory = ["-"] * 3
         if p.memory:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..batch import Batch
 
@@ -136,7 +136,7 @@ def kept_generators() -> Iterator[None]:
             numpy.random.set_state(states[2])
 
 
-class _Seeded:
+class _Seeded(Dataset):
     """dataset[i] as drawn by (seed, epoch, i)."""
 
     def __init__(self, dataset: Any, seed: int, epoch: int) -> None:

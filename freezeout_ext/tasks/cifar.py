@@ -189,5 +189,7 @@ def _download(cifar: Cifar, data_dir: Path) -> None:
         with tarfile.open(archive) as tar:
             for name in (*cifar.train, *cifar.test, cifar.meta):
                 # Only by name and content: the archive decides nothing about paths.
-                (folder / name).write_bytes(tar.extractfile(f"{cifar.folder}/{name}").read())
+                member = tar.extractfile(f"{cifar.folder}/{name}")
+                assert member is not None  # a file, in the archive of this md5
+                (folder / name).write_bytes(member.read())
         os.replace(folder, data_dir / cifar.folder)

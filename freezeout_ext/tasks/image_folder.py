@@ -111,10 +111,11 @@ def image_folder_task(
         import PIL  # noqa: F401
     except ImportError:
         raise ModuleNotFoundError("imagefolder needs Pillow: pip install 'freezeout_ext[train]'") from None
-    root, notes = Path(data_dir), []
+    root = Path(data_dir)
+    notes: list[str] = []
     train, evaluation, classes = _splits(root, seed)
     train, evaluation = _readable(root, train, evaluation, image_size, skip_broken, notes)
-    validation = []
+    validation: Files = []
     if val_fraction:
         train, validation = _divided(train, val_fraction, len(classes), seed + 1)
     if not evaluation:

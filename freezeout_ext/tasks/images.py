@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +124,8 @@ class DataSplits:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return tuple(self.train.images.shape[1:])
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
 
 
 def image_task(
@@ -146,7 +148,7 @@ def image_task(
     net = find_net(model, data.num_classes, in_channels=channels, image_size=image_size or side, weights=weights)
 
     def prepared(split: Split, augmented: bool) -> Split:
-        statistics = {} if net.mean is None else {"mean": net.mean, "std": net.std}
+        statistics: dict[str, Any] = {} if net.mean is None else {"mean": net.mean, "std": net.std}
         return replace(split, augmented=augmented, size=image_size, channels=net.channels, **statistics)
 
     fresh = not (net.notes or model.startswith(TIMM))

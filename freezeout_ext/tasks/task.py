@@ -127,7 +127,9 @@ class Task:
         Without a metric both are the loss. The batches are on the model's device. The model stays in eval mode.
         """
         model.eval()
-        count, total, sums = 0, 0.0, 0.0
+        count = 0
+        total: Any = 0.0  # tensors from the first batch on
+        sums: Any = 0.0
         for batch in batches:
             loss, outputs = self.loss(model, batch)
             targets = as_batch(batch)[1]
@@ -137,8 +139,8 @@ class Task:
                 sums = sums + self.metric.sums(outputs, targets).double()
         if not count:
             raise ValueError("batches must give at least one batch, got none")
-        loss = float(total) / count
-        return loss, float(self.metric.value(sums)) if self.metric else loss
+        mean = float(total) / count
+        return mean, float(self.metric.value(sums)) if self.metric else mean
 
     def optimizer(self, parameters: Iterable) -> torch.optim.Optimizer:
         """make_optimizer's, or the default."""
@@ -184,12 +186,13 @@ class Task:
         if not loss.isfinite():
             raise TaskFault(f"{self._place(self.criterion)}criterion must return a finite loss, got {loss.item()}")
         self._asked("the loss must have a gradient", loss.backward)
-        if self.metric is not None:
+        metric = self.metric
+        if metric is not None:
             demand = f"metric must take outputs and targets, {found}"
             with torch.no_grad():
-                value = self._asked(demand, lambda: float(self.metric(outputs, targets)))
+                value = self._asked(demand, lambda: float(metric(outputs, targets)))
             if value != value:
-                raise TaskFault(f"metric {self.metric.name} must be a number, got nan")
+                raise TaskFault(f"metric {metric.name} must be a number, got nan")
 
     def _place(self, function: Callable | None) -> str:
         return place_of(self.file, function)

@@ -36,7 +36,7 @@ def load_task(text: str, *, check: bool = True) -> Task:
     """
     path, name = (text, "") if text.endswith(".py") else text.rpartition(":")[::2]
     file = Path(path).resolve()
-    if not file.is_file():
+    if file.suffix != ".py" or not file.is_file():
         raise TaskFault(f"task must be a Python file, my_task.py or my_task.py:name, {text} is none")
     source = _read(file)
     module = _imported(file)
@@ -115,6 +115,7 @@ def _imported(file: Path) -> ModuleType:
     # file defines can be found again by its name.
     name = f"freezeout_task_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None  # of a .py file there are both
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     if str(file.parent) not in sys.path:

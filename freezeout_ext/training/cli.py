@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from ..prefix import MODES
 from ..tasks import DATA
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options) -> None:
         super().__init__(**options, allow_abbrev=False)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
 
 
@@ -242,7 +243,7 @@ def _add_run_options(parser: argparse.ArgumentParser, *, out: bool = True) -> No
 
 
 def _add_freezeout_options(parser: argparse.ArgumentParser, *, lists: bool = False) -> None:
-    several = {"nargs": "+", "action": "extend", "default": None} if lists else {}
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": None} if lists else {}
     end = "; several make several arms or panels" if lists else ""
     parser.add_argument(
         "--t0",

@@ -6,6 +6,7 @@ import shlex
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -325,7 +326,7 @@ def _base(own: Task | None, args: argparse.Namespace) -> TrainConfig:
     if own is not None:
         return TrainConfig.of_task(own)
     # A pretrained net wants a smaller rate than a fresh one, and fewer epochs.
-    pretrained = {"optimizer": "adamw", "weight_decay": 0.01, "epochs": 10, "batch_size": 50}
+    pretrained: dict[str, Any] = {"optimizer": "adamw", "weight_decay": 0.01, "epochs": 10, "batch_size": 50}
     return TrainConfig(**(pretrained if getattr(args, "weights", None) else {}))
 
 

@@ -77,6 +77,7 @@ class Arm:
         if method == "full":
             config = replace(config, start_frozen=0)
         else:
+            assert self.t_0 is not None and self.how_scale is not None  # an arm that freezes has both
             config = replace(config, t_0=self.t_0, how_scale=self.how_scale)
         return config.resolved()
 
@@ -236,7 +237,7 @@ class Comparison:
         arms = [_arm_summary(arm, results, judge, sign) for arm in self.arms]
         arms = [
             with_engagement(summary, costs, self.base.to_dict(), list(results[arm].values()))
-            if arm.freezes
+            if costs is not None and arm.freezes
             else summary
             for arm, summary in zip(self.arms, arms, strict=True)
         ]
@@ -297,7 +298,7 @@ def _arm_summary(arm: Arm, results: dict[Arm, dict[int, dict]], judge: str, sign
         summary["accuracy_over_full_test"] = paired_test(gains)
         ratios = [run["train_seconds"] / full[seed]["train_seconds"] for seed, run in runs.items()]
         summary["seconds_over_full"] = spread(ratios)
-    if (rival := results.get(arm.rival)) is not None:
+    if arm.rival is not None and (rival := results.get(arm.rival)) is not None:
         gains = [sign * (run[judge] - rival[seed][judge]) for seed, run in runs.items()]
         summary["ahead_of_rival"] = {
             "rival": arm.rival.name,

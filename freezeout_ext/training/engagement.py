@@ -39,11 +39,11 @@ def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -
         (first, first_error), (then, then_error) = _timed(by_frozen.get(before)), _timed(by_frozen.get(k))
         if whole and then is not None:
             row["measured_saving"] = 1 - then / whole
-            if None not in (then_error, whole_error):
+            if then_error is not None and whole_error is not None:
                 row["measured_error"] = _both(then_error, whole_error * then / whole) / whole
             if first is not None:
                 row["measured_drop"] = (first - then) / whole
-                if None not in (first_error, then_error):
+                if first_error is not None and then_error is not None:
                     row["drop_error"] = _both(first_error, then_error) / whole
         rows.append(judged(row))
         before = k

@@ -137,6 +137,8 @@ class Run:
 def features_kept(cache: FeatureCache) -> dict:
     """What a run's cache of features did, for result.json."""
     report = cache.report()
-    names = ("num_frozen", "views", "rows", "of_rows", "bytes", "where", "hits", "pushed", "misses")
-    names += ("samples_read", "samples_skipped", "seconds_saved", "largest_difference", "notes")
+    names = (
+        "num_frozen", "views", "rows", "of_rows", "bytes", "where", "hits", "pushed", "misses",
+        "samples_read", "samples_skipped", "seconds_saved", "largest_difference", "notes",
+    )  # fmt: skip
     return {name: getattr(report, name) for name in names} | {"text": str(report)}

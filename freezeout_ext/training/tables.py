@@ -299,7 +299,7 @@ def engagement_text(result: dict) -> str:
 
 def traffic_table(result: dict) -> str:
     """What each rank sent a step, from each time that DDP was wrapped on."""
-    rows = [("from step", "layers frozen", "KiB of gradients a step", "KiB of buffers")]
+    rows: list[tuple[str, ...]] = [("from step", "layers frozen", "KiB of gradients a step", "KiB of buffers")]
     for t in result["traffic"]:
         kib = [f"{t[name] / 1024:,.1f}" for name in ("gradient_bytes", "buffer_bytes")]
         rows.append((str(t["step"]), f"{t['num_frozen']} of {len(result['layers'])}", *kib))

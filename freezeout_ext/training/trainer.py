@@ -47,7 +47,9 @@ class Trainer:
         _set_backends(config)
         torch.manual_seed(config.seed)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = task.make_model().to(self.device, memory_format=self.memory_format)
+        self.model = task.make_model().to(  # type: ignore[call-overload]  # its overloads leave memory_format out
+            self.device, memory_format=self.memory_format
+        )
         # Whole batches alone: equal steps can be compared, and a batch norm never sees three images.
         self.steps_per_epoch = max(1, len(task.train) // config.batch_size)
         self.total_steps = config.steps or config.epochs * self.steps_per_epoch
@@ -61,6 +63,7 @@ class Trainer:
         if config.method != "freezeout":
             cosine = Schedule(1, self.total_steps, t_0=1.0, warmup_steps=warmup_steps)
         if config.method != "full":
+            how: dict[str, Any] = {} if config.prefix is None else {"prefix": config.prefix}
             self.freezeout = FreezeOut(
                 self.model,
                 self.optimizer,
@@ -75,8 +78,9 @@ class Trainer:
                 cache=self.cache,
                 anneal=config.method == "freezeout",
                 measure_prefix=not config.deterministic,
-                **({} if config.prefix is None else {"prefix": config.prefix}),
+                **how,
             )
+        assert config.amp is not None  # of a resolved config
         self.amp_dtype = AMP_DTYPES[config.amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         net, self.follower = ranks.wrapped(self.model, self.freezeout)
@@ -229,6 +233,7 @@ class Trainer:
 
     def _make_cache(self) -> FeatureCache:
         config, task = self.config, self.task
+        assert config.cache is not None  # a cache was asked for
         cache = FeatureCache(
             task.train,
             views=config.views,
@@ -237,7 +242,9 @@ class Trainer:
             seed=config.seed,
             measure=not config.deterministic,
         )
-        loads = {} if cache.views.batched else {"num_workers": task.workers, "pin_memory": self.device.type == "cuda"}
+        loads: dict[str, Any] = (
+            {} if cache.views.batched else {"num_workers": task.workers, "pin_memory": self.device.type == "cuda"}
+        )
         self.loader = cache.loader(
             config.batch_size // self.ranks.world,
             drop_last=len(task.train) >= config.batch_size,
@@ -283,7 +290,7 @@ class Trainer:
 
     def _compile(self) -> CompiledLayers:
         # Full training is compiled in the same pieces: a FreezeOut that never steps names them.
-        whole = {"total_steps": self.total_steps, "t_0": 1.0, "anneal": False}
+        whole: dict[str, Any] = {"total_steps": self.total_steps, "t_0": 1.0, "anneal": False}
         layers = self.task.layers
         return CompiledLayers(self.freezeout or FreezeOut(self.model, self.optimizer, layers=layers, **whole))
 
@@ -317,7 +324,9 @@ class _Totals:
     def means(self, samples: int, ranks: Ranks) -> tuple[float, float]:
         """(mean loss, metric) over the samples of all processes."""
         loss = ranks.sum(self._loss).item() / samples
-        return loss, loss if self._sums is None else float(self._metric.value(ranks.sum(self._sums)))
+        if self._metric is None or self._sums is None:
+            return loss, loss
+        return loss, float(self._metric.value(ranks.sum(self._sums)))
 
 
 def make_optimizer(
@@ -326,12 +335,15 @@ def make_optimizer(
     """The optimizer that config names over the parameters, or groups of them."""
     if config.optimizer == "task":
         return task.optimizer(parameters)
+    assert config.lr is not None  # a resolved config has one for all but the task's own optimizer
     if config.optimizer == "fused-adamw":
         return FusedAdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     # A CUDA graph holds what the host knew at its capture: rates and counts have to be on the device.
-    on_device = {"fused": True} if config.graph and config.device == "cuda" and config.optimizer != "fused-sgd" else {}
+    on_device: dict[str, Any] = (
+        {"fused": True} if config.graph and config.device == "cuda" and config.optimizer != "fused-sgd" else {}
+    )
     if config.optimizer == "adamw":
-        capturable = {"capturable": True} if on_device else {}
+        capturable: dict[str, Any] = {"capturable": True} if on_device else {}
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **on_device, **capturable)
     sgd = FusedSGD if config.optimizer == "fused-sgd" else torch.optim.SGD
     return sgd(

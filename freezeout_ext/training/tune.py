@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..planner import StepCosts, predict
 from ..schedule import Schedule
@@ -35,7 +36,7 @@ class Setting:
     """What a candidate changes of the base config, and its name."""
 
     name: str
-    changes: tuple[tuple[str, object], ...]
+    changes: tuple[tuple[str, Any], ...]
 
     def config(self, base: TrainConfig, steps: int) -> TrainConfig:
         return replace(base, steps=steps, **dict(self.changes))
@@ -103,7 +104,10 @@ class Tuning:
         if self.costs.unit != "s":
             raise ValueError("the run must be long enough to measure its layers: more epochs, or steps")
         self.full_seconds = self._total_steps * self.costs.step(0)
-        self.seconds = seconds if seconds is not None else (1 - saving) * self.full_seconds
+        if seconds is None:
+            assert saving is not None  # one of the two is
+            seconds = (1 - saving) * self.full_seconds
+        self.seconds = seconds
         self.rows: list[dict] = []
         self.refused: dict[str, str] = {}
 
