@@ -65,9 +65,12 @@ def test_a_run_of_a_timm_net_is_that_of_a_plain_loop(name):
 def test_a_run_of_a_transformer_is_that_of_a_plain_loop(name):
     pytest.importorskip("transformers")
     batch = transformer(name)[1]
-    report, calls = check(lambda: transformer(name)[0], lambda model, step: (model(**batch())[0] - 1).square().mean())
-    if not ALL:
-        assert calls > 0, report
+
+    def loss_of(model, step):
+        outputs = [t for t in model(**batch()).to_tuple() if isinstance(t, torch.Tensor)]
+        return sum((t - 1).square().mean() for t in outputs)
+
+    check(lambda: transformer(name)[0], loss_of)
 
 
 @pytest.mark.parametrize("name", ["Bert", "GPT2", "Llama", "T5Encoder", "ViT"])
@@ -85,7 +88,7 @@ def test_blocks_that_are_called_with_masks_and_positions_are_one_chain(name, mod
     freeze(model, len(layers) - 1, layers)
     prefix = Prefix(model, layers, mode=mode, measure=False)
     prefix.freeze(len(layers) - 1)
-    for _ in range(5):
-        model(**batch())[0].square().mean().backward()
+    for _ in range(9):
+        model(**batch())
     longest = max(len(chain.links) for chain in prefix._chains)
     assert longest >= 2 and prefix.report().calls, prefix.report()
