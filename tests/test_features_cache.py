@@ -261,6 +261,26 @@ def test_autocast_is_part_of_what_is_kept():
     assert [n for n in cache.report().notes if "another autocast" in n]
 
 
+@pytest.mark.parametrize("num_frozen", [0, 1])
+def test_thawing_between_a_batch_and_its_forward_is_an_error(num_frozen):
+    model, dataset = small_net(), Pictures(16)
+    cache = FeatureCache(dataset, views=1, measure=False)
+    loader = cache.loader(8, shuffle=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    freezeout = FreezeOut(model, optimizer, total_steps=100, start_frozen=2, t_0=1.0, cache=cache)
+    for _ in range(3):
+        for inputs, _targets, keys in loader:
+            with cache.samples(keys):
+                model(inputs)
+    assert inputs.isnan().all()  # its features are kept
+    freezeout.thaw_to(num_frozen)
+    with cache.samples(keys), pytest.raises(RuntimeError, match="were not read"):
+        model(inputs)
+    for inputs, _targets, keys in loader:  # the next batch has what it needs
+        with cache.samples(keys):
+            assert model(inputs).isfinite().all()
+
+
 def test_a_graphed_step_takes_kept_rows_as_its_input():
     dataset, found = Pictures(16), []
     for backend in (HostGraphs(), None):

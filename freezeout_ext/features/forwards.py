@@ -87,15 +87,19 @@ class Forwards:
 
     def run(self, name: str, model: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:
         """original(*args, **kwargs), from what is kept where that is right."""
-        if not (model.training and torch.is_grad_enabled() and self.num_frozen):
+        if not (model.training and torch.is_grad_enabled()):
             return original(*args, **kwargs)
-        self.count += 1
-        if self.given is not None:
+        if self.given is not None and self.num_frozen:
+            self.count += 1
             return self._from_given(original, args, kwargs)
         keys = self.keys
+        absent = self.absent[keys.clamp(min=0)] & (keys >= 0)
+        if not self.num_frozen:
+            # A batch that lacks inputs was fetched before all was thawed.
+            return self._as_ever(original, args, kwargs, absent)
+        self.count += 1
         self._check_batch(keys, args, kwargs)
         self._kept.drop_changed()
-        absent = self.absent[keys.clamp(min=0)] & (keys >= 0)
         now = self._kept.latest
         if bool((keys < 0).any()) or (self.gave_up and not bool(absent.any())):
             return self._as_ever(original, args, kwargs, absent)
