@@ -130,8 +130,6 @@ class Run:
         return round(self.arm.thaw[0] * self.total)
 
     def _train_step(self, inputs: Tensor, targets: Tensor, keys: object = None) -> None:
-        if self.arm.thaw is not None and self.step == self._thaw_step:
-            self.freezeout.thaw_to(self.arm.thaw[1])
         num_frozen = 0 if self.freezeout is None else self.freezeout.num_frozen
         counting = self.counted is None or num_frozen < self.counted
         saved = SavedBytes(self.model) if counting else None
@@ -147,6 +145,9 @@ class Run:
         self.optimizer.zero_grad()
         if self.freezeout is not None:
             self.freezeout.step()
+            # Before the next batch is fetched: a batch of kept features has no inputs for thawed layers.
+            if self.arm.thaw is not None and self.step + 1 == self._thaw_step:
+                self.freezeout.thaw_to(self.arm.thaw[1])
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1

@@ -168,6 +168,7 @@ int& chosen_isa() {
 template <class F, class T>
 std::vector<RatesOf<F, T>> rates_of(const Batch& batch, const SharedInputs& inputs) {
   std::vector<double> lrs;
+  lrs.reserve(batch.groups.size());
   for (const ParamGroup& group : batch.groups) {
     lrs.push_back(inputs.schedule_step ? scheduled_rate(group, static_cast<double>(*inputs.schedule_step)) : group.lr);
   }

@@ -267,8 +267,8 @@ std::size_t PreparedStep::batch_of(const dlpack::Tensor& view, const std::string
 
 const char* PreparedStep::read_group(const Group& group, PyObject* dict, ParamGroup* read,
                                      py::object& held_list) const {
-  double numbers[kRoles] = {};
-  bool flags[kRoles] = {};
+  double lr = 0, decay = 0, momentum = 0, dampening = 0, eps = 0;
+  bool maximizes = false, nesterov = false, amsgrad = false, decoupled = false;
   double betas[2] = {};
   bool is_float_rate = false;
   std::size_t count = 0;
@@ -297,26 +297,34 @@ const char* PreparedStep::read_group(const Group& group, PyObject* dict, ParamGr
           if (held.attr("requires_grad").cast<bool>()) return "a learning rate requires grad";
           is_float_rate = held.attr("itemsize").cast<int>() == 4 && schedule_.empty();
         }
-        numbers[role] = as_number(value);
+        lr = as_number(value);
         break;
       case kMomentumKey:
+        if (formula_ == Formula::kSgd) momentum = as_number(value);
+        break;
       case kDampening:
-        if (formula_ == Formula::kSgd) numbers[role] = as_number(value);
+        if (formula_ == Formula::kSgd) dampening = as_number(value);
         break;
       case kDecay:
-        numbers[role] = as_number(value);
+        decay = as_number(value);
         break;
       case kEpsKey:
-        if (formula_ == Formula::kAdamW) numbers[role] = as_number(value);
+        if (formula_ == Formula::kAdamW) eps = as_number(value);
         break;
       case kBetas:
         if (formula_ == Formula::kAdamW && !as_pair(value, betas)) return "a group's betas are no pair";
         break;
       case kMaximizes:
+        maximizes = as_bool(value);
+        break;
       case kNesterovKey:
+        nesterov = as_bool(value);
+        break;
       case kAmsgradKey:
+        amsgrad = as_bool(value);
+        break;
       case kDecoupled:
-        flags[role] = as_bool(value);
+        decoupled = as_bool(value);
         break;
       case kIgnored:
       case kRoles:
@@ -325,22 +333,21 @@ const char* PreparedStep::read_group(const Group& group, PyObject* dict, ParamGr
   }
   if (count != group.keys.size()) return "a group's keys changed";
   if (!read) return nullptr;
-  read->lr = numbers[kLr];
-  read->weight_decay = numbers[kDecay];
-  const bool decays = numbers[kDecay] != 0;
-  read->options = (decays ? kWeightDecay : 0u) | (flags[kMaximizes] ? kMaximize : 0u);
+  read->lr = lr;
+  read->weight_decay = decay;
+  const bool decays = decay != 0;
+  read->options = (decays ? kWeightDecay : 0u) | (maximizes ? kMaximize : 0u);
   if (is_float_rate) read->options |= kFloatRate;
   if (formula_ == Formula::kSgd) {
-    const bool has_momentum = numbers[kMomentumKey] != 0;
-    read->coefficients[Sgd::kMomentumOf] = numbers[kMomentumKey];
-    read->coefficients[Sgd::kUndamped] = 1 - numbers[kDampening];
-    read->options |= (has_momentum ? Sgd::kMomentum : 0u) | (has_momentum && flags[kNesterovKey] ? Sgd::kNesterov : 0u);
+    const bool has_momentum = momentum != 0;
+    read->coefficients[Sgd::kMomentumOf] = momentum;
+    read->coefficients[Sgd::kUndamped] = 1 - dampening;
+    read->options |= (has_momentum ? Sgd::kMomentum : 0u) | (has_momentum && nesterov ? Sgd::kNesterov : 0u);
   } else {
     read->coefficients[AdamW::kBeta1] = betas[0];
     read->coefficients[AdamW::kBeta2] = betas[1];
-    read->coefficients[AdamW::kEps] = numbers[kEpsKey];
-    read->options |=
-        (flags[kAmsgradKey] ? AdamW::kAmsgrad : 0u) | (decays && !flags[kDecoupled] ? AdamW::kCoupled : 0u);
+    read->coefficients[AdamW::kEps] = eps;
+    read->options |= (amsgrad ? AdamW::kAmsgrad : 0u) | (decays && !decoupled ? AdamW::kCoupled : 0u);
   }
   return nullptr;
 }

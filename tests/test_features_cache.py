@@ -283,3 +283,17 @@ def test_a_graphed_step_takes_kept_rows_as_its_input():
         if backend is not None:
             assert step.captures >= 2 and step.replays > 10
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_made_inside_samples_is_a_plain_model():
+    model, dataset = small_net(), Pictures(8)
+    cache = FeatureCache(dataset, views=1)
+    FreezeOut(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=9, start_frozen=1, cache=cache)
+    for inputs, _, keys in cache.loader(8):
+        with cache.samples(keys):
+            model(inputs)
+            other = copy.deepcopy(model)
+    rows = cache.report().misses, cache.report().hits
+    assert other.forward.__self__ is other
+    assert torch.equal(other.eval()(inputs), model.eval()(inputs))
+    assert rows == (cache.report().misses, cache.report().hits)

@@ -1,6 +1,9 @@
 """Kept features in Lightning, Transformers' Trainer, Accelerate, and two processes under DistributedDataParallel."""
 
 import copy
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,3 +167,13 @@ def test_two_processes_own_a_part_each_and_train_as_without_the_cache(tmp_path):
     assert not set(ranks[0][True][1]) & set(ranks[1][True][1])
     assert torch.equal(ranks[0][True][3], ranks[1][True][3])
     assert (tmp_path / "store" / "rank-1-of-2").is_dir()
+
+
+def test_the_example_reads_no_picture_twice(monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    path = Path(__file__).parent.parent / "examples" / "kept_features.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--epochs", "3"])
+    assert runpy.run_path(str(path))["main"]() > 0.4  # chance is 0.1
+    printed = capsys.readouterr().out
+    assert "outputs of" in printed and "samples not decoded" in printed
+    assert len(path.read_text().splitlines()) < 80

@@ -111,6 +111,7 @@ def test_transitions_lie_between_their_phases():
         "seconds_per_step_mean": 2.0,
         "seconds_error": pytest.approx(1.2533 * 1.0 / 3**0.5),
         "cpu_seconds_per_step": None,
+        "cpu_seconds_per_step_mean": None,
         "cpu_seconds_error": None,
         "memory_bytes": 30,
     }

@@ -432,7 +432,7 @@ def test_deterministic_runs_choose_nothing_by_the_clock(digits, tmp_path, monkey
         for k in range(2):
             trained = Run.prepare(config, tmp_path / str(k), task=task_of(config, digits))
             # What it is timed against would seem to take no time.
-            monkeypatch.setattr("freezeout_ext.prefix.runtime.median", lambda times: 0.0)
+            monkeypatch.setattr("freezeout_ext.prefix.judge.median", lambda times: 0.0)
             trained.train(Reporter())
             report = trained.trainer.freezeout.prefix_report()
             assert report.fused and report.eager_ms is None

@@ -265,7 +265,7 @@ class FeatureCache:
 
     def skippable(self, keys: Tensor) -> Tensor:
         self._follow()
-        now, found = self._kept.latest, torch.zeros(len(keys), dtype=torch.bool)
+        now, found = self._kept.latest, torch.zeros(len(keys), dtype=torch.bool, device="cpu")
         if now is None or self._forwards.gave_up or now.guard.changed() is not None:
             return found
         for generation in self._kept:
@@ -303,7 +303,7 @@ class FeatureCache:
         if isinstance(keys, Tensor) and keys.device.type != "cpu":
             self._note("keys were on the device: a synchronisation at every step; hand over the loader's own")
         try:
-            keys = torch.as_tensor(keys, dtype=torch.int64).cpu()
+            keys = torch.as_tensor(keys, dtype=torch.int64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"keys must be the loader's, or int64 of a batch, got a {type(keys).__name__}") from error
         if keys.dim() != 1 or not len(keys):

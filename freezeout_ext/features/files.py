@@ -122,7 +122,7 @@ class Files:
         size = _nbytes(shape, dtype)
         if not size:
             self._maps.append(None)
-            self.tensors.append(torch.empty(shape, dtype=dtype))
+            self.tensors.append(torch.empty(shape, dtype=dtype, device="cpu"))
             return
         file = os.open(self.folder / f"column-{i}", os.O_RDWR | os.O_CREAT)
         try:
@@ -144,7 +144,7 @@ class Files:
             entries.append(entry)
         if len(data) != len(entries) * RECORD.size:
             self._journal.truncate(len(entries) * RECORD.size)  # a record that was cut off
-        return torch.tensor(entries, dtype=torch.int64).view(-1, 4)
+        return torch.tensor(entries, dtype=torch.int64, device="cpu").view(-1, 4)
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -64,7 +64,7 @@ class Forwards:
         self.num_frozen = 0
         self.keys: Tensor | None = None
         self.lengths: Tensor | None = None
-        self.absent = torch.zeros(generations.views.num_keys, dtype=torch.bool)
+        self.absent = torch.zeros(generations.views.num_keys, dtype=torch.bool, device="cpu")
         self.given: tuple[Tensor, ...] | None = None
         self.refused: str | None = None
         self.gave_up = False

@@ -128,10 +128,10 @@ class CacheLoader:
 
     def order(self, epoch: int) -> Tensor:
         """-> the samples of this process in the order of an epoch."""
-        mine = torch.arange(self._rank, self._cache.views.num_samples, self._world_size)
+        mine = torch.arange(self._rank, self._cache.views.num_samples, self._world_size, device="cpu")
         if self.shuffle:
             generator = torch.Generator(device="cpu").manual_seed(order_seed(self._seed, epoch))
-            mine = mine[torch.randperm(len(mine), generator=generator)]
+            mine = mine[torch.randperm(len(mine), generator=generator, device="cpu")]
         return mine[: self.num_samples]
 
     def _plans(self, epoch: int, first_step: int, planned: Planned) -> Iterator[list]:
@@ -244,7 +244,7 @@ class _Items:
     def has(self, keys: Tensor) -> Tensor:
         needless = self._needless()
         if self._store is None or needless is None or not needless <= self._without(self._kept):
-            return torch.zeros(len(keys), dtype=torch.bool)
+            return torch.zeros(len(keys), dtype=torch.bool, device="cpu")
         return self._store.has(keys)
 
     def learn(self, keys: Tensor, batch: Any) -> None:

@@ -110,7 +110,7 @@ class Forward:
         half = self.batch_size // 2
         if not frontier.sliceable:
             return
-        for part in (torch.arange(half), torch.arange(half, self.batch_size)):
+        for part in torch.arange(self.batch_size, device="cpu").tensor_split([half]):
             some = sliced(self.inputs, part, self.batch_size)
             with self.under(part):
                 try:
@@ -129,7 +129,7 @@ class Forward:
             return rows
         assert self.lengths is not None  # something is padded
         lengths = self.lengths if part is None else self.lengths[part]
-        valid = torch.arange(rows.shape[1]) < lengths[:, None]
+        valid = torch.arange(rows.shape[1], device="cpu") < lengths[:, None]
         return rows.masked_fill(~valid.to(rows.device).view(*valid.shape, *[1] * (rows.dim() - 2)), 0)
 
     def _poisoned(self, frontier: Frontier) -> tuple:
@@ -191,7 +191,7 @@ def right_padded(kwargs: Mapping, lengths: Tensor) -> None:
     """
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point():
-        expected = torch.arange(mask.shape[1]) < lengths[:, None]
+        expected = torch.arange(mask.shape[1], device="cpu") < lengths[:, None]
         if not torch.equal(expected, mask.cpu().bool()):
             raise Refused(
                 "attention_mask has padding in front of a sample or inside it: pad behind (padding_side='right')"

@@ -49,7 +49,7 @@ class Rounding:
         return {"scale": self.scale.tolist(), "channel": self._channel}
 
     def load(self, state: dict) -> None:
-        self.scale, self._channel = torch.tensor(state["scale"]), state["channel"]
+        self.scale, self._channel = torch.tensor(state["scale"], device="cpu"), state["channel"]
 
     def _choose(self, x: Tensor) -> None:
         """The dimension whose scales are the least in the mean: that of the channels."""

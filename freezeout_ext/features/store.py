@@ -84,10 +84,10 @@ class Store:
     ) -> None:
         self.columns, self.rows, self.positions = tuple(columns), rows, positions
         self.device = torch.device(device)
-        self._row_of = torch.full((keys,), -1, dtype=torch.int32)
+        self._row_of = torch.full((keys,), -1, dtype=torch.int32, device="cpu")
         self._padded = any(column.padded for column in columns)
         # Of each row: where its positions start, and how many there are.
-        self._spans = torch.zeros((rows if self._padded else 0, 2), dtype=torch.int64)
+        self._spans = torch.zeros((rows if self._padded else 0, 2), dtype=torch.int64, device="cpu")
         self._used = self._used_positions = 0
         self._rounding = [
             Rounding(c.unit, channel_first=not c.padded) if c.kept is torch.int8 else None for c in columns
@@ -143,7 +143,7 @@ class Store:
             new = new[self._used_positions + lengths[new].cumsum(0) <= self.positions]
         if not len(new):
             return 0
-        rows = torch.arange(self._used, self._used + len(new))
+        rows = torch.arange(self._used, self._used + len(new), device="cpu")
         if self._padded and lengths is not None:
             count = lengths[new]
             ends = self._used_positions + count.cumsum(0)
@@ -154,7 +154,7 @@ class Store:
         self._used += len(new)
         self._row_of[keys[new]] = rows.to(torch.int32)
         if self.files is not None:
-            spans = self._spans[rows] if self._padded else torch.zeros((len(rows), 2), dtype=torch.int64)
+            spans = self._spans[rows] if self._padded else torch.zeros((len(rows), 2), dtype=torch.int64, device="cpu")
             self.files.wrote(torch.cat([keys[new][:, None], rows[:, None], spans], 1))
         return len(new)
 
@@ -182,7 +182,7 @@ class Store:
         kept, worst, place = self.gather(keys, batches[0].device, length=length), 0.0, 0
         for column, a, b, allowed in zip(self.columns, kept, batches, self.allowed(keys, batches), strict=True):
             if column.padded:
-                valid = torch.arange(b.shape[1]) < self.lengths(keys)[:, None]
+                valid = torch.arange(b.shape[1], device="cpu") < self.lengths(keys)[:, None]
                 b = b.masked_fill(~valid.to(b.device).view(*valid.shape, *[1] * (b.dim() - 2)), 0)
             apart = (
                 (a.double() - b.double()).abs().flatten(1).amax(1) if b.dim() > 1 else (a.double() - b.double()).abs()
@@ -241,7 +241,7 @@ class Store:
             chosen = torch.cat([row[:length] for row, length in zip(chosen, lengths[new].tolist(), strict=True)])
             first = int(self._spans[rows[0], 0])
             where = slice(first, first + len(chosen))
-            row_of = torch.arange(len(new)).repeat_interleave(lengths[new]).to(batch.device)
+            row_of = torch.arange(len(new), device="cpu").repeat_interleave(lengths[new]).to(batch.device)
         else:
             chosen = chosen.permute(0, *(d + 1 for d in column.order))
             where, row_of = slice(int(rows[0]), int(rows[-1]) + 1), None
@@ -278,7 +278,9 @@ class Store:
         if device == self.device or device.type != "cuda":
             return torch.index_select(self._buffers[i], 0, index).to(device)
         # torch reuses pinned memory once the copy from there has run.
-        staged = torch.empty((len(index), *self._buffers[i].shape[1:]), dtype=self._buffers[i].dtype, pin_memory=True)
+        staged = torch.empty(
+            (len(index), *self._buffers[i].shape[1:]), dtype=self._buffers[i].dtype, device="cpu", pin_memory=True
+        )
         return torch.index_select(self._buffers[i], 0, index, out=staged).to(device, non_blocking=True)
 
     def _places(self, rows: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
@@ -286,7 +288,7 @@ class Store:
         length = int(count.max()) if length is None else length
         if bool((count > length).any()):
             raise ValueError(f"length must be >= that of the longest row, {int(count.max())}, got {length}")
-        steps = torch.arange(length)
+        steps = torch.arange(length, device="cpu")
         valid = steps < count[:, None]
         positions = torch.where(valid, start[:, None] + steps, start[:, None])
         return positions.to(self.device), valid

@@ -71,16 +71,15 @@ def keys_in(batch: Any) -> Keys:
 class Views:
     """Which views there are, which one an epoch shows, and what each one is drawn from.
 
-    key = sample * stride + view for one of the `count` views; -1 - sample for a fresh view, which is never kept.
+    key = sample * count + view for one of the views; -1 - sample for a fresh view, which is never kept.
 
     Args:
         dataset: map-style, or a `BatchDataset`.
         count: views of each sample, K.
         seed: of all views.
-        stride: the largest count that may be set later.
     """
 
-    def __init__(self, dataset: Any, count: int, seed: int, stride: int | None = None) -> None:
+    def __init__(self, dataset: Any, count: int, seed: int) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(
                 "dataset must be map-style (dataset[i] and len(dataset)): features are kept by sample, and iterable "
@@ -90,27 +89,26 @@ class Views:
         if not self.batched and not hasattr(dataset, "__getitem__"):
             raise TypeError(f"dataset must have __getitem__, got a {type(dataset).__name__}")
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"views must be a whole number >= 1 or 'auto', got {count!r}")
+            raise ValueError(f"views must be a whole number >= 1, got {count!r}")
         self.dataset, self.count, self.seed = dataset, count, seed
-        self.stride = count if stride is None else stride
         self.num_samples = len(dataset)
         self._checked = False
 
     @property
     def num_keys(self) -> int:
-        return self.num_samples * self.stride
+        return self.num_samples * self.count
 
     def keys(self, samples: Tensor, epoch: int) -> Tensor:
         """key of the view of each sample that this epoch shows: views take turns and differ among samples."""
-        return samples * self.stride + (samples + epoch) % self.count
+        return samples * self.count + (samples + epoch) % self.count
 
     def samples(self, keys: Tensor) -> Tensor:
         """-> the samples of keys, fresh ones too."""
-        return torch.where(keys < 0, -1 - keys, keys.div(self.stride, rounding_mode="floor"))
+        return torch.where(keys < 0, -1 - keys, keys.div(self.count, rounding_mode="floor"))
 
     def seeds(self, keys: Tensor, epoch: int) -> Tensor:
         """seeds[b] = hash(seed, sample, view); a fresh view is numbered by its epoch, behind all kept ones."""
-        views = torch.where(keys < 0, self.stride + epoch, keys % self.stride)
+        views = torch.where(keys < 0, self.count + epoch, keys % self.count)
         return _mix(_mix(_mix(torch.full_like(keys, self.seed)) ^ self.samples(keys)) ^ views) & (2**63 - 1)
 
     def load(self, sample: int, seed: int) -> Any:
@@ -122,7 +120,7 @@ class Views:
         """-> a hash of one sample's view: another data set of the same length has another one."""
         self.check()
         seed = 20170603
-        item = self.dataset.batch(torch.tensor([0]), torch.tensor([seed])) if self.batched else self.load(0, seed)
+        item = self.dataset.batch(*torch.tensor([[0], [seed]], device="cpu")) if self.batched else self.load(0, seed)
         digest = hashlib.sha256()
         for leaf in tree_leaves(item):
             if isinstance(leaf, Tensor):
@@ -151,7 +149,7 @@ class Views:
 
 def order_seed(seed: int, epoch: int) -> int:
     """-> the seed of an epoch's order."""
-    return int(_mix(_mix(torch.tensor(seed)) ^ epoch) & (2**63 - 1))
+    return int(_mix(_mix(torch.tensor(seed, device="cpu")) ^ epoch) & (2**63 - 1))
 
 
 @contextmanager

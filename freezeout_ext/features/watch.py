@@ -277,6 +277,14 @@ class _Through:
         call, name, module, original = self._given
         return call(name, module, original, args, kwargs)
 
+    def __reduce__(self) -> tuple:
+        # A copy or a pickle of the module runs its own forward.
+        return _same, (self._given[3],)
+
+
+def _same(forward: Callable) -> Callable:
+    return forward
+
 
 def _real(taint: Taint) -> Taint:
     return Taint(s for s in taint if isinstance(s, tuple) and s[0] != "state")

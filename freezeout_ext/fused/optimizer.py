@@ -102,11 +102,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if torch.compiler.is_compiling():
             self._step_by_op(grad_scale, found_inf)
-        elif native.C is None or self._reason_against_containers() is not None:
-            if native.C is None:
-                compiled.missing_half(torch.device("cpu"))  # warns, once
-            if not compiled.overflowed(found_inf):
-                self._step_by_torch([(group, list(group["params"])) for group in self.param_groups], grad_scale)
+        elif native.C is None:
+            compiled.missing_half(torch.device("cpu"))  # warns, once
+            self._step_all_by_torch(grad_scale, found_inf)
         elif found_inf is None or found_inf.device.type != "cpu":
             self._step_natively(grad_scale, found_inf)
         elif not compiled.overflowed(found_inf):
@@ -166,6 +164,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         for _ in range(MOST_PREPARATIONS):
             prepared = self._prepared
             if prepared is None:
+                if self._reason_against_containers() is not None:
+                    self._step_all_by_torch(grad_scale, found_inf)
+                    return
                 prepared = self._prepared = self._prepare()
             if found_inf is not None and prepared.asks_host:
                 if compiled.overflowed(found_inf):
@@ -227,7 +228,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{type(self).__name__} must have made a step like this one before a graph captures it")
         tables = [compiled.upload_table(batch) for batch in step.batches]
         asks_host = bool(by_torch) or any(device.type == "cpu" for device in devices)
-        return _Prepared(step, by_torch, devices, tables, asks_host)
+        must_tell_streams = any(t is not None for t in tables) and not compiled.tensor_reader().exchanges
+        return _Prepared(step, by_torch, devices, tables, asks_host, must_tell_streams)
+
+    def _step_all_by_torch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if not compiled.overflowed(found_inf):
+            self._step_by_torch([(group, list(group["params"])) for group in self.param_groups], grad_scale)
 
     def _step_by_torch(self, groups: list[tuple[dict[str, Any], list[Tensor]]], grad_scale: Tensor | None) -> None:
         """torch's for-loop over some parameters of some groups, gradients unscaled first."""
@@ -342,6 +348,7 @@ class _Prepared:
     devices: list[torch.device]  # of each batch
     tables: list[Tensor | None]
     asks_host: bool  # something looks at found_inf on the host
+    must_tell_streams: bool  # torch before 2.11 tells the module no current stream
 
     def run(self, optimizer: FusedOptimizer, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
         """_C.PreparedStep.run: what has changed, or (updated parameters, leftover, captured)."""
@@ -354,7 +361,7 @@ class _Prepared:
                 tuple(None if t is None else t.to(device, dtype, non_blocking=True) for t, dtype in given)
                 for device in self.devices
             ]
-        if not compiled.tensor_reader().exchanges:
+        if self.must_tell_streams:
             self.use_current_streams()
         return self.step.run(optimizer.param_groups, optimizer.state, torch.get_num_threads(), inputs)
 

@@ -30,6 +30,7 @@ TRUSTED = {
 }  # fmt: skip
 # Any attribute may be meant.
 DYNAMIC = {"getattr", "vars", "dir", "locals", "__getattribute__", "attrgetter"}
+PINNED = ("train", "reset_running_stats")  # what this package puts on frozen modules, which a forward does not read
 HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
 
@@ -78,7 +79,7 @@ class _Reader:
         if not of_torch(cls):
             names = self._class(cls, {"forward"})
         everything = of_torch(cls) or bool(names & DYNAMIC)
-        installed = ("train", "forward") if module is self.unit else ("train",)  # by this package
+        installed = PINNED + (("forward",) if module is self.unit else ())
         kept = {k: v for k, v in vars(module).items() if k not in installed and not k.endswith(HOOKS)}
         keys = []
         for key, value in sorted(kept.items(), key=lambda item: item[0] not in names):

@@ -120,6 +120,8 @@ def _parser() -> Parser:
     train.add_argument("--seed", type=int, help="of weights, data order and augmentation (0)")
     train.add_argument("--val-fraction", type=float, help="share of the training images held out (0)")
     _add_freezeout_options(train)
+    _add_start_option(train)
+    _add_prefix_options(train)
     method = train.add_mutually_exclusive_group()
     for flag, value, text in (
         ("--no-freezeout", "full", "plain training, one cosine"),
@@ -151,6 +153,8 @@ def _parser() -> Parser:
         help="add the arm const-time: FreezeOut lengthened to full training's seconds",
     )  # fmt: skip
     _add_freezeout_options(compare, lists=True)
+    _add_start_option(compare)
+    _add_prefix_options(compare)
     compare.add_argument("--resume", action="store_true", default=False, help="keep what is done in --out and go on")
 
     compare.add_argument(
@@ -162,6 +166,7 @@ def _parser() -> Parser:
     plan.set_defaults(command=commands.plan)
     _add_run_options(plan, out=False)
     _add_freezeout_options(plan, lists=True)
+    _add_start_option(plan)
     _add_plan_options(plan)
 
     tune = parts.add_parser(
@@ -257,20 +262,27 @@ def _add_freezeout_options(parser: argparse.ArgumentParser, *, lists: bool = Fal
         **several,
     )
     parser.add_argument("--scale-lr", action=argparse.BooleanOptionalAction, help="rates times 1/t_i (yes; AdamW: no)")
+    parser.add_argument("--max-transitions", type=int, metavar="K", help="freeze at no more than K moments")
+
+
+def _add_start_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start-frozen",
         type=_count_or_name,
         metavar="LAYER",
         help="this layer and all before it, or so many, never train",
     )
+
+
+def _add_prefix_options(parser: argparse.ArgumentParser) -> None:
+    """How the frozen layers run, or are kept."""
+    parser.add_argument("--prefix", choices=MODES, help="how the frozen layers run")
     parser.add_argument(
         "--cache", nargs="?", const="device", metavar="device|host|DIR", help="keep what the frozen layers give (off)"
     )
     parser.add_argument("--views", type=int, metavar="K", help=f"of each sample, that are kept ({TrainConfig.views})")
     dtypes = [name for name in CACHE_DTYPES if name]
     parser.add_argument("--cache-dtype", choices=dtypes, help="of what is kept (as computed)")
-    parser.add_argument("--max-transitions", type=int, metavar="K", help="freeze at no more than K moments")
-    parser.add_argument("--prefix", choices=MODES, help="how the frozen layers run")
 
 
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:

@@ -191,6 +191,8 @@ def _check(config: TrainConfig) -> None:
         _check_choice("prefix", config.prefix, MODES)
     if config.cache_dtype is not None:
         _check_choice("cache_dtype", config.cache_dtype, tuple(name for name in CACHE_DTYPES if name))
+    if config.cache == "":
+        raise ValueError("cache must be device, host or a folder, got ''")
     if config.cache is not None and config.method == "full":
         raise ValueError("cache must be None where no layer freezes, method is full")
     if config.cache is not None and config.graph:
