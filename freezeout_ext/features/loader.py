@@ -282,7 +282,7 @@ class _Items:
         leaves: list[Any] = [None] * len(template)
         if found is not None:
             leaves, found_spec = tree_flatten(found)
-            if found_spec != spec:
+            if found_spec != spec or not all(isinstance(x, Tensor) for x in leaves):
                 return None
         rows = dict(zip(self._kept, self._store.gather(keys[skipped]), strict=True))
         whole = []
