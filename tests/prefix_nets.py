@@ -21,7 +21,8 @@ TEXT = {
     "Bert": {}, "Roberta": {}, "Electra": {"embedding_size": 16}, "Albert": {"embedding_size": 16}, "DistilBert": {},
     "MPNet": {}, "GPT2": {}, "GPTNeoX": {}, "OPT": {"word_embed_proj_dim": 16, "ffn_dim": 32}, "Llama": {},
     "Mistral": {},
-    "Qwen2": {}, "Gemma": {"head_dim": 8}, "Phi": {}, "T5Encoder": {"d_kv": 8, "d_ff": 32}, "ViT": {}, "DeiT": {},
+    "Qwen2": {}, "Gemma": {"head_dim": 8}, "Phi": {},
+    "T5Encoder": {"d_kv": 8, "d_ff": 32, "num_hidden_layers": 5}, "ViT": {}, "DeiT": {},
     "Bloom": {}, "ConvBert": {"embedding_size": 16}, "RoFormer": {"embedding_size": 16},
 }  # fmt: skip
 
