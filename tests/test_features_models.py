@@ -132,6 +132,28 @@ def test_transformers_text_in_padded_batches_of_different_lengths(kind):
     compare(model, Sentences(), lambda model, batch: model(**batch).loss, collate_fn=padded, start_frozen=3)
 
 
+def without_needless_mask(items):
+    batch = padded(items)
+    return batch if bool((batch["attention_mask"] == 0).any()) else batch | {"attention_mask": None}
+
+
+def test_a_batch_with_none_for_its_mask_is_read_whole():
+    model = transformers_model("bert")
+    loss_of = lambda model, batch: model(**batch).loss  # noqa: E731
+    compare(model, Sentences(longest=4), loss_of, collate_fn=without_needless_mask, start_frozen=3)
+
+
+def test_a_batch_without_a_mask_is_not_kept_where_the_first_one_was_padded():
+    model, losses = transformers_model("bert"), {}
+    for cached in (True, False):
+        losses[cached], cache = run(
+            copy.deepcopy(model), Sentences(longest=4), lambda model, batch: model(**batch).loss, cached=cached,
+            collate_fn=without_needless_mask, batch_size=2, start_frozen=3,
+        )  # fmt: skip
+        assert not cached or any("no attention_mask" in note for note in cache.report().notes)
+    torch.testing.assert_close(torch.tensor(losses[True]), torch.tensor(losses[False]), **CLOSE)
+
+
 def test_what_frozen_layers_may_not_do_is_refused_by_name_and_with_what_helps():
     model = transformers_model("gpt2", use_cache=True, embd_pdrop=0.1)
     _, cache = run(model, Sentences(), lambda model, batch: model(**batch).loss, cached=True, collate_fn=padded)

@@ -49,7 +49,8 @@ class Files:
                 if path.name != "lock":
                     path.unlink()
         try:
-            self._maps, self.tensors = [], []
+            self._maps: list[mmap.mmap | None] = []
+            self.tensors: list[torch.Tensor] = []
             self._make_room(layout)
             for i, (shape, dtype) in enumerate(layout):
                 self._map(i, shape, dtype)

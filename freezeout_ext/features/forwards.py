@@ -93,6 +93,7 @@ class Forwards:
             self.count += 1
             return self._from_given(original, args, kwargs)
         keys = self.keys
+        assert keys is not None  # forwards go through here inside samples()
         absent = self.absent[keys.clamp(min=0)] & (keys >= 0)
         if not self.num_frozen:
             # A batch that lacks inputs was fetched before all was thawed.
@@ -129,6 +130,7 @@ class Forwards:
     def rows(self) -> tuple[Tensor, ...] | None:
         """-> kept rows of the present batch, for `given`; None where its forward must run through `run` itself."""
         keys, now = self.keys, self._kept.latest
+        assert keys is not None  # see `run`
         if self.as_ever(keys) or now is None or (now.frontier.num_frozen != self.num_frozen and self.refused is None):
             return None
         self._kept.drop_changed()
@@ -155,10 +157,11 @@ class Forwards:
     # The ways
 
     def _from_given(self, original: Callable, args: tuple, kwargs: dict) -> Any:
-        now = self._kept.latest
+        now, given = self._kept.latest, self.given
+        assert now is not None and given is not None  # `rows` gathered them
         if now.frontier.autocast != autocast_state(args, kwargs):
             raise RuntimeError("a step on given rows must run under the autocast under which they were computed")
-        with now.frontier.replaced(self.given):
+        with now.frontier.replaced(given):
             return original(*args, **kwargs)
 
     def _as_ever(self, original: Callable, args: tuple, kwargs: dict, absent: Tensor) -> Any:
@@ -174,7 +177,7 @@ class Forwards:
         if check:
             self._spot_check(now, original, args, kwargs, keys)
             if now not in self._kept:
-                return self.run("", self._kept.model, original, args, kwargs)
+                return self.run("", self._kept.attached, original, args, kwargs)
         length, watch = now.length(args, kwargs), self._watch("gather")
         watch.start()
         rows = now.store.gather(keys, self._kept.device, length=length)
@@ -237,17 +240,17 @@ class Forwards:
                 return self._as_ever(original, args, kwargs, absent)
             return self._from_kept(now, original, args, kwargs, keys, absent)
 
-        reason = unwatchable(self._kept.model, self.frozen)
+        reason = unwatchable(self._kept.attached, self.frozen)
         if reason is not None:
             self._refuse(reason)
-            return self.run("", self._kept.model, original, args, kwargs)
+            return self.run("", self._kept.attached, original, args, kwargs)
 
         def under(part: Tensor | None) -> AbstractContextManager:
             some = keys if part is None else keys[part]
             return self._kept.standing_in(base, some, (args, kwargs))
 
         forward = Forward(
-            self._kept.model, original, args, kwargs, self.frozen, len(keys), self._lengths_of(kwargs), under
+            self._kept.attached, original, args, kwargs, self.frozen, len(keys), self._lengths_of(kwargs), under
         )
         output, frontier = forward.watched(self.num_frozen, self._kept.dtype, aliases=self._aliases)
         if isinstance(frontier, Seen) and not self._aliases:
@@ -270,6 +273,8 @@ class Forwards:
         lengths = None
         if now.frontier.length is not None:
             lengths = self._lengths_of(kwargs)
+            if lengths is None:
+                return self._note("a batch was not kept: it has no attention_mask, and its lengths were not given")
             if part is not None and self.lengths is not None:
                 lengths = lengths[part]
             try:
@@ -337,7 +342,7 @@ class Forwards:
 def _merged(batch_size: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """One batch of rows from parts (places [b], rows [b, ...]), with the strides of the first."""
     like = parts[0][1]
-    order = sorted(range(1, like.dim()), key=lambda d: -like.stride(d))
+    order = sorted(range(1, like.dim()), key=lambda d: -like.stride()[d])
     whole = like.new_empty((batch_size, *(like.shape[d] for d in order)))
     whole = whole.permute(0, *(1 + order.index(d) for d in range(1, like.dim())))
     for places, rows in parts:

@@ -65,9 +65,15 @@ class Generations:
         return self._all[-1] if self._all else None
 
     @property
+    def attached(self) -> nn.Module:
+        """The model, which there is while a FreezeOut has the cache."""
+        assert self.model is not None
+        return self.model
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(iter(self.model.parameters())).device
+        return next(iter(self.attached.parameters())).device
 
     @property
     def owned(self) -> int:
@@ -85,7 +91,8 @@ class Generations:
 
     def groups(self, now: Generation, keys: Tensor) -> list[tuple[Generation | None, Tensor]]:
         """The places of keys that `now` lacks, by the latest earlier generation that holds them."""
-        missing, found = ~now.store.has(keys), []
+        missing = ~now.store.has(keys)
+        found: list[tuple[Generation | None, Tensor]] = []
         before = self._all[: next(i for i, g in enumerate(self._all) if g is now)]
         for base in reversed(before):
             here = missing & base.store.has(keys)
@@ -117,13 +124,13 @@ class Generations:
         length = frontier.length or 0
         row_bytes = sum(column.row_bytes(length) for column in frontier.columns)
         rows = self._rows(row_bytes)
-        guard = Guard(frontier.modules, {name: _place(self.model, name) for name in frontier.states})
+        guard = Guard(frontier.modules, {name: _place(self.attached, name) for name in frontier.states})
         folder = None if self.folder is None else self.part() / f"frozen-{frontier.num_frozen}"
         store = Store(
             frontier.columns, self.views.num_keys, rows, self._store_device(), folder=folder, positions=rows * length,
             fingerprint=f"{frontier.names} {frontier.autocast} {fingerprint(guard.tensors())}",
         )  # fmt: skip
-        if store.files is not None and store.files.was_emptied is not None:
+        if folder is not None and store.files is not None and store.files.was_emptied is not None:
             found = (
                 f"holds {len(store):,} rows" if not store.files.was_emptied else "was of other weights, and was emptied"
             )
@@ -215,6 +222,7 @@ class Generations:
 
     def part(self) -> Path:
         """The folder of this process."""
+        assert self.folder is not None  # asked for only then
         return self.folder if self.world_size == 1 else self.folder / f"rank-{self.rank}-of-{self.world_size}"
 
     def claim_folder(self, described: dict) -> None:

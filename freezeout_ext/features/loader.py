@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from .poison import poison
 from .store import Column, Store
 from .views import Keys, Views, order_seed
+
+# Keys, samples and what is skipped, of batches whose samples are being loaded.
+Planned = deque[tuple[Tensor, Tensor, Tensor]]
 
 
 class Source(Protocol):
@@ -113,7 +116,7 @@ class CacheLoader:
     def batches(self, epoch: int, first_step: int = 0) -> Iterator:
         """The batches of an epoch from `first_step` on."""
         self._cache.views.check()
-        planned: deque = deque()
+        planned: Planned = deque()
         plans = self._plans(epoch, first_step, planned)
         if self._loader is None:
             for _ in plans:
@@ -131,7 +134,7 @@ class CacheLoader:
             mine = mine[torch.randperm(len(mine), generator=generator, device="cpu")]
         return mine[: self.num_samples]
 
-    def _plans(self, epoch: int, first_step: int, planned: deque) -> Iterator[list]:
+    def _plans(self, epoch: int, first_step: int, planned: Planned) -> Iterator[list]:
         for step, samples in enumerate(self.order(epoch).split(self.batch_size)):
             if step < first_step or step == len(self):
                 continue
@@ -192,7 +195,7 @@ class CacheLoader:
         if isinstance(batch, Mapping):
             if self.key_name in batch:
                 raise ValueError(f"key_name must be new to the batch, which has {', '.join(map(str, batch))}")
-            batch[self.key_name] = keys
+            cast("dict", batch)[self.key_name] = keys  # see `_finished`
             return batch
         if isinstance(batch, tuple | list):
             return (*batch, keys)
@@ -235,7 +238,7 @@ class _Items:
         self.template: Any = None
         self._cache = cache
         self._store: Store | None = None
-        self._kept: list[int] | None = None  # leaves that are kept; the others are needless
+        self._kept: list[int] = []  # leaves that are kept; the others are needless
         self._off = False
 
     def has(self, keys: Tensor) -> Tensor:
@@ -275,10 +278,11 @@ class _Items:
     def merge(self, keys: Tensor, skipped: Tensor, found: Any) -> Any | None:
         """What was found, kept entries and poison for the rest, as one batch; None where their shapes differ."""
         template, spec = self.template
-        leaves = [None] * len(template)
+        assert self._store is not None  # which has what was skipped
+        leaves: list[Any] = [None] * len(template)
         if found is not None:
             leaves, found_spec = tree_flatten(found)
-            if found_spec != spec:
+            if found_spec != spec or not all(isinstance(x, Tensor) for x in leaves):
                 return None
         rows = dict(zip(self._kept, self._store.gather(keys[skipped]), strict=True))
         whole = []
@@ -307,5 +311,5 @@ class _Items:
         )
         return {leaf for place, entry in entries if is_needless(place) for leaf in tree_flatten(entry)[0]}
 
-    def _without(self, kept: list[int] | None) -> set[int]:
-        return set(range(len(self.template[0]))) - set(kept or ())
+    def _without(self, kept: list[int]) -> set[int]:
+        return set(range(len(self.template[0]))) - set(kept)

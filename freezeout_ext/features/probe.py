@@ -18,7 +18,7 @@ from .watch import Refused, Watch, through
 try:
     import numpy
 except ImportError:
-    numpy = None
+    numpy = None  # type: ignore[assignment]  # None is its absence
 
 
 class Seen(Refused):
@@ -127,6 +127,7 @@ class Forward:
     def _without_padding(self, padded: bool, rows: Tensor, part: Tensor | None = None) -> Tensor:
         if not padded:
             return rows
+        assert self.lengths is not None  # something is padded
         lengths = self.lengths if part is None else self.lengths[part]
         valid = torch.arange(rows.shape[1], device="cpu") < lengths[:, None]
         return rows.masked_fill(~valid.to(rows.device).view(*valid.shape, *[1] * (rows.dim() - 2)), 0)

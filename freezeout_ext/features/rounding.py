@@ -45,6 +45,7 @@ class Rounding:
         return scaled.mul_(self._scale_like(q)).to(dtype)
 
     def state(self) -> dict:
+        assert self.scale is not None  # a state is that of rows
         return {"scale": self.scale.tolist(), "channel": self._channel}
 
     def load(self, state: dict) -> None:
@@ -62,9 +63,11 @@ class Rounding:
         self.scale = found[self._channel]
 
     def _scale_like(self, x: Tensor) -> Tensor:
-        if self.scale.device != x.device:
-            self.scale = self.scale.to(x.device)
+        scale = self.scale
+        assert scale is not None  # chosen with the first rows
+        if scale.device != x.device:
+            scale = self.scale = scale.to(x.device)
         shape = [1] * x.dim()
         if self._dims:
             shape[self._channel] = -1
-        return self.scale.view(shape)
+        return scale.view(shape)

@@ -139,11 +139,12 @@ class Store:
                 return 0
         new = (~self.has(keys) & (keys >= 0)).nonzero().squeeze(1)[: self.rows - self._used]
         if self._padded:
+            assert lengths is not None  # of rows that differ in length
             new = new[self._used_positions + lengths[new].cumsum(0) <= self.positions]
         if not len(new):
             return 0
         rows = torch.arange(self._used, self._used + len(new), device="cpu")
-        if self._padded:
+        if self._padded and lengths is not None:
             count = lengths[new]
             ends = self._used_positions + count.cumsum(0)
             self._spans[rows] = torch.stack([ends - count, count], 1)
@@ -199,6 +200,7 @@ class Store:
             largest = batch.abs().flatten(1).amax(1).to(torch.float32) if batch.dim() > 1 else batch.abs()
             bound = BOUNDS[column.kept] if column.dtype.is_floating_point else 0.0
             if column.kept is torch.int8:
+                assert rounding is not None and rounding.scale is not None  # its rows were written
                 steps = factors[rows.to(self.device)].to(batch.device) * rounding.scale.max().to(batch.device)
                 found.append(steps / 2 + BOUNDS[None] * largest)
             else:
@@ -235,6 +237,7 @@ class Store:
     def _write(self, i: int, column: Column, batch: Tensor, new: Tensor, rows: Tensor, lengths: Tensor | None) -> None:
         chosen = batch if len(new) == len(batch) else batch[new.to(batch.device)]
         if column.padded:
+            assert lengths is not None  # of rows that differ in length
             chosen = torch.cat([row[:length] for row, length in zip(chosen, lengths[new].tolist(), strict=True)])
             first = int(self._spans[rows[0], 0])
             where = slice(first, first + len(chosen))
@@ -242,9 +245,10 @@ class Store:
         else:
             chosen = chosen.permute(0, *(d + 1 for d in column.order))
             where, row_of = slice(int(rows[0]), int(rows[-1]) + 1), None
-        if self._rounding[i] is not None:
-            is_first = self._rounding[i].scale is None
-            chosen, factors = self._rounding[i].encode(chosen, row_of, len(new))
+        rounding = self._rounding[i]
+        if rounding is not None:
+            is_first = rounding.scale is None
+            chosen, factors = rounding.encode(chosen, row_of, len(new))
             self._factors[i][int(rows[0]) : int(rows[-1]) + 1].copy_(factors)
             if is_first and self.files is not None:
                 self._save_scales()
@@ -252,14 +256,16 @@ class Store:
 
     def _read(self, i: int, column: Column, index: Tensor, places: tuple | None, device: torch.device) -> Tensor:
         if column.padded:
+            assert places is not None  # of rows that differ in length
             positions, valid = places
             found, shape = self._rows(i, positions.flatten(), device), positions.shape
         else:
             found, shape = self._rows(i, index, device), index.shape
-        if self._rounding[i] is not None:
+        rounding = self._rounding[i]
+        if rounding is not None:
             factors = self._factors[i][index].to(device, non_blocking=True)
             factors = factors.repeat_interleave(shape[1]) if column.padded else factors
-            found = self._rounding[i].decode(found, factors, column.dtype)
+            found = rounding.decode(found, factors, column.dtype)
         elif found.dtype != column.dtype:
             found = found.to(column.dtype)
         if column.padded:
@@ -291,11 +297,15 @@ class Store:
 
     def _save_scales(self) -> None:
         scales = {str(i): r.state() for i, r in enumerate(self._rounding) if r is not None and r.scale is not None}
+        assert self.files is not None  # the rows lie in them
         self.files.save_scales(scales)
 
     def _restore(self) -> None:
+        assert self.files is not None  # the rows lie in them
         for i, state in self.files.scales.items():
-            self._rounding[int(i)].load(state)
+            rounding = self._rounding[int(i)]
+            assert rounding is not None  # the files are of columns like these
+            rounding.load(state)
         entries = self.files.entries
         if not len(entries):
             return

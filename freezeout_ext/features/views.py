@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 try:
     import numpy
 except ImportError:  # an extra of the package
-    numpy = None
+    numpy = None  # type: ignore[assignment]  # None is its absence
 
 
 @runtime_checkable
@@ -156,7 +156,7 @@ def order_seed(seed: int, epoch: int) -> int:
 def seeded(seed: int) -> Iterator[None]:
     """torch (CPU), numpy and random draw from `seed` inside, and go on as if nothing had been drawn afterwards."""
     torch_state, python_state = torch.get_rng_state(), random.getstate()
-    numpy_state = numpy.random.get_state() if numpy else None
+    numpy_state: Any = numpy.random.get_state() if numpy else None
     # Not torch.manual_seed, which would seed the devices too.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)

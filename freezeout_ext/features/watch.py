@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 try:
     import numpy
 except ImportError:
-    numpy = None
+    numpy = None  # type: ignore[assignment]  # None is its absence
 
 Taint = frozenset
 NONE: Taint = frozenset()
@@ -309,7 +309,7 @@ def _written(func: Any, args: tuple, kwargs: Mapping) -> list[Tensor]:
     schema = getattr(func, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
-    found = []
+    found: list[Tensor] = []
     for i, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
@@ -356,7 +356,8 @@ def _versions(module: nn.Module, given: Iterable) -> list[int]:
 def _host_states() -> tuple:
     if numpy is None:
         return random.getstate(), ()
-    _, words, *rest = numpy.random.get_state()
+    state: Any = numpy.random.get_state()
+    _, words, *rest = state
     return random.getstate(), (words.tobytes(), *rest)
 
 

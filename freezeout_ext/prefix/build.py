@@ -40,6 +40,7 @@ def build(mode: str, chain: Chain, segment: Segment, kept: Kept) -> tuple[Any, f
         Refused: nothing here runs this mode on this device, or the engine is off.
     """
     y, few = segment.y, tuple(segment.few_inputs)
+    assert y is not None  # a segment has a unit, and so its result
     if any(_storage(y) == _storage(x) for x in segment.inputs):
         raise Refused("its output shares memory with its input")
     with quietly(y.device, segment.autocast):
@@ -66,8 +67,10 @@ def _checked(mode: str, chain: Chain, segment: Segment, kept: Kept, wanted: tupl
     few = tuple(segment.few_inputs)
     half = segment.autocast[1] if segment.autocast[0] else None
     program = lower_chain(chain.links, len(few), as_they_are=as_they_are, traces=kept.traces)
+    assert segment.y is not None  # see `build`
     engine = _engine(mode, program, segment.y, half, kept)
-    tolerance = TOLERANCE[{torch.bfloat16: "bf16", torch.float16: "fp16"}.get(half, mode)]
+    names: dict[torch.dtype | None, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    tolerance = TOLERANCE[names.get(half, mode)]
     tolerance = max(tolerance, engine.tolerance)  # TF32 has its own
     error = error_of(_run(engine, few), wanted)
     if not error <= tolerance:

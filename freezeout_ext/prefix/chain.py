@@ -41,6 +41,10 @@ class Link:
 class Deferred(torch.Tensor):
     """What unit `index` of a chain gives in one passage, computed by the unit itself once anyone looks at it."""
 
+    _passage: "Passage"
+    _index: int
+    _value: Tensor | None
+
     @staticmethod
     def __new__(cls, passage: "Passage", index: int, value: Tensor | None = None) -> "Deferred":
         kind = passage.chain.kinds[0]
@@ -64,7 +68,9 @@ class Deferred(torch.Tensor):
             return func(*real(args), **real(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares the function that stands for none
+        cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         # Where C++ was handed the tensor without asking Python first (autograd.Function).
         return func(*real(args), **real(kwargs or {}))
 
@@ -123,11 +129,12 @@ class Chain:
         bypassed: why calls ran the units as they are, and how many.
     """
 
+    runner: Runner  # from `install` on
+
     def __init__(self, links: list[Link], inputs: list[Tensor], autocast: tuple[bool, torch.dtype]) -> None:
         self.links = links
         self.autocast = autocast
         self.kinds = [(x.dtype, x.device, x.dim()) for x in inputs]
-        self.runner: Runner | None = None
         self.looked_inside: set[int] = set()
         self.bypassed: dict[str, int] = {}
         self.on_bypass: Callable[[str], None] = lambda reason: None

@@ -33,7 +33,8 @@ class Code:
 @functools.cache
 def code_of(code: types.CodeType) -> Code:
     """-> what the code and the functions written inside it name."""
-    names, globals_, imports, writes, adds = set(), set(), set(), None, False
+    names: set[str] = set()
+    globals_, imports, writes, adds = set(), set(), None, False
     for each in _nested(code):
         names.update(c for c in each.co_consts if isinstance(c, str) and len(c) < 100)
         instructions = list(dis.get_instructions(each))
@@ -102,7 +103,8 @@ def may_write_lists(cls: type) -> bool:
 
 def _methods(cls: type) -> list[Code]:
     """The code of a class's forward and of all methods that it names in turn."""
-    names, done, found = {"forward"}, set(), []
+    names, found = {"forward"}, []
+    done: set[str] = set()
     while not of_torch(cls) and names - done:
         name = (names - done).pop()
         done.add(name)

@@ -149,7 +149,8 @@ class CpuEngine(Engine):
         return (y,)
 
     def conv(self, op: Conv, state: Run) -> tuple[Tensor]:
-        x, conv = self.image(state.values[op.x]), op.module
+        x = self.image(state.values[op.x])
+        conv: Any = op.module  # an nn.Conv2d, where it convolves
         if not op.convolves:
             return self.linear(op, *self._packed(op, x, packed=False), state)
         state.fresh.add(op.out)
@@ -188,11 +189,10 @@ class CpuEngine(Engine):
             weight, bias = op.folded()
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
             if packed:
-                conv = op.module
+                conv: Any = op.module
+                reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # declared with fewer arguments
                 geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
-                weight = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                    weight.contiguous().to_mkldnn(), *geometry, list(x.shape)
-                )
+                weight = reorder(weight.contiguous().to_mkldnn(), *geometry, list(x.shape))
             self.weights[key] = (weight, bias)
         return self.weights[key]
 

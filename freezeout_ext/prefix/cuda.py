@@ -94,7 +94,8 @@ class CudaEngine(Engine):
 
     def name(self, op: Op) -> str:
         if isinstance(op, FusedConv):
-            kernel = "conv{}x{}".format(*op.conv.module.kernel_size)
+            sizes: Any = op.conv.module.kernel_size
+            kernel = "conv{}x{}".format(*sizes)
             name = "affine+relu+" * (op.before is not None) + super().name(op.conv).replace("conv", kernel)
             return name + " and affine+relu" * (op.after is not None)
         return "affine+relu+pool" if isinstance(op, PooledAffine) else super().name(op)
@@ -135,6 +136,7 @@ class CudaEngine(Engine):
         x, conv, before = self.image(state.values[op.inputs()[0]]), op.conv, op.before
         if x.dim() != 4:
             raise TypeError(f"{type(conv.module).__name__} was given {x.dim()} dimensions, expected a batch of images")
+        assert isinstance(conv.module, nn.Conv2d) and state.way is not None  # see `fused` and `run`
         call = ConvCall(
             ops=self.kernels,
             module=conv.module,
@@ -182,31 +184,35 @@ def fuse(program: Program) -> list[Op]:
     taken: set[int] = set()  # affines that run inside another op, by value
     ops: list[Op] = []
     for op in program.ops:
-        convolves = isinstance(op, Conv) and op.convolves
-        before = made.get(op.x if convolves else _pooled(op))
+        conv = op if isinstance(op, Conv) and op.convolves else None
+        value = _pooled(op) if conv is None else conv.x
+        before = None if value is None else made.get(value)
         if not isinstance(before, Affine) or not before.relu or uses[before.out] != 1:
             before = None
-        if convolves and not (op.module.kernel_size == (1, 1) and is_triton_conv(op.module)):
+        if conv is not None and not (conv.module.kernel_size == (1, 1) and is_triton_conv(conv.module)):
             before = None
         if before is not None:
             taken.add(before.out)
-        if convolves:
-            op = FusedConv(op.out, op, before)
+        if conv is not None:
+            op = FusedConv(op.out, conv, before)
         elif before is not None:
             op = PooledAffine(op.out, before)
         ops.append(op)
     convs = {op.out: op for op in ops if isinstance(op, FusedConv)}
     for op in program.ops:
-        conv = convs.get(op.x) if isinstance(op, Affine) and op.relu and op.out not in taken else None
-        if conv is not None and conv.after is None:
-            conv.after = op
-            taken.add(op.out)
+        if isinstance(op, Affine) and op.relu and op.out not in taken:
+            fused = convs.get(op.x)
+            if fused is not None and fused.after is None:
+                fused.after = op
+                taken.add(op.out)
     return [op for op in ops if not (isinstance(op, Affine) and op.out in taken)]
 
 
 def _pooled(op: Op) -> int | None:
     """The value that a 2x2 average pooling without padding pools."""
-    pool: nn.AvgPool2d | None = op.averages if isinstance(op, Call) else None
+    if not isinstance(op, Call):
+        return None
+    pool = op.averages
     if pool is None or pool.divisor_override or len(op.args) != 1 or op.kwargs:
         return None
     both = (pool.kernel_size, pool.stride)
@@ -215,7 +221,7 @@ def _pooled(op: Op) -> int | None:
 
 def uses_tf32() -> bool:
     """Whether cuDNN's float32 convolutions run in TF32 now."""
-    settings = getattr(torch.backends.cudnn, "conv", None)
+    settings: Any = getattr(torch.backends.cudnn, "conv", None)
     if hasattr(settings, "fp32_precision"):
         return settings.fp32_precision == "tf32"
     return torch.backends.cudnn.allow_tf32

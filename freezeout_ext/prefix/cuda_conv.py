@@ -109,10 +109,10 @@ class ConvCall:
 
     def expected(self, images: slice) -> list[Tensor]:
         """The results for some of the images by the reference, or by plain torch where there is none."""
-        x, residual = (
-            None if t is None else t[images].contiguous(memory_format=torch.channels_last)
-            for t in (self.x, self.residual)
-        )  # fmt: skip
+        x = self.x[images].contiguous(memory_format=torch.channels_last)
+        residual = self.residual
+        if residual is not None:
+            residual = residual[images].contiguous(memory_format=torch.channels_last)
         few = replace(self, x=x, shape=(len(x), *self.shape[1:]), residual=residual, out=None)
         if not is_triton_conv(self.module):
             return list(few._plain())
@@ -132,7 +132,7 @@ class ConvCall:
         )
         y = y.contiguous(memory_format=torch.channels_last)
         residual = self.residual
-        if not self._adds_evenly():
+        if residual is not None and not self._adds_evenly():
             y, residual = (y + residual).contiguous(memory_format=torch.channels_last), None
         out = y if self.out is None else self.out
         if self.second is not None and bias is None and not self.relu:
@@ -148,7 +148,7 @@ class ConvCall:
 
     def _cudnn(self) -> tuple[Tensor, ...]:
         conv, operand = self.module, self._operand()
-        geometry = (self.constants.bias_like, conv.stride, conv.padding, conv.dilation, conv.groups)
+        geometry: tuple[Any, ...] = (self.constants.bias_like, conv.stride, conv.padding, conv.dilation, conv.groups)
         if self.residual is not None:
             y = torch.cudnn_convolution_add_relu(operand, self.constants.weight, self.residual, 1.0, *geometry)
         elif tuple(operand.shape) == tuple(self.shape):
@@ -163,7 +163,11 @@ class ConvCall:
     def _triton(self, config: Any) -> tuple[Tensor, ...]:
         out = self._new(self.shape) if self.out is None else self.out
         second = None if self.second is None else (*self.second, self._new(self.shape))
-        given = {"stride": self.module.stride[0], "bias": self.constants.bias, "residual": self.residual}
+        given: dict[str, Any] = {
+            "stride": self.module.stride[0],
+            "bias": self.constants.bias,
+            "residual": self.residual,
+        }
         given |= {"relu": self.relu, "second": second, "tf32": self.tf32, "config": config, "out": out}
         if self.module.kernel_size == (1, 1):
             self.ops.conv1x1(self.x, self.constants.weight, prologue=self.prologue, **given)
@@ -209,7 +213,8 @@ class ConvCall:
 
     def _twin(self) -> "ConvCall":
         """The same call on random operands, laid out as this one's, so that nothing is written that counts."""
-        x, residual, out = (None if t is None else self.ops.look_alike(t) for t in self._images())
+        twins: list[Any] = [None if t is None else self.ops.look_alike(t) for t in self._images()]
+        x, residual, out = twins
         return replace(self, x=x, residual=residual, out=out)
 
 

@@ -188,7 +188,9 @@ class Engine:
     def cat(self, op: Cat, state: Run) -> tuple[Tensor]:
         pieces = [self.image(state.values[x]) for x in op.xs]
         if op.out in self.joined and pieces[0].dim() == 4:
-            return (self.place_of(op.out, pieces[0].shape, state),)
+            place = self.place_of(op.out, pieces[0].shape, state)
+            assert place is not None  # what is joined is a block
+            return (place,)
         state.fresh.add(op.out)
         return (torch.cat(pieces, 1),)
 

@@ -33,7 +33,7 @@ class Guard:
         self.modules = reads.modules
         self._classes = [type(m) for m in self.modules]
         named = {(id(table), keys): _Entries(table, keys) for table, keys in reads.tables}
-        self._read = [
+        self._read: list[_Entries | _Items] = [
             *(_Entries(*attributes) for attributes in reads.attributes),
             *named.values(),
             *map(_Items, reads.containers),
@@ -76,6 +76,7 @@ class Guard:
         return sum(t.nbytes for t in self._kept or ())
 
     def _other_values(self) -> bool:
+        assert self._kept is not None  # asked for only then
         cpu = [(t, k) for t, k in zip(self._tensors, self._kept, strict=True) if t.device.type == "cpu"]
         if any(_differ(t, kept) for t, kept in cpu):
             return True

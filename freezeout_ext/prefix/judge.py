@@ -88,8 +88,8 @@ def signals_held() -> Iterator[None]:
                 handlers.callback(signal.signal, number, handler)
                 signal.signal(number, lambda number, frame: came.append(number))
         yield
-    for number in came:
-        signal.raise_signal(number)
+    for caught in came:
+        signal.raise_signal(caught)
 
 
 def error_of(found: Any, expected: Any) -> float:

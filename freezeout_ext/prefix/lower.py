@@ -8,7 +8,7 @@ the weights; elsewhere (BN-ReLU-conv) it stays an affine at the operand, since t
 import copy
 import operator
 from collections.abc import Callable, Container, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ class Lowering:
             return emit(Conv, x=x.value, module=module, key=(module,))
         then = NORM_ACTS.get((kind.__module__, kind.__qualname__))
         if (kind in NORMS or then) and module.running_mean is not None and not module.training:
-            scale, shift = batch_norm_affine(module)
+            scale, shift = batch_norm_affine(cast("nn.modules.batchnorm._BatchNorm", module))
             y = emit(Affine, x=x.value, scale=scale, shift=shift, source=(module,))
             for name in then or ():
                 y = self.module(getattr(module, name), (y,), {}, name)
@@ -126,8 +126,9 @@ class Lowering:
 
     def _torch_module(self, module: nn.Module, args: tuple, kwargs: dict, name: str) -> Ref:
         if getattr(module, "inplace", False):
-            module = copy.copy(module)  # shares its tensors; the caller sees to what it changed
-            module.inplace = False
+            copied: Any = copy.copy(module)  # shares its tensors; the caller sees to what it changed
+            copied.inplace = False
+            module = copied
         averages = type(module) is nn.AvgPool2d and not any(_pair(module.padding)) and not module.ceil_mode
         flags = {"any_layout": isinstance(module, LAYOUT_SAFE), "averages": module if averages else None}
         return self.call(module.forward, args, kwargs, name, **flags)
@@ -141,7 +142,8 @@ class Lowering:
     def _graph(self, traced: Trace, args: tuple, kwargs: dict) -> Any:
         given: list[Any] = []
         map_tree(lambda leaf: given.append(leaf) if isinstance(leaf, Ref) else None, (args, kwargs))
-        remaining, env = iter(given), {}
+        remaining = iter(given)
+        env: dict[fx.Node, Any] = {}
 
         def look_up(tree: Any) -> Any:
             return map_tree(lambda leaf: self.current(env[leaf] if isinstance(leaf, fx.Node) else leaf), tree)
@@ -187,7 +189,7 @@ class Lowering:
             return args[0], False
         if in_place or mutates(node):
             raise Unlowerable(f"{name} changes its argument in place")
-        if node.op == "call_method":
+        if isinstance(target, str):
             return self.call(_call_method, (name, *args), kwargs, name), False
         return self.call(target, args, kwargs, name), False
 
@@ -219,7 +221,7 @@ def mutates(node: fx.Node) -> bool:
     """Whether a function or method call of a traced graph writes one of its arguments."""
     if node.kwargs.get("inplace") or "out" in node.kwargs:
         return True
-    if node.op == "call_method":
+    if isinstance(node.target, str):  # a method
         return (node.target.endswith("_") and not node.target.endswith("__")) or node.target == "__setitem__"
     name = getattr(node.target, "__name__", "")
     positional = node.target in (F.relu, F.relu6, F.selu, F.celu, F.silu, F.mish, F.hardswish, F.hardsigmoid)

@@ -67,6 +67,7 @@ class Prefix:
         self._recorder: Recorder | None = None
         self._sentinel: OwnForward | None = None
         self._paused = 0
+        self._suspects = False  # whether a chain was left because of a change
         self._begin(waits=False)
 
     def freeze(self, num_frozen: int) -> None:
@@ -149,6 +150,7 @@ class Prefix:
     def _called_alone(self, *args: Any, **kwargs: Any) -> Any:
         if not self._inside and NOT_CALLED not in self._fallbacks:
             self._fallbacks.append(NOT_CALLED)
+        assert self._sentinel is not None  # whose function this is
         return self._sentinel.original(*args, **kwargs)
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -201,6 +203,7 @@ class Prefix:
             logger.info("%s", self.report())
 
     def _capture(self) -> None:
+        assert self._recorder is not None  # the forward was watched
         recording = self._recorder.finish()
         self._begin(waits=bool(recording.left_out or recording.cut_after), anew=False)
         self._left_out.update(recording.left_out)
@@ -274,12 +277,13 @@ class Prefix:
 
     def _begin(self, waits: bool, *, anew: bool = True) -> None:
         """Nothing is installed; `anew`: nor known of the modules."""
-        self._waits, self._inside, self._suspects = waits, False, False
+        self._waits, self._inside = waits, False
+        self._suspects = False
         self._fallbacks: list[str] = []
         self._errors: list[float] = []
         self._lost: list[Trial] = []
         if anew:
-            self._seconds = 0.0
+            self._seconds: float = 0.0
             self._cut_after: set[nn.Module] = set()
             self._left_out: dict[nn.Module, str] = {}
             self._strikes: dict[nn.Module, int] = {}

@@ -70,12 +70,15 @@ class Conv(Op):
 
     @property
     def channels(self) -> int:
-        return self.module.out_channels if self.convolves else self.module.out_features
+        module = self.module
+        return module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
 
     def shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """-> that of the result for images x."""
         conv = self.module
-        geometry = zip(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+        assert isinstance(conv, nn.Conv2d)  # of images
+        padding: Any = conv.padding  # numbers, by lowering
+        geometry = zip(x.shape[2:], conv.kernel_size, conv.stride, padding, conv.dilation, strict=True)
         height, width = (
             (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
             for size, kernel, stride, pad, dilation in geometry
@@ -86,7 +89,7 @@ class Conv(Op):
         """-> weight, bias in float64 (the module's own shapes), the scale and shift in them."""
         weight = self.module.weight.detach().double()
         bias = None if self.module.bias is None else self.module.bias.detach().double()
-        if self.scale is not None:
+        if self.scale is not None and self.shift is not None:
             weight = weight * self.scale.reshape(-1, *[1] * (weight.dim() - 1))
             bias = self.shift if bias is None else bias * self.scale + self.shift
         return weight, bias
@@ -210,6 +213,7 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def batch_norm_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     """-> scale, shift [C] in float64 with norm(x) = scale * x + shift in eval mode."""
+    assert norm.running_mean is not None and norm.running_var is not None  # in eval mode it normalises by these
     mean, var = norm.running_mean.detach().double(), norm.running_var.detach().double()
     scale = (var + norm.eps).rsqrt()
     if norm.weight is not None:

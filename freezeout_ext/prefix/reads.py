@@ -9,7 +9,6 @@ their arguments alone.
 import enum
 import functools
 import types
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +95,8 @@ class _Reader:
 
     def _class(self, cls: type, names: set[str]) -> set[str]:
         """Reads the methods of a class by these names and all that they name in turn."""
-        names, done = set(names), set()
+        names = set(names)
+        done: set[str] = set()
         while names - done:
             for name in names - done:
                 done.add(name)
@@ -241,7 +241,7 @@ def _trusted(owner: Any) -> bool:
 
 
 def _pure_op(value: Any) -> bool:
-    return isinstance(value, Callable) and type(value).__module__.startswith(("torch._ops", "torch.jit"))
+    return callable(value) and type(value).__module__.startswith(("torch._ops", "torch.jit"))
 
 
 def _is_all_in_dict(cls: type) -> bool:

@@ -43,7 +43,7 @@ class PrefixReport:
             lines.append("fused: " + ", ".join(f"{count} {kind}" for kind, count in sorted(self.fused.items())))
         if self.error is not None:
             lines.append(f"error against eager: {self.error:.1e} of its largest value")
-        if self.eager_ms is not None:
+        if self.eager_ms is not None and self.prefix_ms is not None:
             times = f"{self.prefix_ms:.2f} ms against {self.eager_ms:.2f} ms eager"
             lines.append(f"time: {times} ({self.prefix_ms / self.eager_ms:.2f})")
         lines += [f"- {fallback}" for fallback in self.fallbacks]

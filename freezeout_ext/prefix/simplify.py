@@ -44,7 +44,7 @@ def _rewrite_pairs(program: Program, rewrite: Callable[[Op, Op], str]) -> None:
 def _fold_affine(made: Op, op: Op) -> str:
     if not (isinstance(made, Conv) and isinstance(op, Affine)) or made.relu or made.add is not None:
         return ""
-    if made.scale is None:
+    if made.scale is None or made.shift is None:
         made.scale, made.shift = op.scale, op.shift
     else:
         made.scale, made.shift = made.scale * op.scale, made.shift * op.scale + op.shift

@@ -36,7 +36,7 @@ class Trace:
 class _TensorProxy(fx.Proxy):
     """Says that it is a tensor, as the value will be."""
 
-    @property
+    @property  # type: ignore[misc]  # it can only be read
     def __class__(self) -> type:
         return Tensor
 
@@ -77,7 +77,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
     """
     if "forward" in vars(module):
         raise Unlowerable("its forward was replaced on the instance")
-    if question := asks(type(module)):
+    if question := asks(type(module)):  # type: ignore[arg-type]  # takes Module.__hash__ for the class's
         raise Unlowerable(f"its forward asks {question}")
     tracer, forward = _Tracer(), module.forward
     placed = iter(range(len(_leaves((args, kwargs)))))

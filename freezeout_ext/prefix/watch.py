@@ -117,7 +117,7 @@ class Recorder:
             if any(t is not output for t in written):
                 raise Refused("it changes its input in place")
             before = [v for t, v in zip(tensors, versions, strict=True) if segment is not None and t is segment.y]
-            if any(v != segment.y_version for v in before):
+            if segment is not None and any(v != segment.y_version for v in before):
                 segment = None  # the model's own code wrote to it
             self._add(segment, unit, guard, (args, kwargs), output, bool(written))
         except Refused as reason:
@@ -130,7 +130,8 @@ class Recorder:
         tensors = list(_tensors(given))
         if not tensors:
             raise Refused("it is called without a tensor")
-        if _has_list(given) and any(may_write_lists(type(m)) for m in guard.modules):
+        kinds: list[Any] = [type(m) for m in guard.modules]
+        if _has_list(given) and any(map(may_write_lists, kinds)):
             raise Refused("it is called with a list, which it may change")
         if any(type(t) is not Tensor for t in tensors):
             raise Refused("it is called with something else than plain tensors")
@@ -138,7 +139,7 @@ class Recorder:
             raise Refused("its input needs a gradient")
         autocast = autocast_state(tensors[0].device)
         call = None if segment is None else self._continued(segment, given, tensors, autocast)
-        if call is None:
+        if segment is None or call is None:
             if in_place:
                 raise Refused("it changes its input in place")
             segment = Segment([], [], autocast, [])
@@ -162,7 +163,7 @@ class Recorder:
     def _continued(self, segment: Segment, given: tuple, tensors: list[Tensor], autocast: tuple) -> Form | None:
         """How the unit is called as the next one of the segment, None where it begins another."""
         mine = sum(t is segment.y for t in tensors)
-        if mine != 1 or autocast != segment.autocast:
+        if segment.y is None or mine != 1 or autocast != segment.autocast:
             return None
         if any(t is not segment.y and not any(t is x for x in segment.inputs) for t in tensors):
             return None
