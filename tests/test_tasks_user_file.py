@@ -139,6 +139,9 @@ def test_a_fault_is_one_sentence_with_its_line(tmp_path, body, sentence):
 def test_a_missing_file_or_name(tmp_path):
     with pytest.raises(TaskFault, match=r"task must be a Python file, .*, .*none\.py is none"):
         load_task(str(tmp_path / "none.py"))
+    (tmp_path / "notes.txt").write_text(GOOD)
+    with pytest.raises(TaskFault, match=r"task must be a Python file, .*, .*notes\.txt:task is none"):
+        load_task(f"{tmp_path / 'notes.txt'}:task")
     path = write(tmp_path, GOOD)
     with pytest.raises(TaskFault, match=r"must define flowers, .*; it holds my_task.py:task"):
         load_task(f"{path}:flowers")
