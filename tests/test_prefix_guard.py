@@ -175,11 +175,14 @@ def run_with_changes(changes, mode):
         for net in (plain, model):
             CHANGES[name](net.blocks[block])
         sync(plain, model)
-        calls = prefix.report().calls
+        before = prefix.report()
         expected, found = outcome(plain, 10 + i), outcome(model, 10 + i)
-        assert same(expected, found), (name, block)  # bit for bit: that call ran the modules
-        live = mode == "exact" and CHANGES[name] in TENSORS  # whose engine reads them at each call
-        assert prefix.report().calls == calls or live or not isinstance(found, dict)
+        if before.units == before.of_units:
+            assert same(expected, found), (name, block)  # bit for bit: that call ran the modules
+            live = mode == "exact" and CHANGES[name] in TENSORS  # whose engine reads them at each call
+            assert prefix.report().calls == before.calls or live or not isinstance(found, dict)
+        else:  # an earlier change left a block without an engine, and the other one's goes on
+            assert same(expected, found, 0 if mode == "exact" else 1e-3), (name, block)
         for seed in range(3):
             sync(plain, model)
             assert same(outcome(plain, seed), outcome(model, seed), 0 if mode == "exact" else 1e-3), (name, block)
