@@ -3,9 +3,14 @@
 import re
 import runpy
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import torch
+from timm_models import MISSING, importable_timm
+from torch import nn
+from torch.utils.data import TensorDataset
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = [
@@ -45,12 +50,54 @@ def test_an_example_fits_on_a_screen(name):
     assert len((ROOT / "examples" / name).read_text().splitlines()) < 80
 
 
+def names_of_a_users_loop() -> dict:
+    """What a block that shows a loop takes from the user's own script."""
+    model = nn.Sequential(
+        OrderedDict(
+            stem=nn.Linear(8, 8), blocks=nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))), head=nn.Linear(8, 2)
+        )
+    )
+    dataset = TensorDataset(torch.randn(256, 8), torch.randint(2, (256,)))
+    return {"model": model, "dataset": dataset, "criterion": nn.CrossEntropyLoss(), "epochs": 2}
+
+
+MY_TASK = """
+from collections import OrderedDict
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from freezeout_ext.tasks import Task
+
+def make_model():
+    blocks = nn.Sequential(*(nn.Linear(8, 8) for _ in range(7)))
+    return nn.Sequential(OrderedDict(stem=nn.Linear(8, 8), blocks=blocks, head=nn.Linear(8, 2)))
+
+data = TensorDataset(torch.randn(64, 8), torch.randint(2, (64,)))
+task = Task(make_model=make_model, train=data, evaluation=data, epochs=2, batch_size=16)
+"""
+
+
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_code_block_of_the_docs_runs(block):
+def test_a_code_block_of_the_docs_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_task.py").write_text(MY_TASK)
     for library in ("lightning", "transformers"):
         if f"integrations.{library}" in block:
             pytest.importorskip(library, reason=f"{library} is not installed: pip install freezeout_ext[{library}]")
-    exec(compile(block, "docs", "exec"), {})
+    if "import timm" not in block:
+        exec(compile(block, "docs", "exec"), names_of_a_users_loop())
+    elif MISSING:
+        pytest.skip(MISSING)
+    else:
+        with importable_timm():
+            exec(compile(block, "docs", "exec"), {})
+
+
+def test_the_first_screen_of_the_readme_runs():
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    names = names_of_a_users_loop()
+    exec(compile(block, "README", "exec"), names)
+    assert names["freezeout"].num_frozen >= 5 and names["cache"].report().rows > 0
 
 
 def test_the_docs_have_code():

@@ -17,7 +17,7 @@ if MISSING:
 # A small variant of each, and whether a norm of it folds into a convolution.
 MODELS = {
     "resnet18": ({"channels": (8, 8, 12, 16)}, True),
-    "resnetv2_50": ({"layers": (1, 1, 1, 1), "channels": (16, 32, 32, 48), "stem_chs": 8}, False),
+    "resnetv2_50": ({"layers": (1, 1, 1, 1), "channels": (16, 32, 32, 48), "stem_chs": 8}, True),
     "convnext_atto": ({"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16)}, False),
     "mobilenetv3_small_050": ({}, True),
     "efficientnet_lite0": ({}, True),
@@ -56,7 +56,7 @@ def test_a_timm_model_at_frontiers_from_end_to_end(timm, name, mode):
     count = len(find_layers(base))
     for num_frozen in sorted({1, 2, count // 2, count - 1}):
         plain, model, prefix = pair(copy.deepcopy(base), num_frozen, mode)
-        for seed in range(5):
+        for seed in range(7):
             expected, found = step(plain, seed), step(model, seed)
             assert expected.keys() == found.keys()
             for key, value in expected.items():
