@@ -23,12 +23,11 @@ from freezeout_ext.training.measure import conditions
 if not torch.cuda.is_available():
     pytest.skip("no GPU: there is nothing to time", allow_module_level=True)
 
-from freezeout_ext.prefix.folding import lower_chain
-
 from freezeout_ext import kernels
 from freezeout_ext.cuda_graphs import capture
 from freezeout_ext.prefix.cuda import CudaEngine
 from freezeout_ext.prefix.cuda_conv import Constants, ConvCall
+from freezeout_ext.prefix.lower import lower_units
 
 BATCH, DTYPE, REPEATS = 128, torch.bfloat16, 20
 
@@ -59,6 +58,7 @@ def conv(name: str) -> ConvCall:
         ops=kernels,
         module=module,
         x=image(c, map_size, 176 if slices and size == 1 else None),
+        shape=(BATCH, k, map_size, map_size),
         constants=Constants.of(module.weight, torch.randn(k, device="cuda") if relu else None, DTYPE),
         prologue=vectors(c) if size == 1 else None,
         residual=image(k, map_size) if adds else None,
@@ -176,7 +176,7 @@ def in_turns(rivals: dict) -> dict[str, float]:
 def prefix_rivals(net: nn.Sequential, x: Tensor) -> tuple[dict, CudaEngine]:
     """Eager in bfloat16 channels-last, launched from Python and in a CUDA graph, and the engine (which is a graph)."""
     half = copy.deepcopy(net).to(DTYPE, memory_format=torch.channels_last)
-    engine = CudaEngine(lower_chain(list(net)), dtype=DTYPE, output_dtypes=[DTYPE], channels_last=[True], weights={})
+    engine = CudaEngine(lower_units(*net), dtype=DTYPE, output_dtype=DTYPE, channels_last=True, weights={})
 
     def eager() -> Tensor:
         return half(x.to(DTYPE, memory_format=torch.channels_last))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from freezeout_ext.prefix.folding import lower_chain
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +27,7 @@ from freezeout_ext.attach import pin
 from freezeout_ext.layers import find_layers
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix.cuda import CudaEngine
+from freezeout_ext.prefix.lower import lower_units
 
 BATCH, IMAGE, CLASSES = 128, 32, 100
 # Counted with this batch: no other dimension of these nets is 2.
@@ -99,7 +99,7 @@ def eager_prefix(name: str, fraction: float = 0.5) -> Cost:
 
 @torch.no_grad()
 def planned_prefix(name: str, fraction: float = 0.5, batch: int = BATCH) -> Cost:
-    """What the plan of prefix/cuda_plan.py launches, images in float32 to begin with, its copies counted too."""
+    """What the plan of prefix/cuda.py launches, images in float32 to begin with, its copies counted too."""
     cost = Cost()
 
     def count(tensors: list, flops: float) -> None:
@@ -123,7 +123,7 @@ def planned_prefix(name: str, fraction: float = 0.5, batch: int = BATCH) -> Cost
         chosen=lambda key: None, look_alike=kernels.look_alike, tolerance=kernels.tolerance,
     )  # fmt: skip
     engine = CudaEngine(
-        lower_chain(units_of(name, fraction)), dtype=DTYPE, output_dtypes=[DTYPE], channels_last=[True], weights={},
+        lower_units(*units_of(name, fraction)), dtype=DTYPE, output_dtype=DTYPE, channels_last=True, weights={},
         ops=ops,
     )  # fmt: skip
     x = torch.randn(COUNTED, 3, IMAGE, IMAGE)

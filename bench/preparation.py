@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import floors
 import torch
-from freezeout_ext.prefix.folding import lower_chain
 
 from freezeout_ext import kernels
 from freezeout_ext.kernels.layout import vector_width
 from freezeout_ext.prefix.cuda import CudaEngine
+from freezeout_ext.prefix.lower import lower_units
 
 
 @torch.no_grad()
@@ -47,12 +47,12 @@ def prepared(net: str) -> tuple[int, list[int]]:
         conv1x1=conv, conv3x3=conv, configs=kernels.configs, choose=choose, chosen=lambda key: None,
         look_alike=lambda image: image, tolerance=kernels.tolerance,
     )  # fmt: skip
-    units, graphs, weights = floors.units_of(net, 1.0), {}, {}
+    units, weights = floors.units_of(net, 1.0), {}
     for count in range(1, len(units) + 1):
         timed.append(0)
         engine = CudaEngine(
-            lower_chain(units[:count], graphs), dtype=torch.bfloat16, output_dtypes=[torch.bfloat16],
-            channels_last=[True], weights=weights, ops=ops,
+            lower_units(*units[:count]), dtype=torch.bfloat16, output_dtype=torch.bfloat16,
+            channels_last=True, weights=weights, ops=ops,
         )  # fmt: skip
         engine.run_measured(torch.zeros(floors.COUNTED, 3, floors.IMAGE, floors.IMAGE))
     return len(variants), timed

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,25 +11,45 @@ import torch
 
 T = TypeVar("T")
 
+STREAMS = 32  # of torch, on each device: it deals them out in turn, to everyone
+
 _idle: dict[int, list[torch.cuda.Stream]] = {}
+_ours: dict[int, set[int]] = {}  # handles of all that was taken here, idle ones too
 
 
 def own_stream(owner: object, device: int) -> torch.cuda.Stream:
     """A stream for the captures of `owner` alone, as long as it lives.
 
     From torch 2.12 on, a graph that is destroyed takes cuBLAS's workspace of its stream along, which other graphs that
-    were captured there still use: https://github.com/pytorch/pytorch/issues/193402. Streams are used again, since torch
-    has 32 and then deals out the same ones.
+    were captured there still use: https://github.com/pytorch/pytorch/issues/193402.
+
+    Raises:
+        RuntimeError: other owners have all of torch's streams.
     """
-    idle = _idle.setdefault(device, [])
-    stream = idle.pop() if idle else torch.cuda.Stream(device)
-    weakref.finalize(owner, idle.append, stream)
+    stream = _take_stream(device)
+    weakref.finalize(owner, _idle[device].append, stream)
     return stream
+
+
+def _take_stream(device: int) -> torch.cuda.Stream:
+    idle, ours = _idle.setdefault(device, []), _ours.setdefault(device, set())
+    if not idle:
+        for _ in range(STREAMS):
+            stream = torch.cuda.Stream(device)
+            if stream.cuda_stream not in ours:
+                ours.add(stream.cuda_stream)
+                return stream
+        gc.collect()  # owners that only refer to each other, as a prefix's earlier engines do
+    if not idle:
+        raise RuntimeError(
+            f"no CUDA stream is left for a capture: {STREAMS} graphed steps and prefixes have one each; delete some"
+        )
+    return idle.pop()
 
 
 @functools.cache
 def _passing_stream(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return _take_stream(device)
 
 
 def capture(

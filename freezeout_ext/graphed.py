@@ -69,7 +69,8 @@ class GraphedStep:
 
     Raises:
         ValueError: the optimizer cannot be captured, or not with the scaler; cosine beside a FreezeOut that anneals.
-        RuntimeError: at a capture that fails, with the reason; a rate that a captured step cannot follow.
+        RuntimeError: at a capture that fails, with the reason; a rate that a captured step cannot follow; no CUDA
+            stream is left for captures.
 
     Source: PyTorch's notes on CUDA graphs, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from freezeout_ext import FreezeOut, FusedSGD, Schedule, graphed, native
-from freezeout_ext.cuda_graphs import own_stream
+from freezeout_ext.cuda_graphs import STREAMS, own_stream
 from freezeout_ext.graphed import MAX_SHAPES, MOST_UNSETTLED_STEPS, WARM_UP_STEPS, GraphedStep
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix, judge
@@ -559,3 +559,24 @@ def test_a_stream_belongs_to_one_owner_at_a_time():
         one, two = Owner(), Owner()
         streams = {own_stream(owner, 0).cuda_stream for owner in (one, two)}
         assert len(streams | {stream.cuda_stream}) == 3
+
+
+@pytest.mark.cuda
+def test_a_stream_of_a_lasting_owner_is_never_dealt_out_again():
+    """Neither to owners that only the garbage collector frees, nor to more owners than there are streams."""
+
+    class Owner:
+        pass
+
+    lasting = Owner()
+    stream = own_stream(lasting, 0)
+    for _ in range(3 * STREAMS):
+        in_a_cycle = Owner()
+        in_a_cycle.itself = in_a_cycle
+        assert own_stream(in_a_cycle, 0).cuda_stream != stream.cuda_stream
+    owners, handles = [], []
+    with pytest.raises(RuntimeError, match="no CUDA stream is left for a capture"):
+        for _ in range(STREAMS):
+            owners.append(Owner())
+            handles.append(own_stream(owners[-1], 0).cuda_stream)
+    assert len({stream.cuda_stream, *handles}) == 1 + len(handles) <= STREAMS
