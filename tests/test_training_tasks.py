@@ -62,7 +62,8 @@ def test_a_stopped_run_of_any_task_ends_in_the_same_weights(kind, tmp_path):
 def test_any_task_can_be_planned(kind):
     found = plan(kind(), rounds=1, t_0s=[0.5], how_scales=["linear"], **OPTIONS)
     (prediction,) = found.predictions
-    assert 0 < prediction.saving < 1 and found.costs.unit == "s" and "loader: " in str(found)
+    # Of one round over a tiny net: how much it saves is noise.
+    assert prediction.saving < 1 and prediction.cost > 0 and found.costs.unit == "s" and "loader: " in str(found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
