@@ -1,5 +1,6 @@
 """Charts: schedules (the paper's Figure 1), a plan, the curves of a run, a comparison over time and by its cost."""
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
@@ -120,7 +121,7 @@ def plot_comparison(curves: dict[str, list[list[dict]]], summary: dict, title: s
     """
     figure, (over_time, by_cost) = empty_figure(2, height=4.6, width=7)
     _draw_comparison(over_time, curves)
-    over_time.set_title(title)
+    over_time.set_title(textwrap.fill(title, 64), fontsize=10)
     over_time.set_xlabel("seconds of training; | layers freeze, band: one sd over the seeds")
     _draw_costs(by_cost, summary)
     return figure
