@@ -1,5 +1,5 @@
 #!/bin/sh
-# Usage: [NAME=value ...] sh bench/gpu.sh [PART ...]       default: build test sanitize optimizer kernels step report
+# Usage: [NAME=value ...] sh bench/gpu.sh [PART ...]       default: build test sanitize optimizer adamw kernels step report
 #
 # What a machine with a GPU is asked, in parts that each end within ten minutes. No network is needed: the machine's own
 # python3 has torch with Triton, nvcc, cmake, ninja, pybind11, setuptools, numpy, pytest, pytest-benchmark, pytest-xdist
@@ -13,6 +13,7 @@
 #   test       what needs a GPU first, then the whole suite with the GPU in sight
 #   sanitize   compute-sanitizer memcheck, racecheck, initcheck over a choice of optimizer and kernel tests
 #   optimizer  bench_fused_sgd.py
+#   adamw      bench_fused_adamw.py
 #   kernels    bench_kernels.py without torch.compile
 #   compile    bench_kernels.py, torch.compile on the same prefixes: minutes of compiling
 #   step       bench_training_step.py, one net after the other
@@ -34,7 +35,7 @@ cd "$(dirname "$0")/.."
 out=${OUT:-gpu-results}
 work=${WORK:-build/gpu}
 mkdir -p "$out" "$work/logs" "$work/benchmarks"
-[ $# -gt 0 ] || set -- build test sanitize optimizer kernels step
+[ $# -gt 0 ] || set -- build test sanitize optimizer adamw kernels step
 python=${PYTHON:-python3}
 COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || true)}
 given_path=${PYTHONPATH:-}
@@ -154,6 +155,7 @@ bench() { # NAME SECONDS FILE ARGUMENTS...
 }
 
 optimizer() { bench fused_sgd 240 bench_fused_sgd.py; }
+adamw() { bench fused_adamw 280 bench_fused_adamw.py; }
 kernels() { bench kernels 320 bench_kernels.py -k "not compiled"; }
 compiled() {
   status=0
@@ -200,11 +202,11 @@ report() {
 for part in "$@"; do
   say "$part"
   case $part in
-    build | sanitize | optimizer | kernels | step | train | figure) $part || failed="$failed $part" ;;
+    build | sanitize | optimizer | adamw | kernels | step | train | figure) $part || failed="$failed $part" ;;
     test) tests || failed="$failed $part" ;;
     compile) compiled || failed="$failed $part" ;;
     report) ;;
-    *) echo "part must be one of build, test, sanitize, optimizer, kernels, compile, step, train, figure, report, got $part" >&2; exit 2 ;;
+    *) echo "part must be one of build, test, sanitize, optimizer, adamw, kernels, compile, step, train, figure, report, got $part" >&2; exit 2 ;;
   esac
   # After every part: a call that is stopped leaves what it has.
   report >"$work/logs/report.log" 2>&1 || { cat "$work/logs/report.log"; failed="$failed report"; }
