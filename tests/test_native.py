@@ -23,7 +23,7 @@ def test_build_info_tells_what_was_compiled() -> None:
     assert "error" not in info and native.import_error is None
     if info["cuda"]:
         assert re.fullmatch(r"\d+\.\d+", info["cuda_version"])
-        assert "sm_90" in info["cuda_architectures"]
+        assert info["cuda_architectures"]  # `make` compiles one of them, `pip install .` all major ones
         assert all(re.fullmatch(r"sm_\d+", name) for name in info["cuda_architectures"])
     else:
         assert info["cuda_version"] is None and info["cuda_architectures"] == []
