@@ -12,7 +12,8 @@ unexport PYTHONDONTWRITEBYTECODE
 .NOTPARALLEL:
 
 demo: .venv/demo-ready
-	.venv/bin/freezeout compare --data digits --model wrn-16-1 --epochs 10 --seeds 3 --t0 0.5 --threads 1 --out demo-run --resume
+	.venv/bin/freezeout compare --data digits --model wrn-16-1 --epochs 10 --seeds 3 --t0 0.5 --views 2 \
+	  --arms full freezeout no-anneal cached short --threads 1 --out demo-run --resume
 
 # Real images that need no download: scikit-learn's digits, at the size that the net needs.
 FINETUNE_DATA ?= --data digits
