@@ -196,7 +196,7 @@ def test_every_part_of_the_script_runs_its_files(tmp_path):
     done = subprocess.run(["sh", BENCH / "gpu.sh", *parts], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = asked.read_text()
-    for file in ("bench_fused_sgd.py", "bench_kernels.py", "bench_training_step.py", "tests/kernel_cases.py"):
+    for file in ("bench_fused_sgd.py", "bench_kernels.py", "bench_training_step.py", "tests/test_kernels.py"):
         assert file in lines, file
     suites = [line for line in lines.splitlines() if "--junitxml" in line]
     assert len(suites) == 3 and " -m cuda or native_cuda tests" in suites[0]

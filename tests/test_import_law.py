@@ -115,8 +115,6 @@ def test_benchmarks_and_tests_do_not_import_each_other():
     names = {folder: {path.stem for path in folder.rglob("*.py")} for folder in (tests, bench)}
     for folder, others in ((tests, names[bench]), (bench, names[tests])):
         for path in folder.rglob("*.py"):
-            if path.name == "machine_code.py":  # compiles the kernels as their test does
-                continue
             assert not imports_of_a_file(path) & (others - names[folder]), path
 
 

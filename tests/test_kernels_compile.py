@@ -1,78 +1,23 @@
 """The kernels compiled for sm_80 and sm_90, no GPU needed: registers, shared memory, spills, instructions."""
 
-import re
-import subprocess
-import tempfile
-from dataclasses import dataclass
-
 import pytest
 import torch
+from load_script import BENCH, load_script
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set: there is nothing to compile", allow_module_level=True)
 
 from freezeout_ext.kernels import affine, conv  # noqa: E402
 
-if triton.knobs.runtime.interpret:
-    pytest.skip("TRITON_INTERPRET is set: there is nothing to compile", allow_module_level=True)
+compiler = load_script(BENCH / "machine_code.py")
+Compiled, compiled, compiled_conv = compiler.Compiled, compiler.compiled, compiler.compiled_conv
+DENSE_1X1, DENSE_3X3, WIDE_3X3 = compiler.DENSE_1X1, compiler.DENSE_3X3, compiler.WIDE_3X3
 
 # A thread has 255 registers, and 232 keep two blocks of 128 threads on a multiprocessor with room to spare; two blocks
 # of 80 KiB fit its shared memory on sm_80 (164 KiB) and sm_90 (228 KiB).
 MOST_REGISTERS = 232
 MOST_SHARED = 80 * 1024
-
-DENSE_1X1 = {"p_in_scale", "p_in_shift", "p_bias"}  # conv1(relu(bn1(x))) of a bottleneck, bn2 folded
-DENSE_3X3: set[str] = set()  # conv2, into a slice of 12 channels
-WIDE_3X3 = {"p_bias", "p_residual", "p_scale", "p_shift", "p_second"}  # conv2 + shortcut, and relu(bn(.)) of it
-VECTORS = {"p_scale", "p_shift", "p_bias", "p_in_scale", "p_in_shift"}
-
-
-@dataclass
-class Compiled:
-    registers: int
-    stack: int
-    shared: int
-    ptx: str
-
-
-def compiled(
-    kernel, given: set[str], constants: dict, *, arch: int, dtype: str = "bf16", num_stages: int = 3
-) -> Compiled:
-    """What the launch of `kernel` compiles to, the pointers in `given` being there and aligned to 16 bytes."""
-    signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants or (name.startswith("p_") and name not in given):
-            signature[name], constexprs[(i,)] = "constexpr", constants.get(name)
-        elif name.startswith("p_"):
-            signature[name] = "*fp32" if name in VECTORS else f"*{dtype}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-    source = ASTSource(kernel, signature, constexprs, attributes)
-    options = {"num_warps": 4, "num_stages": num_stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-    return Compiled(registers, stack, binary.metadata.shared, binary.asm["ptx"])
-
-
-def compiled_conv(
-    config: conv.Config, given: set[str], *, size: int, arch: int, vec_in: int, vec_out: int, dtype: str = "bf16",
-    precision: str = "ieee",
-) -> Compiled:  # fmt: skip
-    constants = {
-        "KERNEL": size, "STRIDE": 1, "RELU": True, "PRECISION": precision, "UPCAST": False,
-        "VEC_IN": min(config.max_vector, vec_in), "VEC_OUT": vec_out,
-        "BLOCK_P": config.block_p, "BLOCK_K": config.block_k, "BLOCK_C": config.block_c,
-    }  # fmt: skip
-    pointers = given | {"p_x", "p_weight", "p_y"}
-    return compiled(conv._conv_kernel, pointers, constants, arch=arch, dtype=dtype, num_stages=config.num_stages)
 
 
 def assert_lean(found: Compiled) -> None:
