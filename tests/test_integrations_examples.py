@@ -1,7 +1,9 @@
 """The examples and the code blocks of the docs run as they stand."""
 
+import argparse
 import re
 import runpy
+import shlex
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -12,7 +14,10 @@ from timm_models import MISSING, importable_timm
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from freezeout_ext.training import cli
+
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{i}")
     for page in sorted((ROOT / "docs").glob("*.md"))
@@ -93,12 +98,59 @@ def test_a_code_block_of_the_docs_runs(block, tmp_path, monkeypatch):
             exec(compile(block, "docs", "exec"), {})
 
 
-def test_the_first_screen_of_the_readme_runs():
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+def test_the_code_of_the_readme_runs_from_top_to_bottom(capsys):
     names = names_of_a_users_loop()
-    exec(compile(block, "README", "exec"), names)
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(compile(block, "README", "exec"), names)
     assert names["freezeout"].num_frozen >= 5 and names["cache"].report().rows > 0
+    assert "blocks.3" in capsys.readouterr().out
 
 
-def test_the_docs_have_code():
-    assert len(BLOCKS) >= 4
+def shell_commands() -> set[str]:
+    """What the pages show as a command: lines of blocks, and inline code."""
+    found = set()
+    for page in PAGES:
+        text = page.read_text()
+        blocks = "".join(re.findall(r"```\n(.*?)```", text, re.DOTALL)) + "\n".join(re.findall(r"^ {4}.*", text, re.M))
+        found |= {line.split("  #")[0].strip() for line in blocks.splitlines()} | set(re.findall(r"`([^`\n]+)`", text))
+    return found
+
+
+COMMANDS = shell_commands()
+# Of our command line, as they are typed: not the names of its parts, nor with places to fill in.
+OURS = sorted(c for c in COMMANDS if re.match(r"freezeout +\w+ .*(--|\.py)", c) and "..." not in c)
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_a_command_of_the_docs_is_understood(command):
+    cli._parser().parse_args(shlex.split(command)[1:])
+
+
+def test_the_options_that_stand_for_the_authors_are_ours():
+    parts = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices.values()
+    known = {option for part in parts for action in part._actions for option in action.option_strings}
+    rows = [line.split("|") for line in (ROOT / "docs" / "options.md").read_text().splitlines() if line.startswith("|")]
+    named = {option for row in rows for option in re.findall(r"`(--[a-z0-9-]+)", row[2])}
+    assert len(named) > 10 and named <= known, named - known
+
+
+def test_the_scripts_and_targets_of_the_docs_are_there():
+    """`make NAME`, `sh FILE`, `python FILE`, `pytest FILE`; and every file or folder that a link names."""
+    makefile = (ROOT / "Makefile").read_text()
+    seen = 0
+    for command in COMMANDS:
+        if target := re.fullmatch(r"make ([a-z]+)", command):
+            assert re.search(rf"^{target[1]}:", makefile, re.M), command
+            seen += 1
+        elif file := re.match(r"(?:sh|bash|python|pytest) ([\w./-]+\.(?:py|sh))", command):
+            assert (ROOT / file[1]).exists() or "NAME" in file[1], command
+            seen += 1
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+            seen += 1
+    assert seen > 30
+
+
+def test_the_docs_have_code_and_commands():
+    assert len(BLOCKS) >= 10 and len(OURS) >= 8
