@@ -2,14 +2,16 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
+from .arguments import check_kind
 from .attach import TransientHook
 from .layers import Layers, find_layers
 from .param_groups import GROUP_KEYS
@@ -18,8 +20,7 @@ from .schedule import Schedule
 
 def checked_model(model: nn.Module) -> nn.Module:
     """The module whose layers are to freeze: the one inside torch.compile(model)."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
     model = bare(model)
     if isinstance(model, nn.DataParallel):
         raise TypeError(
@@ -43,7 +44,7 @@ def checked_optimizers(
     holder: dict[nn.Parameter, int] = {}
     for i, each in enumerate(optimizers):
         check_optimizer(each)
-        if _has_scheduler(each) and not any(scheduler.optimizer is each for scheduler in schedulers):
+        if _has_scheduler(each) and not any(getattr(s, "optimizer", None) is each for s in schedulers):
             raise ValueError(
                 "optimizer must not have an LR scheduler yet: FreezeOut splits its groups; attach the scheduler after "
                 "FreezeOut(..., anneal=False), or pass schedulers=[...] too"
@@ -109,6 +110,34 @@ def checked_layers(model: nn.Module, layers: Layers | Sequence | None) -> Layers
                 f"layers must be of this model, layer {i} ({layer.name}) holds parameters that are not in it"
             )
     return layers
+
+
+class Cache(Protocol):
+    """What keeps the outputs of the frozen layers, so that these need not run (features.FeatureCache)."""
+
+    def attach(self, freezeout: Any) -> None:
+        """Called once, at the end of FreezeOut's construction: layers that start frozen are frozen already."""
+
+    def detach(self) -> None:
+        """Called by FreezeOut.close()."""
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether a forward now would read or keep outputs. A GraphedStep asks."""
+
+    def rows(self) -> tuple[Tensor, ...] | None:
+        """What a forward now reads, gathered; None where it must run on its own."""
+
+    def given(self, rows: tuple[Tensor, ...]) -> AbstractContextManager[None]:
+        """Inside, forwards run on these rows."""
+
+
+def checked_cache(cache: Cache | None) -> Cache | None:
+    """The cache, if it is one, or None."""
+    missing = [name for name in ("attach", "detach", "takes_part", "rows", "given") if not hasattr(type(cache), name)]
+    if cache is not None and missing:
+        raise TypeError(f"cache must be a FeatureCache or None, got {type(cache).__name__} without {missing[0]}")
+    return cache
 
 
 def warn_of_given(layers: Layers) -> None:

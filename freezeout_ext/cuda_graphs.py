@@ -1,4 +1,4 @@
-"""CUDA graphs: a stream for each owner, and a function captured as a graph."""
+"""CUDA graphs: a stream for each owner, a function captured as a graph, steps captured into one pool."""
 
 import contextlib
 import functools
@@ -80,3 +80,43 @@ def capture(
         graph.capture_end()
     current.wait_stream(stream)
     return graph, result
+
+
+class StepGraphs:
+    """Steps as CUDA graphs in one memory pool.
+
+    Eager steps run on the stream of the captures: a gradient's accumulation stays on the stream where it first ran.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = own_stream(self, torch.cuda.current_device() if device.index is None else device.index)
+        self._pool: Any = None  # torch's handle
+
+    def run(self, step: Callable[[], T]) -> T:
+        """step(), now, where a later capture will run it."""
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = step()
+        current.wait_stream(self._stream)
+        return result
+
+    def capture(self, step: Callable[[], T], *, first: bool) -> Callable[[], T]:
+        """Records the step without running it. Returns what runs it, each time into the same result tensors.
+
+        Args:
+            first: nothing that was captured before is in use any more.
+        """
+        if first:
+            # A pool is gone with its graphs; torch.cuda.graph gives its memory back before it captures.
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as a loader's that pins memory, may go on.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = step()
+
+        def replay() -> T:
+            graph.replay()
+            return result
+
+        return replay

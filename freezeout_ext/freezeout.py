@@ -3,18 +3,18 @@
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict
 from functools import partial
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
+from .arguments import check_callable, check_flag, check_kind
 from .checks import (
+    Cache,
     DDPCheck,
+    checked_cache,
     checked_layers,
     checked_model,
     checked_optimizers,
@@ -27,73 +27,56 @@ from .order import OrderCheck
 from .param_groups import ParamGroups
 from .prefix import Prefix
 from .readings import Readings
-from .schedule import Schedule, check_flag
-from .state import checked_state
+from .schedule import Schedule
+from .state import checked_state, due, state_of
 from .transition import FrozenLayers, Transition
 
 logger = logging.getLogger("freezeout_ext")
 
 
-class Cache(Protocol):
-    """What keeps the outputs of the frozen layers, so that these need not run (features.FeatureCache)."""
-
-    def attach(self, freezeout: "FreezeOut") -> None:
-        """Called once, at the end of FreezeOut's construction: layers that start frozen are frozen already."""
-
-    def detach(self) -> None:
-        """Called by FreezeOut.close()."""
-
-    @property
-    def takes_part(self) -> bool:
-        """Whether a forward now would read or keep outputs. A GraphedStep asks."""
-
-    def rows(self) -> tuple[Tensor, ...] | None:
-        """What a forward now reads, gathered; None where it must run on its own."""
-
-    def given(self, rows: tuple[Tensor, ...]) -> AbstractContextManager[None]:
-        """Inside, forwards run on these rows."""
-
-
 class FreezeOut(Readings):
     """lr_i(step) = base_lr * lr_factor(i, step) for each layer i, which is frozen once step >= t_i * total_steps.
 
-    Call `step()` once after each `optimizer.step()` (under gradient accumulation: once per optimizer step). A frozen
-    layer no longer needs gradients, has no `.grad` and no optimizer state, and its modules stay in eval mode, also
-    after `model.train()`, until `close()`. Its param groups stay in `optimizer.param_groups` with `lr=0` and
-    `frozen=True`.
+    Call `step()` once after each `optimizer.step()`; under gradient accumulation, once per optimizer step.
 
-    The optimizer's groups are split in place, one for each layer in each group, all hyperparameters kept. So a state
-    to load comes after FreezeOut, and so does an LR scheduler, which needs `anneal=False`.
+    A frozen layer needs no gradient. Its `.grad` and its optimizer state are freed. Its modules stay in eval mode until
+    `close()`, also after `model.train()`. Its param groups stay in the optimizer with `lr=0` and `frozen=True`.
 
-    What is frozen is a function of the step and of the last `freeze_to` or `thaw_to`. Layers thawed by hand join the
-    first layer that the rule has not frozen: they train at its rate, from no momentum, and freeze with it.
+    The optimizer's groups are split in place: one group for each layer, with all hyperparameters of the group that it
+    came from. So load the optimizer's state after FreezeOut is made. An LR scheduler comes after FreezeOut too, and
+    needs `anneal=False`.
+
+    What is frozen follows from the step and the last `freeze_to` or `thaw_to`. A layer that was thawed by hand trains
+    at the rate of the first layer that the rule has not frozen, starts without momentum, and freezes with that layer.
+    Layers in front that came with requires_grad=False are part of the frozen prefix (`layers.given`).
 
     Args:
-        model: where the layers are found (the bare module: not the DistributedDataParallel around it).
-        optimizer: any torch optimizer, or several of them, over all trainable parameters of the model; others in it
-            train to the end.
+        model: the bare module, not the DistributedDataParallel around it.
+        optimizer: any torch optimizer, or several. They hold all trainable parameters of the model; others train to
+            the end.
         total_steps: optimizer steps of the whole run.
-        t_0, how_scale, warmup_steps, max_transitions, milestones: see `Schedule`.
-        start_frozen: so many layers, or the layer of that name and all before it, are frozen before the first step.
-            No gradient, no optimizer state and nothing saved for backward ever exists for them. The rule's i and L
-            count the layers that are left.
-        scale_lr: multiply layer i's rate by 1 / t_i. None: yes, but no for the Adam family, whose steps do not grow
-            in proportion to the rate's sum.
-        layers: overrides `find_layers`' search, in its form, or `Layers` that it returned.
-        anneal: False leaves the rates of active layers to you (an LR scheduler) and only freezes.
-        schedulers: LR schedulers that the optimizer has already, with `anneal=False`; they follow the split groups.
-        prefix: how the forward of the frozen layers runs: "exact" (the original modules, bit-equal: as one CUDA graph
-            on a GPU, as they are on a CPU), "folded" (batch norms folded into weights, error about 1e-6), "bf16",
-            "fp16" (the same in half precision), "off" (nothing is installed). See `prefix_report()`.
-        measure_prefix: False uses each checked engine without timing it against the modules, so that the path does not
-            depend on the clock: two runs from one seed then give bit-identical weights in every mode.
-        cache: keeps what the frozen layers give, see `features.FeatureCache`.
-
-    Layers in front that came with requires_grad=False belong to the frozen prefix from the start (`layers.given`).
+        t_0: see `Schedule`.
+        how_scale: see `Schedule`.
+        scale_lr: multiply layer i's rate by 1 / t_i. None: no for the Adam family, whose steps do not grow in
+            proportion to the rate's sum; yes for others.
+        layers: what to take for layers: a list in the form of `find_layers`, or `Layers` that `find_layers` returned.
+        start_frozen: so many layers are frozen before the first step; or the layer of that name and all before it.
+            Gradients, optimizer state and saved activations never exist for them. The rule counts the others alone.
+        milestones: see `Schedule`.
+        warmup_steps: see `Schedule`.
+        max_transitions: see `Schedule`.
+        anneal: False only freezes, and leaves the rates of active layers to you.
+        schedulers: LR schedulers that the optimizer has already; needs `anneal=False`. They follow the split groups.
+        prefix: how the frozen layers run. "exact": the original modules, bit-equal (on a GPU as one CUDA graph).
+            "folded": batch norms folded into weights, an error of about 1e-6. "bf16", "fp16": the same in half
+            precision. "off": nothing is installed. See `prefix_report()`.
+        measure_prefix: False uses each engine that passed its check without timing it. The path then does not depend
+            on the clock: two runs from one seed give bit-identical weights in every mode.
+        cache: keeps what the frozen layers give, see `FeatureCache`.
 
     Raises:
-        ValueError, TypeError: an argument is out of its range, a parameter is not in the optimizer, an LR scheduler or
-            another FreezeOut holds the optimizer; at the first forward: layers that do not run in their order.
+        TypeError, ValueError: an argument is out of its range; a trainable parameter is not in the optimizer; an LR
+            scheduler or another FreezeOut holds the optimizer; at the first forward, layers do not run in their order.
 
     Source: Brock et al. 2017, arXiv 1706.04983.
     """
@@ -122,10 +105,12 @@ class FreezeOut(Readings):
         self.model = checked_model(model)
         self.optimizer = optimizer
         check_flag("anneal", anneal)
+        check_kind("schedulers", schedulers, Sequence, "a sequence of LR schedulers")
         if schedulers and anneal:
             raise ValueError("schedulers must be empty where FreezeOut sets the rates: pass anneal=False beside them")
         self.optimizers = checked_optimizers(optimizer, schedulers)
         check_flag("measure_prefix", measure_prefix)
+        self.cache = checked_cache(cache)
         self.anneal = anneal
         self.layers = checked_layers(self.model, layers)
         self.schedule = Schedule(
@@ -149,7 +134,6 @@ class FreezeOut(Readings):
         self._saved_bytes: int | None = None
         self._closed = False
         self._at_steps: list[RemovableHandle] = []
-        self.cache = cache
         self._groups = ParamGroups(self.optimizers, self.layers, schedulers)
         self._order = OrderCheck(self.model, in_prefix)
         self._ddp_check = DDPCheck(self.model)
@@ -160,7 +144,7 @@ class FreezeOut(Readings):
         try:
             self._adopt_groups()
             self._frozen.pin_given()
-            self._move_to(self._due(0, None), 0)
+            self._move_to(due(self.schedule, 0, None), 0)
             if cache is not None:
                 cache.attach(self)
         except BaseException:
@@ -183,9 +167,9 @@ class FreezeOut(Readings):
         self._order.close()
         self._groups.forget_set_aside()
         step = self.step_count + 1
-        due = self._due(step, self._by_hand)
-        if due > self.num_frozen:
-            self._move_to(due, step)
+        num_frozen = due(self.schedule, step, self._by_hand)
+        if num_frozen > self.num_frozen:
+            self._move_to(num_frozen, step)
         if step == self.schedule.total_steps + 1:
             warnings.warn(
                 f"step {step} is beyond total_steps={self.schedule.total_steps}: the learning rates are 0", stacklevel=2
@@ -228,16 +212,8 @@ class FreezeOut(Readings):
 
         Returns: a function that removes the hook.
         """
-        if not callable(hook):
-            raise TypeError(f"hook must be callable with (freezeout, transition), got {type(hook).__name__}")
-        hooks = self._frozen.hooks
-        key = max(hooks, default=0) + 1
-        hooks[key] = partial(hook, self)
-
-        def remove() -> None:
-            hooks.pop(key, None)
-
-        return remove
+        check_callable("hook", hook, "(freezeout, transition)")
+        return self._frozen.add_hook(partial(hook, self))
 
     def skip_order_check(self) -> None:
         """Leaves it to the caller that the layers run in their order: compiled layers cannot be watched."""
@@ -247,15 +223,7 @@ class FreezeOut(Readings):
 
     def state_dict(self) -> dict:
         """The step, what it is a step of, the last move by hand, and the log of transitions; plain containers."""
-        return {
-            # A run that goes on beyond the end stays at the end.
-            "step": min(self.step_count, self.schedule.total_steps),
-            "by_hand": self._by_hand,
-            "schedule": asdict(self.schedule),
-            "layers": [layer.name for layer in self.layers],
-            # A tuple: torch.distributed.checkpoint takes a list of dicts apart and then wants as many to load into.
-            "transitions": tuple(asdict(transition) for transition in self.transitions),
-        }
+        return state_of(self.step_count, self._by_hand, self.schedule, self.layers, self.transitions)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Freezes (or thaws) to the state's step, whole or not at all; before or after the optimizer's own state.
@@ -265,9 +233,9 @@ class FreezeOut(Readings):
         """
         self._check_open("load_state_dict")
         step, by_hand, transitions = checked_state(state_dict, self.schedule, self.layers)
-        due = self._due(step, by_hand)
-        self._move_to(due, step)
-        if due:
+        num_frozen = due(self.schedule, step, by_hand)
+        self._move_to(num_frozen, step)
+        if num_frozen:
             # The saved run verified the order of execution. nn.TransformerEncoderLayer, for one, computes differently
             # in eval mode when it has hooks.
             self._order.close()
@@ -290,14 +258,6 @@ class FreezeOut(Readings):
         self._groups.join()
 
     # The transition
-
-    def _due(self, step: int, by_hand: tuple[int, int] | None) -> int:
-        """Number of frozen layers at `step`: the rule's, or what was set by hand until the rule's next milestone."""
-        rule = self.schedule.num_frozen(step)
-        if by_hand is None:
-            return rule
-        since, num_frozen = by_hand
-        return num_frozen if rule == self.schedule.num_frozen(since) else max(num_frozen, rule)
 
     def _checked_move(self, argument: str, num_frozen: int | str) -> int:
         self._check_open(argument)
@@ -332,7 +292,7 @@ class FreezeOut(Readings):
             self._groups.adopt()
         if not self.anneal:
             return self._groups.keep_frozen_at_zero()
-        factor_of, step = self.schedule.lr_factor, self.step_count
-        self._groups.set_factors(
-            [0.0 if i < self.num_frozen else factor_of(self.anneals_as(i), step) for i in range(len(self.layers))]
-        )
+        schedule, step = self.schedule, self.step_count
+        first = schedule.num_frozen(step)
+        active = [schedule.lr_factor(max(i, first), step) for i in range(self.num_frozen, len(self.layers))]
+        self._groups.set_factors([0.0] * self.num_frozen + active)

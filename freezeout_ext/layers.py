@@ -7,7 +7,9 @@ from itertools import takewhile
 
 from torch import nn
 
-from .structure import Unit, find_units, is_repeated, main_module, named_units, timm_units
+from .arguments import check_kind
+from .named import named_units, timm_units
+from .structure import Unit, find_units, is_repeated, main_module
 from .text import table
 
 
@@ -39,8 +41,7 @@ class Layers(Sequence[Layer]):
     """
 
     def __init__(self, layers: Iterable[Layer], given: Iterable[Layer] = ()) -> None:
-        self._layers = tuple(layers)
-        self.given = tuple(given)
+        self._layers, self.given = _checked("layers", layers), _checked("given", given)
 
     def __getitem__(self, index):
         return self._layers[index]
@@ -78,6 +79,14 @@ class Layers(Sequence[Layer]):
         return table(rows, left=[1, 3], rule=False)
 
 
+def _checked(name: str, layers: Iterable[Layer]) -> tuple[Layer, ...]:
+    check_kind(name, layers, Iterable, "several Layer")
+    layers = tuple(layers)
+    for i, layer in enumerate(layers):
+        check_kind(f"{name}[{i}]", layer, Layer, "a Layer")
+    return layers
+
+
 def find_layers(model: nn.Module, layers: Sequence | None = None) -> Layers:
     """model -> Layers: stem, blocks, head in forward order.
 
@@ -100,6 +109,7 @@ def find_layers(model: nn.Module, layers: Sequence | None = None) -> Layers:
             parameter is in no layer.
         TypeError: an entry of `layers` is none of the above.
     """
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
     if layers is not None:
         units = named_units(model, layers)
     else:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .arguments import check_count
 from .layers import Layers
 from .memory import Memory, SavedBytes, held_memory
 from .order import OrderCheck
@@ -53,6 +54,7 @@ class Readings:
 
     def anneals_as(self, i: int) -> int:
         """The layer whose rate layer i has while it is active: i itself, or the rule's first active one if thawed."""
+        check_count("i", i, 0, len(self.layers) - 1)
         return max(i, self.schedule.num_frozen(self.step_count))
 
     def prefix_report(self) -> PrefixReport:

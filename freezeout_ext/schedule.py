@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TypeGuard
 
+from .arguments import check_count, check_flag
+
+MOST_LAYERS = 1_000_000  # t_i is computed for each
 POWERS = {"linear": 1.0, "squared": 2.0, "cubic": 3.0}
 
 
@@ -45,7 +48,7 @@ class Schedule:
     milestones: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        check_count("num_layers", self.num_layers, 1)
+        check_count("num_layers", self.num_layers, 1, MOST_LAYERS)
         check_count("total_steps", self.total_steps, 1)
         check_count("warmup_steps", self.warmup_steps, 0)
         check_flag("scale_lr", self.scale_lr)
@@ -115,10 +118,12 @@ class Schedule:
 
     def t(self, i: int) -> float:
         """t_i: the fraction of the run for which layer i trains (after the power and max_transitions), 0 to 1."""
+        check_count("i", i, 0, self.num_layers - 1)
         return self._times[i]
 
     def milestone(self, i: int) -> float:
         """milestone_i = t_i * total_steps: layer i is active while step < milestone_i."""
+        check_count("i", i, 0, self.num_layers - 1)
         return self._milestones[i]
 
     def lr_factor(self, i: int, step: float) -> float:
@@ -126,7 +131,8 @@ class Schedule:
 
         progress runs from 0 at the end of the warm-up to 1 at milestone_i.
         """
-        milestone = self._milestones[i]
+        milestone = self.milestone(i)
+        _check_step(step)
         if step >= milestone:
             return 0.0
         peak = 1 / self._times[i] if self.scale_lr else 1.0
@@ -138,10 +144,12 @@ class Schedule:
 
     def num_frozen(self, step: float) -> int:
         """How many layers are frozen at `step`: layers 0 .. num_frozen - 1."""
+        _check_step(step)
         return sum(m <= step and t < 1 for m, t in zip(self._milestones, self._times, strict=True))
 
     def next_milestone(self, step: int) -> int | None:
         """The first step after `step` at which more layers are frozen than at `step`; None if none are left."""
+        _check_step(step)
         for milestone, t in zip(self._milestones, self._times, strict=True):
             if milestone > step and t < 1:
                 return math.ceil(milestone)
@@ -160,13 +168,6 @@ def _is_real(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
-
-
-def check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+def _check_step(step: object) -> None:
+    if not _is_real(step) or not step >= 0:
+        raise ValueError(f"step must be a number >= 0, got {step!r}")

@@ -1,12 +1,44 @@
-"""What a state of FreezeOut must be to be loaded: all of it is checked before anything changes."""
+"""A state of FreezeOut: what follows from it, what is saved, and all that is checked of it before anything changes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
 from .layers import Layers
 from .schedule import Schedule
 from .transition import Transition
+
+
+def due(schedule: Schedule, step: int, by_hand: tuple[int, int] | None) -> int:
+    """How many layers are frozen at `step`: the rule's number, or that of a move by hand until the next milestone.
+
+    Args:
+        by_hand: the step of the last move by hand, and the number of frozen layers that it left.
+    """
+    rule = schedule.num_frozen(step)
+    if by_hand is None:
+        return rule
+    since, moved_to = by_hand
+    return moved_to if rule == schedule.num_frozen(since) else max(moved_to, rule)
+
+
+def state_of(
+    step: int,
+    by_hand: tuple[int, int] | None,
+    schedule: Schedule,
+    layers: Layers,
+    transitions: Sequence[Transition],
+) -> dict[str, Any]:
+    """What FreezeOut.state_dict() returns; plain containers."""
+    return {
+        # A run that goes on beyond the end stays at the end.
+        "step": min(step, schedule.total_steps),
+        "by_hand": by_hand,
+        "schedule": asdict(schedule),
+        "layers": [layer.name for layer in layers],
+        # A tuple: torch.distributed.checkpoint takes a list of dicts apart and then wants as many to load into.
+        "transitions": tuple(asdict(transition) for transition in transitions),
+    }
 
 
 def checked_state(

@@ -1,8 +1,7 @@
-"""Where a model's layers are: by structure, by timm's groups of parameters, or by names."""
+"""Where a model's layers are, by its structure: containers, blocks of a class, the sources of forward."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -45,9 +44,6 @@ class Unit:
         return sum(p.numel() for p in set(self.parameters()) if p.requires_grad)
 
 
-# By structure
-
-
 def find_units(model: nn.Module) -> list[Unit]:
     """The units of a model in the order in which they run, as far as containers and sources of forward tell.
 
@@ -65,6 +61,11 @@ def find_units(model: nn.Module) -> list[Unit]:
         opened.add(stage)
 
 
+def parts_of(name: str, stage: nn.Module) -> list[Unit]:
+    """The units of a module of that name, which is opened."""
+    return _merge(_units(name, stage, set()))
+
+
 def main_module(unit: Unit) -> tuple[str, nn.Module | None]:
     """The module of a unit that holds more than half of its parameters, by name."""
     for name, module in unit.modules.items():
@@ -80,7 +81,7 @@ def divisible(unit: Unit, model: nn.Module, opened: Iterable[nn.Module] = ()) ->
         return False
     if type(module).__module__.startswith("torch.nn.") and not isinstance(module, CONTAINERS):
         return False
-    if is_repeated(name, module, model) and not _repeats(module):
+    if is_repeated(name, module, model) and not is_stage(module):
         return False
     return isinstance(module, CONTAINERS) or _children_in_order(module)[1]
 
@@ -93,17 +94,17 @@ def is_repeated(name: str, module: nn.Module, model: nn.Module) -> bool:
 
 def _units(prefix: str, module: nn.Module, opened: set[nn.Module], *, root: bool = False) -> Iterator[Unit]:
     """The pieces of an opened module in the order of execution, before norms and passive modules find their layer."""
-    loose = {_join(prefix, name): p for name, p in module.named_parameters(recurse=False)}
+    loose = {joined(prefix, name): p for name, p in module.named_parameters(recurse=False)}
     children, _ = _children_in_order(module)
-    trained = [child for _, child in children if _has_parameters(child)]
+    trained = [child for _, child in children if has_parameters(child)]
     for inner, child in children:
-        name = _join(prefix, inner)
+        name = joined(prefix, inner)
         if root and len(trained) > 1 and child is trained[-1] and _is_head(child) and child not in opened:
             pieces = iter([Unit(name, {name: child})])
         else:
             pieces = _pieces(name, child, opened, in_order=isinstance(module, nn.Sequential))
         for unit in pieces:
-            if loose and any(map(_has_parameters, unit.modules.values())):
+            if loose and any(map(has_parameters, unit.modules.values())):
                 unit.loose, loose = {**loose, **unit.loose}, {}
             yield unit
     if loose:
@@ -115,14 +116,14 @@ def _pieces(name: str, module: nn.Module, opened: set[nn.Module], *, in_order: b
     if _is_norm(module):
         unit.opens = True
         yield unit
-    elif not _has_parameters(module):
+    elif not has_parameters(module):
         # Outside a Sequential nothing tells where it runs: it must not be switched off with a wrong layer.
         if in_order:
             yield unit
     elif not list(module.children()):
         unit.leaf = True
         yield unit
-    elif isinstance(module, CONTAINERS) or module in opened or _repeats(module):
+    elif isinstance(module, CONTAINERS) or module in opened or is_stage(module):
         yield from _units(name, module, opened)
     else:
         yield unit
@@ -156,7 +157,7 @@ def _children_in_order(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], 
 
 
 def _trained_children(module: nn.Module) -> list[str]:
-    return [name for name, child in module._modules.items() if child is not None and _has_parameters(child)]
+    return [name for name, child in module._modules.items() if child is not None and has_parameters(child)]
 
 
 def _merge(pieces: Iterable[Unit]) -> list[Unit]:
@@ -164,7 +165,7 @@ def _merge(pieces: Iterable[Unit]) -> list[Unit]:
     units: list[Unit] = []
     waiting = Unit()
     for piece in pieces:
-        passive = not piece.loose and not any(map(_has_parameters, piece.modules.values()))
+        passive = not piece.loose and not any(map(has_parameters, piece.modules.values()))
         if piece.opens and units and units[-1].leaf and not waiting.modules:
             units[-1].absorb(piece)
         elif piece.opens or (passive and (waiting.modules or not units)):
@@ -191,10 +192,10 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_block(module: nn.Module) -> bool:
-    return not isinstance(module, CONTAINERS) and any(_has_parameters(child) for child in module.children())
+    return not isinstance(module, CONTAINERS) and any(has_parameters(child) for child in module.children())
 
 
-def _repeats(module: nn.Module) -> bool:
+def is_stage(module: nn.Module) -> bool:
     """Whether some list inside `module` holds two blocks of one class, so that it is a stage and not a block.
 
     Blocks of a single weight (a convolution with its norm) make no stage where their holder adds something to what
@@ -230,117 +231,9 @@ def _is_head(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and all(isinstance(m, nn.Linear) or _is_norm(m) for m in leaves)
 
 
-def _has_parameters(module: nn.Module) -> bool:
+def has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _join(prefix: str, name: str) -> str:
+def joined(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-# By name
-
-
-def named_units(model: nn.Module, layers: Sequence) -> list[Unit]:
-    if isinstance(layers, str | nn.Module) or not isinstance(layers, Sequence):
-        raise TypeError(f"layers must be a sequence with one entry a layer, got {type(layers).__name__}")
-    found: list[Unit] = []
-    holder: dict[str, int] = {}
-    for i, entry in enumerate(layers):
-        unit = Unit()
-        for item in entry if isinstance(entry, list | tuple) else [entry]:
-            unit.absorb(_resolve(model, item, f"layers[{i}]"))
-        names = [*unit.modules, *unit.loose]
-        if not names:
-            raise ValueError(f"layers[{i}] must name at least one module or parameter, got {entry!r}")
-        unit.name = names[0] if names else ""
-        for name in names:
-            for held, j in holder.items():
-                if name == held or name.startswith(held + ".") or held.startswith(name + "."):
-                    raise ValueError(f"layers must not overlap, layers[{j}] holds {held} and layers[{i}] {name}")
-        holder |= dict.fromkeys(names, i)
-        found.append(unit)
-    return found
-
-
-def _resolve(model: nn.Module, item: str | nn.Module, argument: str) -> Unit:
-    modules = {name: module for name, module in model.named_modules() if name}
-    if isinstance(item, nn.Module):
-        found = {name: module for name, module in modules.items() if module is item}
-        if not found:
-            raise ValueError(f"{argument} must be a module inside the model, got a {type(item).__name__} that is not")
-        return Unit(modules=found)
-    if not isinstance(item, str):
-        raise TypeError(f"{argument} must be a module, a name or a list of these, got {type(item).__name__}")
-    matched = {name: module for name, module in modules.items() if fnmatchcase(name, item)}
-    top = {name: module for name, module in matched.items() if not _inside(name, matched)}
-    loose = {name: p for name, p in model.named_parameters() if fnmatchcase(name, item) and not _inside(name, top)}
-    if not top and not loose:
-        known = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(
-            f"{argument} must name a module or parameter, nothing is called {item!r}; top modules: {known}"
-        )
-    return Unit(modules=top, loose=loose)
-
-
-def _inside(name: str, modules: dict[str, nn.Module]) -> bool:
-    return any(name.startswith(module + ".") for module in modules)
-
-
-# By timm's groups
-
-
-def timm_units(model: nn.Module) -> list[Unit]:
-    """One unit for each group of the model's own `group_matcher`; a group that is a whole stage is divided further."""
-    from timm.models import group_parameters
-
-    timm_model: Any = model
-    names: Any = _EveryName(model)
-    groups = group_parameters(names, timm_model.group_matcher(coarse=False))
-    owner = {name: group for group, names in groups.items() for name in names}
-    units = {group: Unit() for group in sorted(groups)}
-    _place("", model, owner, units)
-    found: list[Unit] = []
-    for unit in units.values():
-        unit.name = next(iter([*unit.modules, *unit.loose]), "")
-        found += _divided(unit, model)
-    return found
-
-
-class _EveryName:
-    """What group_parameters asks of a model, with all names of parameters of shared modules."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self._model.named_parameters(remove_duplicate=False)
-
-
-def _divided(unit: Unit, model: nn.Module) -> list[Unit]:
-    """The blocks of a unit whose main module is a stage with a known order of execution, or the unit as it is."""
-    name, stage = main_module(unit)
-    if stage is None or not _repeats(stage) or not divisible(unit, model):
-        return [unit]
-    parts = _merge(_units(name, stage, set()))
-    if len(parts) < 2:
-        return [unit]
-    before = dict.fromkeys(list(unit.modules)[: list(unit.modules).index(name)])
-    for other, module in unit.modules.items():
-        if other != name:
-            parts[0 if other in before else -1].modules[other] = module
-    parts[0].loose |= unit.loose
-    return parts
-
-
-def _place(name: str, module: nn.Module, owner: dict[str, int], units: dict[int, Unit]) -> None:
-    """Gives the module to the one group that owns all its parameters, or its parts to theirs."""
-    inside = {owner[_join(name, inner)] for inner, _ in module.named_parameters(remove_duplicate=False)}
-    if name and len(inside) == 1:
-        units[inside.pop()].modules[name] = module
-        return
-    for inner, p in module.named_parameters(recurse=False):
-        units[owner[_join(name, inner)]].loose[_join(name, inner)] = p
-    for inner, child in module._modules.items():
-        if child is not None and _has_parameters(child):
-            _place(_join(name, inner), child, owner, units)

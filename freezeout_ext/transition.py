@@ -79,6 +79,16 @@ class FrozenLayers:
         self._plain_paths: list[NoNestedTensors] = []
         self.watch_encoders()
 
+    def add_hook(self, hook: Callable[[Transition], None]) -> Callable[[], None]:
+        """Calls the hook from now on; returns what removes it."""
+        key = max(self.hooks, default=0) + 1
+        self.hooks[key] = hook
+
+        def remove() -> None:
+            self.hooks.pop(key, None)
+
+        return remove
+
     def watch_encoders(self) -> None:
         """Keeps torch's encoders from nested tensors while they are half frozen."""
         self._plain_paths = [

@@ -1,13 +1,12 @@
 """Data sets whose augmentation draws from all generators, and runs with and without kept features."""
 
 import random
-from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
 
-from freezeout_ext import FeatureCache, FreezeOut, graphed
+from freezeout_ext import FeatureCache, FreezeOut
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -65,29 +64,3 @@ def train(
             if on_batch:
                 on_batch(len(losses), freezeout)
     return losses, cache, freezeout
-
-
-class HostGraphs:
-    """Records a step without running it; a replay runs it, into the same result tensors."""
-
-    def run(self, body):
-        return body()
-
-    def capture(self, body, first):
-        result = []
-
-        def replay():
-            new = body()
-            if not result:
-                result.extend(new)
-            for old, value in zip(result, new, strict=True):
-                old.copy_(value)
-            return tuple(result)
-
-        return replay
-
-
-def graphed_step(*args, backend=None, **options):
-    """GraphedStep; what captures is `backend` instead of CUDA graphs, where one is given."""
-    with mock.patch.object(graphed, "_backend_of", (lambda device: backend) if backend else graphed._backend_of):
-        return graphed.GraphedStep(*args, **options)

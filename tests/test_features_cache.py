@@ -7,7 +7,8 @@ import weakref
 
 import pytest
 import torch
-from feature_cases import HostGraphs, Pictures, graphed_step, small_net, train
+from feature_cases import Pictures, small_net, train
+from host_graphs import HostGraphs, graphed_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -283,7 +284,7 @@ def test_thawing_between_a_batch_and_its_forward_is_an_error(num_frozen):
 
 def test_a_graphed_step_takes_kept_rows_as_its_input():
     dataset, found = Pictures(16), []
-    for backend in (HostGraphs(), None):
+    for graphs in (HostGraphs(), None):
         torch.manual_seed(0)
         model = small_net()
         cache = FeatureCache(dataset, views=1, measure=False)
@@ -292,7 +293,7 @@ def test_a_graphed_step_takes_kept_rows_as_its_input():
         freezeout = FreezeOut(
             model, optimizer, total_steps=40, start_frozen=1, t_0=0.5, scale_lr=False, max_transitions=2, cache=cache
         )
-        step = graphed_step(model, nn.functional.cross_entropy, optimizer, freezeout, backend=backend)
+        step = graphed_step(model, nn.functional.cross_entropy, optimizer, freezeout, graphs=graphs)
         losses = []
         for _ in range(20):
             for inputs, targets, keys in loader:
@@ -300,7 +301,7 @@ def test_a_graphed_step_takes_kept_rows_as_its_input():
                     losses.append(step(inputs, targets)[0].item())
         found.append((losses, {k: v.clone() for k, v in model.state_dict().items()}))
         assert cache.report().hits + cache.report().pushed > 200
-        if backend is not None:
+        if graphs is not None:
             assert step.captures >= 2 and step.replays > 10
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
 

@@ -55,7 +55,7 @@ def test_data_sets_and_arguments():
         ({"dtype": torch.float64}, "dtype must be"),
         ({"limit": 0}, "limit must be"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises((ValueError, TypeError), match=words):
             FeatureCache(Pictures(), **arguments)
     with pytest.raises(ValueError, match="batch_size"):
         FeatureCache(Pictures()).loader(0)

@@ -375,7 +375,7 @@ def test_going_back_in_one_process_does_not_depend_on_the_order_of_loading(kind)
 
 def test_a_freezeout_that_cannot_be_made_leaves_nothing_behind():
     class Refusing:
-        detached = 0
+        detached, takes_part, rows, given = 0, False, None, None
 
         def attach(self, freezeout):
             raise RuntimeError(f"no room for {freezeout.num_frozen} layers")

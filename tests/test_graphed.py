@@ -3,51 +3,21 @@
 import copy
 import itertools
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
+from host_graphs import HostGraphs, graphed_step
 from torch import nn
 from torch.nn import functional
 
 from freezeout_ext import FreezeOut, FusedSGD, Schedule, graphed, native
 from freezeout_ext.cuda_graphs import STREAMS, own_stream
-from freezeout_ext.graphed import MAX_SHAPES, MOST_UNSETTLED_STEPS, WARM_UP_STEPS, GraphedStep
+from freezeout_ext.graphed import MAX_SHAPES, MOST_UNSETTLED_STEPS, WARM_UP_STEPS
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix, judge
 
 STEPS = 40
 needs_native = pytest.mark.skipif(native.C is None, reason=f"the compiled half is missing: {native.import_error}")
-
-
-class HostGraphs:
-    """Records a step without running it; a replay runs it, into the same result tensors."""
-
-    def __init__(self):
-        self.ran = 0
-
-    def run(self, body):
-        self.ran += 1
-        return body()
-
-    def capture(self, body, first):
-        result = []
-
-        def replay():
-            new = body()
-            if not result:
-                result.extend(new)
-            for old, value in zip(result, new, strict=True):
-                old.copy_(value)
-            return tuple(result)
-
-        return replay
-
-
-def graphed_step(*args, backend=None, **options):
-    """GraphedStep; what captures is `backend` instead of CUDA graphs, where one is given."""
-    with mock.patch.object(graphed, "_backend_of", (lambda device: backend) if backend else graphed._backend_of):
-        return GraphedStep(*args, **options)
 
 
 def batches(steps=STEPS, odd=None):
@@ -85,17 +55,17 @@ def assert_equal_weights(a, b):
         assert torch.equal(x, y), name
 
 
-@pytest.mark.parametrize("backend", [None, HostGraphs], ids=["eager", "graphs"])
-def test_equals_the_plain_loop(backend):
+@pytest.mark.parametrize("host", [None, HostGraphs], ids=["eager", "graphs"])
+def test_equals_the_plain_loop(host):
     expected, *rest = make()
     losses = plain_loop(expected, *rest, batches())
-    model, optimizer, freezeout = make(fused=True) if backend else make()
+    model, optimizer, freezeout = make(fused=True) if host else make()
     step = graphed_step(
-        model, functional.cross_entropy, optimizer, freezeout, backend=backend() if backend else None
+        model, functional.cross_entropy, optimizer, freezeout, graphs=host() if host else None
     )  # fmt: skip
     results = [step(*batch) for batch in batches()]
     assert freezeout.num_frozen == rest[1].num_frozen == len(freezeout.layers) - 1
-    if backend:
+    if host:
         # torch's fused update rounds otherwise than its for-loop.
         torch.testing.assert_close(torch.stack([loss for loss, _ in results]), torch.tensor(losses), rtol=1e-4, atol=0)
     else:
@@ -103,13 +73,13 @@ def test_equals_the_plain_loop(backend):
         assert_equal_weights(model, expected)
     assert not results[-1][0].requires_grad and not results[-1][1].requires_grad
     assert all(p.grad is None for p in model.parameters())
-    assert (step.captures > 0, step.eager_steps + step.replays) == (backend is not None, STEPS)
+    assert (step.captures > 0, step.eager_steps + step.replays) == (host is not None, STEPS)
 
 
 def test_one_graph_a_shape_and_frontier_after_some_eager_steps():
     model, optimizer, freezeout = make(fused=True)
-    backend = HostGraphs()
-    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
+    host = HostGraphs()
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=host)
     expected = watched = 0
     seen = {}
     for inputs, targets in batches(odd=4):
@@ -124,13 +94,13 @@ def test_one_graph_a_shape_and_frontier_after_some_eager_steps():
     assert {size for size, _ in seen} == {8, 5}
     assert watched >= len(freezeout.layers) - 1
     eager = watched + sum(min(count, WARM_UP_STEPS) for count in seen.values())
-    assert (step.eager_steps, step.replays, backend.ran) == (eager, STEPS - eager, eager)
+    assert (step.eager_steps, step.replays, host.ran) == (eager, STEPS - eager, eager)
     assert expected > 1 and step.replays > 0
 
 
 def test_many_shapes_run_eagerly_beyond_the_first_few():
     model, optimizer, _ = make(fused=True, freeze=False)
-    step = graphed_step(model, functional.cross_entropy, optimizer, backend=HostGraphs())
+    step = graphed_step(model, functional.cross_entropy, optimizer, graphs=HostGraphs())
     for size in range(2, 2 + MAX_SHAPES + 2):
         for _ in range(WARM_UP_STEPS + 1):
             step(torch.randn(size, 3, 8, 8), torch.randint(4, (size,)))
@@ -139,7 +109,7 @@ def test_many_shapes_run_eagerly_beyond_the_first_few():
 
 def test_results_outlive_the_next_replay():
     model, optimizer, _ = make(fused=True, freeze=False)
-    step = graphed_step(model, functional.cross_entropy, optimizer, backend=HostGraphs())
+    step = graphed_step(model, functional.cross_entropy, optimizer, graphs=HostGraphs())
     results = [step(*batch) for batch in batches(WARM_UP_STEPS + 3)]
     (loss, outputs), (later, _) = results[-2:]
     *_, (_, targets) = batches(WARM_UP_STEPS + 2)
@@ -151,13 +121,13 @@ def test_a_transition_drops_all_graphs_at_once():
     """The next capture is told that it is the first: it must not look for the memory of those before."""
     firsts = []
 
-    class Backend(HostGraphs):
+    class Noting(HostGraphs):
         def capture(self, body, first):
             firsts.append(first)
             return super().capture(body, first)
 
     model, optimizer, freezeout = make(fused=True, steps=3 * STEPS)
-    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=Backend())
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=Noting())
     captures = []
     for batch in batches(3 * STEPS, odd=3):
         frozen = freezeout.num_frozen
@@ -220,7 +190,7 @@ def test_the_prefix_is_timed_before_the_capture(monkeypatch):
     model = build_model("wrn-10-1", 4, image_size=8).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)
     freezeout = FreezeOut(model, optimizer, total_steps=100, t_0=0.3, how_scale="linear", max_transitions=2)
-    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=Capturing())
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=Capturing())
     data, frozen = batches(100), set()
     for batch in data:
         step(*batch)
@@ -234,7 +204,7 @@ def test_the_prefix_is_timed_before_the_capture(monkeypatch):
 def test_a_prefix_that_never_settles_does_not_hold_the_capture_up():
     """Its trial is of a shape that does not come again; calls of others are not timed."""
     model, optimizer, freezeout = make(fused=True)
-    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=HostGraphs())
     model.eval()  # the prefix waits for a forward in training mode
     data = batches(100)
     while freezeout.num_frozen == 0:
@@ -259,7 +229,7 @@ def test_fused_sgd_computes_its_rates_from_the_counter(warmup_steps):
         )  # fmt: skip
         if not graphed:
             return model, plain_loop(model, optimizer, freezeout, batches()), freezeout
-        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=HostGraphs())
         losses = []
         for batch in batches():
             # What the host believes must not matter.
@@ -283,7 +253,7 @@ def test_fused_sgd_without_a_schedule_keeps_its_rate_and_refuses_another():
     model, optimizer, _ = make(FusedSGD, freeze=False)
     expected = copy.deepcopy(model)
     reference = torch.optim.SGD(expected.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
-    step = graphed_step(model, functional.cross_entropy, optimizer, backend=HostGraphs())
+    step = graphed_step(model, functional.cross_entropy, optimizer, graphs=HostGraphs())
     for inputs, targets in batches(6):
         step(inputs, targets)
         functional.cross_entropy(expected(inputs), targets).backward()
@@ -302,9 +272,9 @@ def test_one_cosine_for_all_layers(sgd, freeze):
     fused = {"fused": True} if sgd is torch.optim.SGD else {}
     cosine = Schedule(1, STEPS, t_0=1.0, warmup_steps=4)
     runs = []
-    for backend in (None, HostGraphs()):
+    for host in (None, HostGraphs()):
         model, optimizer, freezeout = make(sgd, freeze=freeze, anneal=False, **fused)
-        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, cosine=cosine, backend=backend)
+        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, cosine=cosine, graphs=host)
         assert float(optimizer.param_groups[-1]["lr"]) == pytest.approx(0.05 / 5)
         for batch in batches():
             step(*batch)
@@ -318,7 +288,7 @@ def test_a_loaded_state_is_captured_anew():
     def start():
         model, optimizer, freezeout = make(fused=True)
         return model, optimizer, freezeout, graphed_step(
-            model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs()
+            model, functional.cross_entropy, optimizer, freezeout, graphs=HostGraphs()
         )  # fmt: skip
 
     model, optimizer, freezeout, step = start()
@@ -349,7 +319,7 @@ def test_a_loaded_state_is_captured_anew():
 def test_loaded_weights_are_captured_anew(whole):
     """A prefix with folded weights of its own would go on with those from before."""
     model, optimizer, freezeout = make(fused=True)
-    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=HostGraphs())
     data = batches()
     while not (freezeout.num_frozen and step._graphs):
         step(*next(data))
@@ -372,8 +342,8 @@ def test_a_loaded_state_sets_the_counter():
     data = list(batches())
     for graphs in (False, True):
         model, optimizer, freezeout = make(FusedSGD)
-        backend = HostGraphs() if graphs else None
-        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
+        host = HostGraphs() if graphs else None
+        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=host)
         for batch in data[:6]:
             step(*batch)
         state = freezeout.state_dict()
@@ -390,7 +360,7 @@ def test_a_loaded_state_sets_the_counter():
 def test_step_count_resumes_where_there_is_no_freezeout():
     model, optimizer, _ = make(fused=True, freeze=False)
     step = graphed_step(
-        model, functional.cross_entropy, optimizer, cosine=Schedule(1, 10, t_0=1.0), backend=HostGraphs()
+        model, functional.cross_entropy, optimizer, cosine=Schedule(1, 10, t_0=1.0), graphs=HostGraphs()
     )  # fmt: skip
     step.step_count = 5
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.025)
@@ -400,12 +370,12 @@ def test_step_count_resumes_where_there_is_no_freezeout():
 
 def test_mixed_precision_with_a_scaler():
     runs = []
-    for backend in (None, HostGraphs()):
+    for host in (None, HostGraphs()):
         model, optimizer, freezeout = make(fused=True)
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=5)
         step = graphed_step(
             model, functional.cross_entropy, optimizer, freezeout, scaler=scaler, amp_dtype=torch.bfloat16,
-            backend=backend,
+            graphs=host,
         )  # fmt: skip
         outputs = [step(*batch)[1] for batch in batches()]
         assert outputs[0].dtype == torch.bfloat16
@@ -417,7 +387,7 @@ def test_mixed_precision_with_a_scaler():
 def test_what_cannot_be_captured_is_refused_by_name():
     model, optimizer, freezeout = make()
     with pytest.raises(ValueError, match=r"must be a FusedOptimizer, or made with fused=True .* got SGD with neither"):
-        graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+        graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=HostGraphs())
     with pytest.raises(ValueError, match="cosine must be None where freezeout anneals"):
         graphed_step(model, functional.cross_entropy, optimizer, freezeout, cosine=Schedule(1, 10))
 
@@ -429,7 +399,7 @@ def test_what_cannot_be_captured_is_refused_by_name():
                 raise RuntimeError("capture ended")  # as torch.cuda.graph's end does
 
     model, optimizer, freezeout = make(fused=True)
-    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=Fails())
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=Fails())
     with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph; run it without: operation not perm"):
         for batch in batches():
             step(*batch)
@@ -437,7 +407,7 @@ def test_what_cannot_be_captured_is_refused_by_name():
 
 def test_close_leaves_all_to_others():
     model, optimizer, freezeout = make(fused=True)
-    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=HostGraphs())
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=HostGraphs())
     for batch in batches(6):
         step(*batch)
     step.close()
@@ -459,8 +429,8 @@ def test_replays_equal_eager_steps_bit_for_bit(device, steps, prefix, monkeypatc
         model = build_model("wrn-10-1", 4, image_size=8).to(device)
         optimizer = FusedSGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
         freezeout = FreezeOut(model, optimizer, total_steps=steps, t_0=0.3, how_scale="linear", prefix=prefix)
-        backend = HostGraphs() if device == "cpu" else None
-        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, backend=backend)
+        host = HostGraphs() if device == "cpu" else None
+        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=host)
         losses = []
         for inputs, targets in batches(steps, odd=7):
             losses.append(step(inputs.to(device), targets.to(device))[0])
@@ -520,7 +490,7 @@ def test_overflows_in_all_warm_up_steps(sgd, device):
         scaler = torch.amp.GradScaler(device, init_scale=2.0**127)
         step = graphed_step(
             model, criterion, optimizer, scaler=scaler, cosine=Schedule(1, STEPS, t_0=1.0),
-            backend=HostGraphs() if graphs and device == "cpu" else None, graph=graphs,
+            graphs=HostGraphs() if graphs and device == "cpu" else None, graph=graphs,
         )  # fmt: skip
         first = [p.detach().clone() for p in model.parameters()]
         skipped = 0
@@ -542,7 +512,7 @@ def test_an_optimizer_that_asks_the_host_is_refused_with_a_scaler():
         ValueError, match=r"optimizer must be a FusedOptimizer, or made with fused=True, .* got AdamW without"
     ):
         graphed_step(
-            model, functional.cross_entropy, optimizer, scaler=torch.amp.GradScaler("cpu"), backend=HostGraphs()
+            model, functional.cross_entropy, optimizer, scaler=torch.amp.GradScaler("cpu"), graphs=HostGraphs()
         )  # fmt: skip
 
 

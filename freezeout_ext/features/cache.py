@@ -3,13 +3,14 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_count, check_flag, check_kind
 from .forwards import Forwards, Schedule
 from .generations import Generations
 from .loader import CacheLoader
@@ -70,8 +71,11 @@ class FeatureCache:
     ) -> None:
         if dtype not in KEPT_DTYPES:
             raise ValueError(f"dtype must be None, torch.bfloat16, torch.float16 or torch.int8, got {dtype}")
-        if limit is not None and (isinstance(limit, bool) or limit <= 0):
-            raise ValueError(f"limit must be > 0 bytes or None, got {limit}")
+        if limit is not None:
+            check_count("limit", limit, 1)
+        check_kind("store", store, (str, os.PathLike), '"device", "host" or a path')
+        check_count("seed", seed, -(2**63), 2**63 - 1)
+        check_flag("measure", measure)
         self.views = Views(dataset, views, seed)
         self._notes: list[str] = []
         self._kept = Generations(self.views, os.fspath(store), dtype, limit, self._note)
@@ -131,6 +135,7 @@ class FeatureCache:
             RuntimeError: no FreezeOut has this cache, or a spot check failed.
         """
         self._check_open("samples")
+        check_kind("lengths", lengths, Tensor, "a tensor", optional=True)
         if self._freezeout is None:
             raise RuntimeError("samples() needs a model: pass the cache to FreezeOut(cache=...)")
         forwards = self._forwards
@@ -192,6 +197,7 @@ class FeatureCache:
         Raises:
             ValueError: the state is of other views; nothing was changed.
         """
+        check_kind("state_dict", state_dict, Mapping, "a dict")
         here = self.state_dict()
         if dict(state_dict) != here:
             raise ValueError(f"state_dict must be of the same views, got {dict(state_dict)}, here {here}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..arguments import check_callable, check_count, check_flag, check_kind
 from .poison import poison
 from .store import Column, Store
 from .views import Keys, Views, order_seed
@@ -68,10 +69,15 @@ class CacheLoader:
         key_name: str,
         arguments: dict[str, Any],
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..world_size - 1 = {world_size - 1}, got {rank}")
+        check_count("batch_size", batch_size, 1)
+        check_count("world_size", world_size, 1)
+        check_count("rank", rank, 0, world_size - 1)
+        check_flag("shuffle", shuffle)
+        check_flag("drop_last", drop_last)
+        check_count("seed", seed, -(2**63), 2**63 - 1)
+        check_kind("key_name", key_name, str, "a str")
+        if collate_fn is not None:
+            check_callable("collate_fn", collate_fn, "a list of samples")
         taken = {"sampler", "batch_sampler", "dataset"} & set(arguments)
         if taken:
             raise ValueError(f"{', '.join(sorted(taken))}: the cache makes its own; pass shuffle and batch_size")

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 
+from ..arguments import check_count
+
 try:
     import numpy
 except ImportError:  # an extra of the package
@@ -80,7 +82,7 @@ class Views:
     """
 
     def __init__(self, dataset: Any, count: int, seed: int) -> None:
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        if isinstance(dataset, IterableDataset | type) or not hasattr(dataset, "__len__"):
             raise TypeError(
                 "dataset must be map-style (dataset[i] and len(dataset)): features are kept by sample, and iterable "
                 f"data has no samples to name; got a {type(dataset).__name__}"
@@ -88,8 +90,7 @@ class Views:
         self.batched = isinstance(dataset, BatchDataset)
         if not self.batched and not hasattr(dataset, "__getitem__"):
             raise TypeError(f"dataset must have __getitem__, got a {type(dataset).__name__}")
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"views must be a whole number >= 1, got {count!r}")
+        check_count("views", count, 1, 2**62 // max(len(dataset), 1))  # keys are int64
         self.dataset, self.count, self.seed = dataset, count, seed
         self.num_samples = len(dataset)
         self._checked = False

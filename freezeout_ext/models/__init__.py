@@ -4,8 +4,8 @@ import re
 
 from torch import nn
 
+from ..arguments import check_count
 from .densenet import DenseNet
-from .parts import check_count
 from .resnet import ResNet
 from .vgg import VGG
 from .wide_resnet import WideResNet
@@ -40,8 +40,8 @@ def build_model(name: str, num_classes: int = 10, in_channels: int = 3, image_si
         ValueError: a name of no known form, or a depth or width that its net does not have.
         TypeError: a count that is not a whole number.
     """
-    check_count("num_classes", num_classes)
-    check_count("in_channels", in_channels)
+    check_count("num_classes", num_classes, 1)
+    check_count("in_channels", in_channels, 1)
     check_count("image_size", image_size, 4)
     found = _NAME.fullmatch(name)
     if not found:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from .parts import check_count, init_weights, pre_activation_head
+from ..arguments import check_count
+from .parts import init_weights, pre_activation_head
 
 
 class Bottleneck(nn.Module):
@@ -64,7 +65,7 @@ class DenseNet(nn.Module):
     def __init__(self, depth: int = 76, growth: int = 12, *, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         check_count("depth", depth, 10)
-        check_count("growth", growth)
+        check_count("growth", growth, 1)
         if (depth - 4) % 6:
             raise ValueError(f"DenseNet-BC depth must be 6n + 4 (10, 16, 22, ..., 40, 76, 100), got {depth}")
         channels = 2 * growth

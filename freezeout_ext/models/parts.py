@@ -33,14 +33,6 @@ def init_weights(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise TypeError or ValueError unless value is an int >= least."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
-
-
 def check_width(width: float, narrowest: int) -> None:
     """Raise ValueError unless width * narrowest is at least one channel."""
     if not 1 <= narrowest * width < float("inf"):

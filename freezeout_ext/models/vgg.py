@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from .parts import check_count, check_width, init_weights
+from ..arguments import check_count
+from .parts import check_width, init_weights
 
 # Convolutions in each of the five stages.
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -58,7 +59,7 @@ class VGG(nn.Module):
         if depth not in STAGES:
             raise ValueError(f"VGG depth must be one of {', '.join(map(str, STAGES))}, got {depth}")
         check_width(width, CHANNELS[0])
-        check_count("image_size", image_size)
+        check_count("image_size", image_size, 1)
         channels, size, units = in_channels, image_size, []
         for convs, full_channels in zip(STAGES[depth], CHANNELS, strict=True):
             for k in range(convs):

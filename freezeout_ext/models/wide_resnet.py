@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from .parts import check_count, init_weights, pre_activation_head
+from ..arguments import check_count
+from .parts import init_weights, pre_activation_head
 
 
 class WideBlock(nn.Module):
@@ -50,7 +51,7 @@ class WideResNet(nn.Module):
     def __init__(self, depth: int = 40, width: int = 4, *, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         check_count("depth", depth, 10)
-        check_count("width", width)
+        check_count("width", width, 1)
         if (depth - 4) % 6:
             raise ValueError(f"WRN depth must be 6n + 4 (10, 16, 22, 28, 34, 40, ...), got {depth}")
         channels = 16

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_callable, check_count, check_kind
 from ..batch import Batch, call, detached, size
 from ..fused import FusedSGD
 from ..layers import Layers, find_layers
@@ -60,8 +61,14 @@ def measure_costs(
         loader, loader_ahead: seconds a step, see `StepCosts` and `measure_loader`.
         on_round: called with (rounds done, rounds) before each.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be >= 1, got {rounds}")
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
+    check_callable("criterion", criterion, "(outputs, targets)")
+    check_kind("layers", layers, Layers, "what find_layers gives", optional=True)
+    if make_optimizer is not None:
+        check_callable("make_optimizer", make_optimizer, "param groups")
+    check_kind("amp_dtype", amp_dtype, torch.dtype, "a torch.dtype", optional=True)
+    check_count("rounds", rounds, 1)
+    check_kind("max_seconds", max_seconds, int | float, "a number")
     if not max_seconds >= 0:
         raise ValueError(f"max_seconds must be >= 0, got {max_seconds}")
     device = next(model.parameters()).device

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_kind
 from ..batch import Batch
-from ..layers import Layers
+from ..layers import Layers, find_layers
 from ..schedule import POWERS, Schedule
 from ..text import table
 from .costs import Prediction, StepCosts, Suggestion, predict, suggest_t_0
@@ -72,6 +75,17 @@ def plan(
         layers, make_optimizer, amp_dtype, rounds, max_seconds: see `measure_costs`.
         loader: the batches to train with, whose wait is measured (None: already on the device).
     """
+    check_kind("t_0s", t_0s, Iterable, "several numbers")
+    check_kind("how_scales", how_scales, Iterable, "several names or powers")
+    check_kind("loader", loader, Iterable, "an iterable of batches", optional=True)
+    check_kind("layers", layers, Layers, "what find_layers gives", optional=True)
+    layers = find_layers(model) if layers is None else layers
+    schedule: dict[str, Any] = {
+        "total_steps": total_steps, "warmup_steps": warmup_steps, "max_transitions": max_transitions
+    }  # fmt: skip
+    t_0s, how_scales = list(t_0s), list(how_scales)
+    for how_scale, t_0 in product(how_scales, t_0s):  # what is wrong is said before anything is measured
+        Schedule(len(layers), t_0=t_0, how_scale=how_scale, **schedule)
     wait, ahead = measure_loader(loader) if loader is not None else (0.0, False)
     costs = measure_costs(
         model,
@@ -86,7 +100,6 @@ def plan(
         loader=wait,
         loader_ahead=ahead,
     )
-    schedule = {"total_steps": total_steps, "warmup_steps": warmup_steps, "max_transitions": max_transitions}
     return plan_from_costs(costs, schedule, t_0s, how_scales)
 
 

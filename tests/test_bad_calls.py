@@ -1,0 +1,377 @@
+"""Each argument of the public API with values of the wrong kind: an error that names it, and nothing was done."""
+
+import inspect
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from feature_cases import Pictures
+from torch import nn
+from torch.nn import functional
+
+import freezeout_ext
+from freezeout_ext import (
+    FeatureCache,
+    FreezeOut,
+    FusedAdam,
+    FusedAdamW,
+    FusedSGD,
+    GraphedStep,
+    Layers,
+    Schedule,
+    find_layers,
+)
+from freezeout_ext.integrations.compile import CompiledLayers
+from freezeout_ext.integrations.distributed import DDPFollower
+from freezeout_ext.planner import plan
+
+
+def closed_file() -> Any:
+    file = tempfile.TemporaryFile()  # noqa: SIM115
+    file.close()
+    return file
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "None": lambda: None,
+    "str": lambda: "no such thing",
+    "bytes": lambda: b"0.5",
+    "nan": lambda: float("nan"),
+    "inf": lambda: float("inf"),
+    "half": lambda: 0.5,
+    "-1": lambda: -1,
+    "0": lambda: 0,
+    "huge": lambda: 10**30,
+    "True": lambda: True,
+    "list": lambda: [],
+    "list of objects": lambda: [object()],
+    "dict": lambda: {},
+    "generator": lambda: (i for i in range(3)),
+    "tensor": lambda: torch.full((3,), 0.5),
+    "module": lambda: nn.Linear(5, 7),
+    "closed file": closed_file,
+    "class": lambda: Pictures,
+    "object": object,
+}
+
+
+@dataclass
+class Case:
+    """A call that is right, and what it may change."""
+
+    function: Callable
+    given: dict[str, Any]
+    model: nn.Module | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    watched: Any = None  # compared by repr
+
+    def state(self) -> Any:
+        """What a call that raises leaves as it was."""
+        found: list[Any] = [repr(self.watched)]
+        for module in self.model.modules() if self.model else ():
+            hooks = [len(v) for k, v in sorted(vars(module).items()) if k.endswith("_hooks")]
+            own = sorted(k for k in vars(module) if k in ("train", "forward", "_call_impl", "_compiled_call_impl"))
+            found.append((hooks, own, module.training, [p.requires_grad for p in module.parameters(recurse=False)]))
+        if self.optimizer is not None:
+            hooks = [len(v) for k, v in sorted(vars(self.optimizer).items()) if k.endswith("_hooks")]
+            groups = [
+                {k: v for k, v in g.items() if k != "params"} | {"params": [id(p) for p in g["params"]]}
+                for g in self.optimizer.param_groups
+            ]
+            found.append((hooks, groups, sorted(map(str, self.optimizer.state))))
+        return found
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)), nn.Linear(4, 3))
+
+
+def trained(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, FreezeOut]:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    freezeout = FreezeOut(model, optimizer, total_steps=8, measure_prefix=False, **options)
+    return model, optimizer, freezeout
+
+
+def method(name: str, **given: Any) -> Callable[[], Case]:
+    def make() -> Case:
+        model, optimizer, freezeout = trained()
+        return Case(getattr(freezeout, name), given, model, optimizer, freezeout.state_dict())
+
+    return make
+
+
+def freeze_out() -> Case:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Case(FreezeOut, {"model": model, "optimizer": optimizer, "total_steps": 8}, model, optimizer)
+
+
+def load_state() -> Case:
+    model, optimizer, freezeout = trained()
+    given = {"state_dict": freezeout.state_dict()}
+    return Case(freezeout.load_state_dict, given, model, optimizer, freezeout.state_dict())
+
+
+def graphed_step() -> Case:
+    model, optimizer, freezeout = trained(anneal=False)
+    given = {"model": model, "criterion": functional.cross_entropy, "optimizer": optimizer, "freezeout": freezeout}
+    return Case(GraphedStep, given, model, optimizer, freezeout.state_dict())
+
+
+def graphed_call() -> Case:
+    model, optimizer, freezeout = trained()
+    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout)
+    given = {"inputs": torch.randn(2, 4), "targets": torch.tensor([0, 1])}
+    return Case(step, given, model, optimizer, freezeout.state_dict())
+
+
+def set_step_count() -> Case:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = GraphedStep(model, functional.cross_entropy, optimizer)
+    return Case(lambda step_count: setattr(step, "step_count", step_count), {"step_count": 3}, model, optimizer)
+
+
+def feature_cache() -> Case:
+    return Case(FeatureCache, {"dataset": Pictures()})
+
+
+def cached(name: str, **given: Any) -> Callable[[], Case]:
+    def make() -> Case:
+        cache = FeatureCache(Pictures())
+        model, optimizer, _ = trained(cache=cache)
+        return Case(getattr(cache, name), given, model, optimizer, cache.report())
+
+    return make
+
+
+def samples() -> Case:
+    case = cached("samples", keys=[0, 1])()
+    run = case.function
+
+    def enter(keys: Any, *, lengths: Any = None) -> None:
+        with run(keys, lengths=lengths):
+            case.model(torch.randn(2, 4))
+
+    case.function = enter
+    return case
+
+
+def layer_list() -> Case:
+    return Case(Layers, {"layers": list(find_layers(net()))})
+
+
+def found_layers() -> Case:
+    model = net()
+    return Case(find_layers, {"model": model}, model)
+
+
+def compiled_layers() -> Case:
+    model, optimizer, freezeout = trained()
+    return Case(CompiledLayers, {"freezeout": freezeout, "backend": "eager"}, model, optimizer)
+
+
+def ddp_follower() -> Case:
+    model, optimizer, freezeout = trained()
+    return Case(DDPFollower, {"freezeout": freezeout}, model, optimizer)
+
+
+def planned() -> Case:
+    model = net()
+    given = {
+        "model": model, "example_inputs": torch.randn(2, 4), "targets": torch.tensor([0, 1]),
+        "criterion": functional.cross_entropy, "total_steps": 8, "rounds": 1, "t_0s": (0.5,), "max_seconds": 0.1,
+    }  # fmt: skip
+    return Case(plan, given, model)
+
+
+def schedule(name: str, **given: Any) -> Callable[[], Case]:
+    return lambda: Case(getattr(Schedule(4, 8), name), given)
+
+
+def layers(name: str, **given: Any) -> Callable[[], Case]:
+    return lambda: Case(getattr(find_layers(net()), name), given)
+
+
+CALLS: dict[str, Callable[[], Case]] = {
+    "FreezeOut": freeze_out,
+    "FreezeOut.freeze_to": method("freeze_to", num_frozen=1),
+    "FreezeOut.thaw_to": method("thaw_to", num_frozen=0),
+    "FreezeOut.register_transition_hook": method("register_transition_hook", hook=print),
+    "FreezeOut.load_state_dict": load_state,
+    "FreezeOut.anneals_as": method("anneals_as", i=1),
+    "GraphedStep": graphed_step,
+    "GraphedStep.step_count": set_step_count,
+    "GraphedStep()": graphed_call,
+    "FeatureCache": feature_cache,
+    "FeatureCache.loader": cached("loader", batch_size=4),
+    "FeatureCache.samples": samples,
+    "FeatureCache.load_state_dict": cached("load_state_dict", state_dict={"samples": 32, "views": 4, "seed": 0}),
+    "Schedule": lambda: Case(Schedule, {"num_layers": 4, "total_steps": 8}),
+    "Schedule.t": schedule("t", i=1),
+    "Schedule.milestone": schedule("milestone", i=1),
+    "Schedule.lr_factor": schedule("lr_factor", i=1, step=2),
+    "Schedule.num_frozen": schedule("num_frozen", step=2),
+    "Schedule.next_milestone": schedule("next_milestone", step=2),
+    "Layers": layer_list,
+    "Layers.count_through": layers("count_through", last=1, argument="last"),
+    "find_layers": found_layers,
+    "CompiledLayers": compiled_layers,
+    "DDPFollower": ddp_follower,
+    "plan": planned,
+}
+
+# What is no fault, with the reason.
+FLAGS = {f"{name}.{flag}": {"True": "a flag"} for name, flag in (
+    ("FreezeOut", "anneal"), ("FreezeOut", "scale_lr"), ("FreezeOut", "measure_prefix"), ("GraphedStep", "graph"),
+    ("FeatureCache", "measure"), ("FeatureCache.loader", "shuffle"), ("FeatureCache.loader", "drop_last"),
+    ("Schedule", "scale_lr"),
+)}  # fmt: skip
+OPTIONAL = {f"{name}.{argument}": {"None": "the default"} for name, argument in (
+    ("FreezeOut", "layers"), ("FreezeOut", "milestones"), ("FreezeOut", "max_transitions"), ("FreezeOut", "cache"),
+    ("FreezeOut", "scale_lr"), ("GraphedStep", "freezeout"), ("GraphedStep", "cosine"), ("GraphedStep", "scaler"),
+    ("GraphedStep", "amp_dtype"), ("FeatureCache", "dtype"), ("FeatureCache", "limit"),
+    ("FeatureCache.loader", "collate_fn"), ("FeatureCache.loader", "seed"), ("FeatureCache.loader", "rank"),
+    ("FeatureCache.loader", "world_size"), ("FeatureCache.samples", "lengths"), ("Schedule", "max_transitions"),
+    ("Schedule", "milestones"), ("find_layers", "layers"), ("DDPFollower", "ddp"), ("plan", "max_transitions"),
+    ("plan", "layers"), ("plan", "make_optimizer"), ("plan", "amp_dtype"), ("plan", "loader"),
+)}  # fmt: skip
+NUMBERS = {
+    "FreezeOut.total_steps": {"huge": "a long run"},
+    "FreezeOut.t_0": {"half": "a fraction"},
+    "FreezeOut.how_scale": {"half": "a power", "huge": "a power"},
+    "FreezeOut.start_frozen": {"0": "the default"},
+    "FreezeOut.warmup_steps": {"0": "the default"},
+    "FreezeOut.max_transitions": {"huge": "as many as there are layers"},
+    "FreezeOut.freeze_to.num_frozen": {"0": "no layer"},
+    "FreezeOut.thaw_to.num_frozen": {"0": "no layer"},
+    "FreezeOut.anneals_as.i": {"0": "the first layer"},
+    "GraphedStep.step_count.step_count": {"0": "the first step", "huge": "a late step"},
+    "FeatureCache.limit": {"huge": "more than there is"},
+    "FeatureCache.seed": {"-1": "a seed", "0": "a seed"},
+    "FeatureCache.loader.batch_size": {"huge": "one batch of all samples"},
+    "FeatureCache.loader.seed": {"-1": "a seed", "0": "a seed"},
+    "FeatureCache.loader.rank": {"0": "the only rank"},
+    "FeatureCache.loader.world_size": {"huge": "a process with no samples"},
+    "Schedule.total_steps": {"huge": "a long run"},
+    "Schedule.t_0": {"half": "a fraction"},
+    "Schedule.how_scale": {"half": "a power", "huge": "a power"},
+    "Schedule.warmup_steps": {"0": "the default"},
+    "Schedule.max_transitions": {"huge": "as many as there are layers"},
+    "Schedule.start_frozen": {"0": "the default"},
+    "Schedule.t.i": {"0": "the first layer"},
+    "Schedule.milestone.i": {"0": "the first layer"},
+    "Schedule.lr_factor.i": {"0": "the first layer"},
+    **{
+        f"Schedule.{name}.step": {"0": "a step", "half": "between steps", "inf": "the end", "huge": "the end"}
+        for name in ("lr_factor", "num_frozen", "next_milestone")
+    },
+    "Layers.count_through.last": {"0": "no layer"},
+    "plan.total_steps": {"huge": "a long run"},
+    "plan.warmup_steps": {"0": "the default"},
+    "plan.max_transitions": {"huge": "as many as there are layers"},
+    "plan.rounds": {"huge": "max_seconds ends them"},
+    "plan.max_seconds": {"inf": "no end", "half": "a time", "0": "one round", "huge": "a time", "True": "a number"},
+}
+OTHERS = {
+    "FreezeOut.schedulers": {"list": "none"},
+    "FreezeOut.register_transition_hook.hook": {"module": "can be called", "class": "can be called"},
+    "GraphedStep.criterion": {"module": "can be called", "class": "can be called"},
+    "FeatureCache.dataset": dict.fromkeys(
+        ("str", "bytes", "list", "list of objects", "dict", "tensor"), "has a length and items; their use is checked"
+    ),
+    "FeatureCache.store": {"str": "a folder"},
+    "FeatureCache.loader.collate_fn": {"module": "can be called", "class": "can be called"},
+    "FeatureCache.loader.key_name": {"str": "a name"},
+    "FeatureCache.samples.lengths": {"tensor": "unused by this model"},
+    "Layers.layers": {"list": "no layers", "dict": "no layers"},
+    "Layers.given": {"list": "no layers", "dict": "no layers"},
+    "Layers.count_through.argument": dict.fromkeys(KINDS, "only a name for messages"),
+    "find_layers.model": {"module": "a model"},
+    "plan.t_0s": {"list": "no schedule", "dict": "no schedule"},
+    "plan.how_scales": {"list": "no schedule", "dict": "no schedule", "bytes": "powers 48, 46 and 53"},
+    "plan.loader": dict.fromkeys(("str", "bytes", "generator", "tensor"), "only its wait is measured"),
+}
+ACCEPTED: dict[str, dict[str, str]] = {}
+for table in (FLAGS, OPTIONAL, NUMBERS, OTHERS):
+    for place, kinds in table.items():
+        ACCEPTED.setdefault(place, {}).update(kinds)
+# Messages that name something else, with what they name.
+NAMED = {
+    "FreezeOut.freeze_to.num_frozen": "freeze_to",
+    "FreezeOut.thaw_to.num_frozen": "thaw_to",
+    "FreezeOut.model": "model|optimizer must hold every trainable parameter",  # of another model
+    "plan.t_0s": "t_0",
+    "plan.how_scales": "how_scale",
+}
+# What only the user's own model or criterion can judge: their error, whatever it names.
+USERS = {
+    "GraphedStep().inputs", "GraphedStep().targets", "plan.model", "plan.example_inputs", "plan.targets",
+    "plan.criterion", "plan.make_optimizer",
+}  # fmt: skip
+
+
+def arguments() -> list[str]:
+    found = []
+    for name, make in CALLS.items():
+        parameters = inspect.signature(make().function).parameters.values()
+        found += [f"{name}.{p.name}" for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", arguments())
+def test_a_wrong_argument_is_named_and_nothing_is_done(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a str may be taken for a folder
+    name, argument = place.rsplit(".", 1)
+    accepted = set()
+    for kind, value in KINDS.items():
+        case = CALLS[name]()
+        before = case.state()
+        try:
+            case.function(**{**case.given, argument: value()})
+        except (TypeError, ValueError, RuntimeError) as error:
+            named = re.search(NAMED.get(place, argument), str(error)) or "closed file" in str(error)
+            assert named or place in USERS, f"{kind}: {type(error).__name__}: {error}"
+            assert case.state() == before, f"{kind}: {error}"
+        else:
+            accepted.add(kind)
+    assert accepted == set(ACCEPTED.get(place, ()))
+
+
+def test_the_public_names_are_all_called() -> None:
+    records = {"Layer", "Transition"}  # written here, read by the user
+    optimizers = {"FusedSGD", "FusedAdam", "FusedAdamW"}  # below
+    nothing_to_give = {"__version__", "build_info"}
+    called = {name.partition(".")[0].removesuffix("()") for name in CALLS}
+    assert set(freezeout_ext.__all__) <= called | records | optimizers | nothing_to_give
+
+
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdam, FusedAdamW])
+def test_an_optimizer_refuses_what_torchs_own_refuses_with_the_same_words(kind: type) -> None:
+    theirs = getattr(torch.optim, kind.__name__.removeprefix("Fused"))
+    refused = 0
+    for argument in inspect.signature(theirs).parameters:
+        for value in KINDS.values():
+            if value is closed_file:  # its address is in the words
+                continue
+            given = {"params": [torch.nn.Parameter(torch.ones(2))]}
+            found = []
+            for each in (kind, theirs):
+                torch.manual_seed(0)
+                try:
+                    each(**{**given, argument: value()})
+                except Exception as error:
+                    found.append((type(error), re.sub("0x[0-9a-f]+", "", str(error)).replace("Fused", "")))
+            assert len(set(found)) <= 1 and len(found) in (0, 2), (argument, found)
+            refused += len(found) // 2
+    assert refused > 40
