@@ -8,7 +8,17 @@ from torch import nn
 
 
 class OwnMethod:
-    """A method on the instance. Copies and pickles of the module get what stood in its place."""
+    """A method on the instance of a module. A copy or a pickle of the module gets what stood in its place.
+
+    Args:
+        module: whose method it is.
+        name: of the method.
+        function: what the method does.
+
+    Attributes:
+        original: the method that is replaced, bound to the module.
+        replaced: what stood on the instance under this name, or None.
+    """
 
     def __init__(self, module: nn.Module, name: str, function: Callable) -> None:
         self.module = module
@@ -79,7 +89,7 @@ def pin(module: nn.Module) -> None:
 
 
 def unpin(module: nn.Module) -> None:
-    """The module goes to the mode that was asked for last, by model.train(mode), while it was pinned."""
+    """Undoes `pin`. The module goes to the mode that model.train(mode) asked for last while it was pinned."""
     own = module.__dict__.get("train")
     if isinstance(own, Pin):
         own.remove()
@@ -92,8 +102,9 @@ def is_pinned(module: nn.Module) -> bool:
 class NoNestedTensors:
     """In training a nn.TransformerEncoder whose first layer is frozen takes no nested tensors.
 
-    torch's encoder looks at its first layer alone: once that one is in eval mode and needs no gradient, a padding mask
-    turns the batch into a nested tensor, which layers that train do not take, and which has zeros for padded places.
+    torch's encoder looks at its first layer alone. Where that layer is in eval mode and needs no gradient, a padding
+    mask turns the batch into a nested tensor. Layers that train do not take nested tensors, and padded places would
+    become zeros.
     """
 
     def __init__(self, encoder: nn.TransformerEncoder) -> None:
@@ -123,9 +134,10 @@ def in_training(module: nn.Module) -> bool:
 
 
 class TransientHook:
-    """Calls function(*args) and returns nothing; a deepcopy or a pickle of the module holds a hook that does nothing.
+    """Calls function(*args) and returns nothing. In a deepcopy or a pickle of the module the hook does nothing.
 
-    `observes_only` hooks change no tensor: the frozen prefix need not keep away from them.
+    Attributes:
+        observes_only: the hook changes no tensor, so the frozen prefix need not keep away from it.
     """
 
     observes_only = True

@@ -165,7 +165,7 @@ def _depends_on_mode(module: nn.Module) -> bool:
 class DDPCheck:
     """Raises in the forward pass where DDP's reducer was built for other parameters than those that train now.
 
-    Such a reducer leaves buckets unreduced without a word. Nothing is watched outside of a process group.
+    Such a reducer leaves buckets unreduced without a word. Outside of a process group nothing is watched.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -15,9 +15,12 @@ from .text import table
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What freezes together: top modules by dotted name (disjoint subtrees) and their trainable parameters by name.
+    """What freezes together.
 
-    `submodules` are all modules of these subtrees that no later layer holds as well: those that go to eval mode.
+    name: of its main module.
+    modules: dotted name -> module; their subtrees are disjoint.
+    parameters: name -> trainable parameter, of these subtrees.
+    submodules: all modules of these subtrees that no later layer holds as well. They go to eval mode.
     """
 
     name: str
@@ -37,7 +40,9 @@ class Layer:
 class Layers(Sequence[Layer]):
     """The layers 0..L of a model in forward order; prints as a table of layer, modules and parameters.
 
-    given: what stands in front of them and came without a trainable parameter: frozen before FreezeOut sees it.
+    Args:
+        layers: in forward order.
+        given: what stands in front of them and came without a trainable parameter, so frozen already.
     """
 
     def __init__(self, layers: Iterable[Layer], given: Iterable[Layer] = ()) -> None:
@@ -90,24 +95,28 @@ def _checked(name: str, layers: Iterable[Layer]) -> tuple[Layer, ...]:
 def find_layers(model: nn.Module, layers: Sequence | None = None) -> Layers:
     """model -> Layers: stem, blocks, head in forward order.
 
-    Found by structure: what Sequential, ModuleList and ModuleDict repeat is one layer each; a norm belongs to the
-    convolution or linear before it, or opens the layer behind it where a block precedes it (pre-activation nets); a
-    module without parameters goes with the layer before it in the same Sequential; a last Sequential of linears is
-    one layer, the head. A module that holds most of the parameters is opened. Children of a module are taken in the
-    order in which the source of its forward mentions them, if it tells. A timm model's own `group_matcher` is used
-    where there is one; its groups that are whole stages are divided into blocks.
+    How layers are found:
 
-    Args:
-        layers: overrides the search: a sequence with one entry a layer, each a module, the name of a module or
-            parameter (with * and ? as wildcards; a name stands for its whole subtree), or a list of these.
+    - Each entry that a Sequential, ModuleList or ModuleDict repeats is one layer.
+    - A norm belongs to the convolution or linear before it. Behind a block it opens the next layer (pre-activation).
+    - A module without parameters goes with the layer before it in the same Sequential.
+    - A last Sequential of linears is one layer, the head.
+    - A module that holds most of the parameters is opened.
+    - Children are taken in the order in which the source of forward mentions them, if the source tells.
+    - A timm model's own `group_matcher` is used. Groups that are whole stages are divided into blocks.
 
     Tied parameters belong to the last layer that holds them. Layers without a trainable parameter are left out; those
     in front of all others are the result's `given`.
 
+    Args:
+        model: whose layers to find.
+        layers: in place of the search, a sequence with one entry a layer. An entry is a module, the name of a module
+            or parameter, or a list of these. A name stands for its whole subtree and may hold the wildcards * and ?.
+
     Raises:
-        ValueError: nothing is trainable; an entry of `layers` names nothing or what another one holds; a trainable
+        ValueError: nothing is trainable; an entry of `layers` names nothing, or what another one holds; a trainable
             parameter is in no layer.
-        TypeError: an entry of `layers` is none of the above.
+        TypeError: model is no module; an entry of `layers` is none of the above.
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module")
     if layers is not None:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 
 class SavedBytes:
-    """by_owner[o] = bytes of the storages that autograd saved for backward, and that owner o was the last to save.
+    """by_owner[o] = bytes of the storages that autograd saved for backward while owner o ran.
 
-    Parameters and buffers are not counted, nor is a storage twice.
+    Parameters and buffers do not count. Each storage counts once, for the owner that saved it last.
 
     Args:
-        owner: asked at each tensor that is saved, such as for the layer that runs.
+        model: whose parameters and buffers are left out.
+        owner: () -> who saves, asked at each tensor that is saved; such as the number of the layer that runs.
     """
 
     def __init__(self, model: nn.Module, owner: Callable[[], int] = lambda: 0) -> None:

@@ -12,7 +12,15 @@ from .layers import Layer
 
 
 class OrderCheck:
-    """Sees at the model's first forward whether the layers run in their order: by the last call of each."""
+    """Whether the layers run in their order: layer i's last call comes before layer i + 1's, in the first forward.
+
+    Args:
+        model: whose next forward is watched.
+        layers: in the order in which they should run.
+
+    Raises:
+        ValueError: in that forward, where they run in another order; the message says which.
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         self._model = model
@@ -73,7 +81,7 @@ class OrderCheck:
                 )
 
     def _recorded(self) -> list[str | list[str]]:
-        """The modules in the order of their last calls, grouped as before where they still stand together."""
+        """The modules in the order of their last calls. Neighbours that were one layer stay one entry."""
         entries: list[tuple[int, list[str]]] = []
         for i, name in self._last_call:
             if entries and (entries[-1][0] == i or self._only_shifts(i, name)):
@@ -94,7 +102,7 @@ class OrderCheck:
         return [names[0] if len(names) == 1 else names for _, names in entries]
 
     def _only_shifts(self, i: int, name: str) -> bool:
-        """Whether a module has no weight of its own layer's kind: a norm that runs late goes with what it follows."""
+        """Whether a module has vectors alone, as a norm: it then belongs to what it runs behind."""
         return all(p.dim() < 2 for p in self._layers[i].modules[name].parameters())
 
 

@@ -68,9 +68,10 @@ class ParamGroups:
         self._on_load = [o.register_load_state_dict_post_hook(lambda _: loaded()) for o in self._optimizers]
 
     def adopt(self) -> None:
-        """Marks each group with its layer and base rate, also after a state was loaded, and frees frozen state.
+        """Marks each group with its layer and base rate, at first and after a state was loaded.
 
-        A loaded state of a layer that is frozen now is set aside: FreezeOut's own state may be loaded next and thaw it.
+        A loaded state of a layer that is frozen now is set aside: FreezeOut's own state may be loaded next, and thaw
+        the layer.
         """
         for group in self:
             first: Any = next(iter(group["params"]), None)
@@ -85,7 +86,7 @@ class ParamGroups:
         self.set_frozen(self._num_frozen)
 
     def give_back_set_aside(self) -> None:
-        """The layers that were thawed by a loaded state get the optimizer's state that was loaded before it."""
+        """FreezeOut's state was loaded. Layers that it thawed get the optimizer's state that was loaded before."""
         for optimizer, p, state in self._set_aside:
             if self.layer_of[p] >= self._num_frozen:
                 optimizer.state.setdefault(p, state)
@@ -95,9 +96,12 @@ class ParamGroups:
         self._set_aside.clear()
 
     def set_frozen(self, num_frozen: int, undo: ExitStack | None = None) -> None:
-        """group["frozen"] = layer < num_frozen, with a rate of 0.
+        """group["frozen"] = layer < num_frozen; a frozen group's rate is 0.
 
-        What is thawed stands where the last layer's rate stands: at its own base rate times that rate over its base.
+        A group that is thawed gets its base rate times the last layer's rate over the last layer's base rate.
+
+        Args:
+            undo: what is called to take this back.
         """
         if undo is not None:
             for group in self:

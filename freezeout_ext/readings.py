@@ -49,11 +49,11 @@ class Readings:
         )
 
     def learning_rates(self) -> list[float]:
-        """lr_i(step) of each layer, 0 where frozen (of its first param group, where it has several)."""
+        """lr_i(step) of each layer, 0 where frozen. A layer with several param groups gives that of the first."""
         return self._groups.rates()
 
     def anneals_as(self, i: int) -> int:
-        """The layer whose rate layer i has while it is active: i itself, or the rule's first active one if thawed."""
+        """The layer whose rate layer i has: i itself, or the rule's first active layer if i was thawed by hand."""
         check_count("i", i, 0, len(self.layers) - 1)
         return max(i, self.schedule.num_frozen(self.step_count))
 

@@ -16,20 +16,20 @@ POWERS = {"linear": 1.0, "squared": 2.0, "cubic": 3.0}
 class Schedule:
     """t_i = (t_0 + (1 - t_0) * i / L) ** power; lr_i(step) = base_lr * lr_factor(i, step), 0 from milestone_i on.
 
-    Layers 0..L are in forward order, steps count optimizer steps from 0. Layer L has t = 1 and never freezes.
+    Layers 0..L are in forward order. Steps are optimizer steps, counted from 0. Layer L has t = 1 and never freezes.
 
     Args:
         num_layers: L + 1, and `start_frozen` more.
         total_steps: optimizer steps of the whole run.
         t_0: where layer 0 freezes, before the power, in (0, 1]; 1 freezes nothing.
         how_scale: "linear", "squared", "cubic", or any positive power.
-        scale_lr: multiply layer i's learning rate by 1 / t_i, so that its sum over the run does not depend on t_i.
-        warmup_steps: the rates rise linearly to their peak over these steps, and the cosines begin there.
-        max_transitions: at most so many moments at which layers freeze; neighbours freeze together at the mean of
-            their t_i, so that the layers' active time, summed, is that of the unsnapped schedule.
-        start_frozen: so many layers are frozen before the first step: t = 0. i and L count the layers behind them.
-        milestones: t_i itself of each layer behind the `start_frozen` ones, in place of `t_0` and `how_scale`:
-            fractions in [0, 1] that do not fall, the last one 1. A layer with 0 is frozen before the first step.
+        scale_lr: multiply layer i's learning rate by 1 / t_i. The rate's sum over the run then does not depend on t_i.
+        warmup_steps: the rates rise linearly to their peak over these steps. The cosines begin there.
+        max_transitions: the most moments at which layers freeze. Neighbours freeze together, at the mean of their t_i:
+            the layers' active time, summed, stays the same.
+        start_frozen: so many layers have t = 0, frozen before the first step. i and L count the layers behind them.
+        milestones: t_i itself of each layer behind the `start_frozen` ones, in place of `t_0` and `how_scale`.
+            Fractions in [0, 1] that do not fall, the last one 1. A layer with 0 is frozen before the first step.
 
     Raises:
         ValueError, TypeError: an argument out of its range, by name.

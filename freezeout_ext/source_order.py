@@ -17,10 +17,11 @@ ASKING = {"len", "isinstance", "hasattr", "type", "callable", "range"}
 
 
 def run_order(module: nn.Module, children: Iterable[str]) -> list[Group] | None:
-    """Names of children -> the same in groups, in the order in which type(module).forward runs them.
+    """Names of children -> groups of these names, in the order in which type(module).forward runs them.
 
-    A group of several names is one of lists whose entries run in turn. None: the source is not there, calls one of
-    them in several places, or does not mention one.
+    A group of several names stands for lists whose entries run in turn.
+
+    Returns: None where the source is not there, mentions a child in several places, or does not mention one.
     """
     wanted = set(children)
     sequence = _Reader(type(module), wanted).sequence(type(module).forward)

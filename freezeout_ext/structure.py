@@ -45,9 +45,9 @@ class Unit:
 
 
 def find_units(model: nn.Module) -> list[Unit]:
-    """The units of a model in the order in which they run, as far as containers and sources of forward tell.
+    """The units of a model in the order in which they run, as far as containers and the sources of forward tell.
 
-    A piece that holds more than half of all parameters is opened too, unless it is one of several blocks of a class.
+    A unit that holds more than half of all parameters is opened, unless it is one of several blocks of a class.
     """
     opened: set[nn.Module] = set()
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -130,9 +130,9 @@ def _pieces(name: str, module: nn.Module, opened: set[nn.Module], *, in_order: b
 
 
 def _children_in_order(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], bool]:
-    """Children by name in the order in which forward runs them, and whether that order is known.
+    """(children by name in the order in which forward runs them, whether that order is known).
 
-    Where it is not, it is the order of registration. Lists whose entries run in turn give their entries in turn.
+    An order that is not known is the order of registration. Lists whose entries run in turn give their entries in turn.
     """
     # Not named_children(), which hides the second place of a shared module.
     children = {name: child for name, child in module._modules.items() if child is not None}
@@ -161,7 +161,10 @@ def _trained_children(module: nn.Module) -> list[str]:
 
 
 def _merge(pieces: Iterable[Unit]) -> list[Unit]:
-    """Norms to the bare layer before them or the layer behind them, passive modules to the layer before them."""
+    """Pieces -> units. A norm joins the bare layer before it, or else the layer behind it.
+
+    A module without parameters joins the layer before it.
+    """
     units: list[Unit] = []
     waiting = Unit()
     for piece in pieces:
@@ -198,8 +201,8 @@ def _is_block(module: nn.Module) -> bool:
 def is_stage(module: nn.Module) -> bool:
     """Whether some list inside `module` holds two blocks of one class, so that it is a stage and not a block.
 
-    Blocks of a single weight (a convolution with its norm) make no stage where their holder adds something to what
-    they give: that holder is a residual block.
+    A holder that adds something to what its blocks give is a residual block. In it, blocks of a single weight (a
+    convolution with its norm) do not count.
     """
     lists: list[nn.Module]
     for holder in module.modules():

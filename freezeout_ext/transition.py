@@ -59,7 +59,8 @@ class FrozenLayers:
 
     Attributes:
         count: how many are frozen.
-        hooks: key -> what is called with the Transition at its end; one that raises undoes it.
+        hooks: key -> a function that is called with the Transition when all else is done. If it raises, the
+            transition is undone.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class FrozenLayers:
         return transition
 
     def close(self) -> None:
-        """Thaws all layers, those that came frozen too as far as they were switched."""
+        """Thaws all layers. Those that came frozen follow model.train() again, and still need no gradient."""
         self._remove_hooks()
         with ExitStack() as undo:
             for layer in self._layers[: self.count]:
@@ -186,7 +187,7 @@ def _freeze(layer: Layer, optimizers: Iterable[torch.optim.Optimizer], undo: Exi
 
 
 def _thaw(layer: Layer, undo: ExitStack) -> None:
-    """Its parameters train again, from no optimizer state, and its modules follow model.train() again."""
+    """The layer's parameters train again, without optimizer state. Its modules follow model.train() again."""
     for p in layer.parameters.values():
         undo.callback(p.requires_grad_, False)
         p.requires_grad_(True)

@@ -40,7 +40,7 @@ LAW = {
     "step_rates": {"freezeout", "fused", "native", "param_groups", "schedule"},
     "graphed": {"arguments", "attach", "batch", "cuda_graphs", "freezeout", "fused", "schedule", "step_rates"},
     "planner": {"arguments", "schedule", "layers", "fused", "batch", "text", "memory"},
-    "integrations": {"freezeout", "attach", "features"},
+    "integrations": {"arguments", "attach", "features", "freezeout"},
     "models": {"arguments"},
     "batch": set(),
     "tasks": {"models", "batch"},

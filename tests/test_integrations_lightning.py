@@ -156,3 +156,10 @@ def test_an_lr_scheduler_and_an_endless_run_are_refused(tmp_path):
         fit(tmp_path, Module(scheduler=True))
     with pytest.raises(ValueError, match="must have max_steps or max_epochs"):
         fit(tmp_path, epochs=-1)
+
+
+def test_a_module_that_is_no_submodule_is_named(tmp_path):
+    with pytest.raises(TypeError, match="module must be the name of a submodule or None, got Linear"):
+        FreezeOutCallback(module=torch.nn.Linear(1, 1), t_0=0.5)
+    with pytest.raises(ValueError, match="module must be a submodule of the LightningModule, got 'nobody'"):
+        fit(tmp_path, Module(), module="nobody")

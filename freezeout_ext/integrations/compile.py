@@ -23,19 +23,25 @@ class CompiledLayers:
     """layer(x) -> torch.compile(layer)(x) for each block of each layer, in place, parameter names unchanged.
 
     What torch compiles as one unit is compiled anew whenever something in it freezes, and turns eager for good at the
-    8th time. Here a transition makes two graphs: the layer that froze, without a backward, and the one behind it,
-    whose input no longer needs a gradient. Blocks of one class share their graphs and their limit, which is set for
-    these blocks alone. A graph break, or a limit that is reached all the same, is an error: nothing turns eager in
-    silence (`fullgraph=False` allows graph breaks).
+    8th time. Here a transition makes two graphs: the layer that froze, without a backward, and the layer behind it,
+    whose input no longer needs a gradient. Blocks of one class share their graphs and their limit. The limit is raised
+    for these blocks alone. A graph break, and a limit that is reached all the same, is an error; nothing turns eager in
+    silence. `fullgraph=False` allows graph breaks.
+
+    A compiled forward cannot be watched. Call this after the first `step()` to have the layers' order checked.
 
     Args:
-        freezeout: whose layers to compile, from its next forward on. Their order of execution is checked in the first
-            forward; a compiled one cannot be watched, so call this after the first `step()` to have it checked.
+        freezeout: whose layers to compile, from its next forward on.
         arguments: of torch.compile.
 
     Attributes:
-        blocks: names of the compiled modules. left_out: name -> why it stays eager.
+        blocks: name -> compiled module.
+        left_out: name -> why it stays eager.
         graphs: number of frozen layers -> graphs compiled meanwhile.
+
+    Raises:
+        TypeError: freezeout is none.
+        ValueError: a block is compiled already.
     """
 
     def __init__(self, freezeout: FreezeOut, **arguments: Any) -> None:

@@ -30,15 +30,20 @@ class Traffic:
 class DDPFollower:
     """sum of the buckets' bytes == bytes of the parameters that still train, also after each transition.
 
-    Wraps again where layers froze (or thawed), once for several layers, at the top of the next iteration and without
-    the broadcast of DDP's constructor. The DistributedDataParallel object stays the same one, so that whoever holds it
-    (Accelerate, Lightning, Transformers) need not know. Buffers of frozen layers are no longer broadcast.
+    Where layers froze or were thawed, the module is wrapped again at the top of the next iteration: once for several
+    layers, and without the broadcast of DDP's constructor. The DistributedDataParallel object stays the same, so that
+    whoever holds it (Accelerate, Lightning, Transformers) need not know. Buffers of frozen layers are no longer
+    broadcast.
 
     Args:
         freezeout: of the bare module. Schedule, layers and step must be the same on all ranks.
-        ddp: what wraps the module; None: whatever is seen to wrap it at its first forward.
+        ddp: what wraps the module. None: what is seen to wrap the module at its first forward.
+
+    Attributes:
+        traffic: what a step sends, from each transition on.
 
     Raises:
+        TypeError: freezeout or ddp is none.
         ValueError: the ranks were not given the same schedule.
     """
 

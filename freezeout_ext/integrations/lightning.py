@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..arguments import check_kind
 from ..features import keys_in
 from ..freezeout import FreezeOut
 from . import follow_if_distributed
@@ -21,25 +22,27 @@ except ImportError as error:
 class FreezeOutCallback(Callback):
     """freezeout.step() once for each batch in which an optimizer stepped, resumed from the Trainer's own checkpoints.
 
-    With one optimizer these are its steps, under gradient accumulation too. Several optimizers may step unequally
-    often. FreezeOut anneals each layer on its own, so that `configure_optimizers` returns no LR scheduler; with
+    With one optimizer these are the optimizer's steps, under gradient accumulation too. Several optimizers may step
+    unequally often. FreezeOut anneals each layer on its own, so `configure_optimizers` returns no LR scheduler; with
     `anneal=False` it may. total_steps is what the Trainer will run (max_steps, or max_epochs of its loader), unless
     given.
 
     Args:
-        module: name of the submodule of the LightningModule whose layers to freeze; None: its only child with
+        module: name of the submodule of the LightningModule whose layers to freeze. None: its only child with
             trainable parameters, or else the LightningModule itself.
-        arguments: of FreezeOut (t_0, how_scale, layers, ...). With `cache=` the Trainer is given `cache.loader(...)`,
-            and each training step runs over its batch's keys, which come last in the batch.
+        arguments: of FreezeOut (t_0, how_scale, layers, ...). With `cache=` the Trainer is given `cache.loader(...)`;
+            each training step then runs over the keys, which come last in the batch.
 
     Raises:
-        ValueError: an LR scheduler beside annealing; total_steps cannot be known.
+        TypeError, ValueError: module is no name of a submodule; at the start of a fit, an LR scheduler beside
+            annealing, or a total_steps that cannot be known.
 
     Attributes:
         freezeout: the FreezeOut, from on_fit_start on.
     """
 
     def __init__(self, *, module: str | None = None, **arguments: Any) -> None:
+        check_kind("module", module, str, "the name of a submodule", optional=True)
         self.freezeout: FreezeOut | None = None
         self._module = module
         self._arguments = arguments
@@ -103,7 +106,10 @@ class FreezeOutCallback(Callback):
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
         if self._module is not None:
-            return pl_module.get_submodule(self._module)
+            try:
+                return pl_module.get_submodule(self._module)
+            except AttributeError as error:
+                raise ValueError(f"module must be a submodule of the LightningModule, got {self._module!r}") from error
         trained = [child for child in pl_module.children() if any(p.requires_grad for p in child.parameters())]
         loose = any(p.requires_grad for p in pl_module.parameters(recurse=False))
         return trained[0] if len(trained) == 1 and not loose else pl_module
