@@ -67,8 +67,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_cpu_isa", &use_cpu_isa, py::arg("name"));
   py::class_<TensorReader, std::shared_ptr<TensorReader>>(module, "TensorReader",
                                                           "Reads where a tensor's elements are.")
-      .def(py::init<py::type, py::type, py::dict, bool>(), py::arg("tensor_type"), py::arg("parameter_type"),
-           py::arg("dtypes"), py::kw_only(), py::arg("exchange"))
+      .def(py::init<py::type, py::type, py::dict, py::function, bool>(), py::arg("tensor_type"),
+           py::arg("parameter_type"), py::arg("dtypes"), py::arg("increment_version"), py::kw_only(),
+           py::arg("exchange"))
       .def_property_readonly("exchanges", &TensorReader::exchanges);
   py::class_<TensorBatch, std::shared_ptr<TensorBatch>>(module, "TensorBatch",
                                                         "Tensors of one dtype on one device, and the update of them.")
@@ -81,7 +82,8 @@ PYBIND11_MODULE(_C, module) {
       .def("run", &TensorBatch::run_addresses, py::kw_only(), py::arg("num_threads"), py::arg("schedule_step"),
            py::arg("grad_scale"), py::arg("found_inf"));
   py::class_<PreparedStep>(module, "PreparedStep", "What an optimizer prepares once and checks at every step.")
-      .def(py::init<std::shared_ptr<TensorReader>, int, py::list, py::dict, py::list, py::object>(),
+      .def(py::init<std::shared_ptr<TensorReader>, int, const py::list&, const py::dict&, const py::list&,
+                    const py::object&>(),
            py::arg("reader").none(false), py::kw_only(), py::arg("formula"), py::arg("groups"), py::arg("state"),
            py::arg("native"), py::arg("schedule"))
       .def("run", &PreparedStep::run, py::arg("groups"), py::arg("state"), py::arg("num_threads"), py::arg("inputs"))

@@ -4,9 +4,11 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "prepared_group.h"
 #include "tensor_batch.h"
 #include "torch_tensor.h"
 
@@ -24,20 +26,20 @@ class PreparedStep {
   // native: for each group, for each parameter, whether it is updated here; empty for a group that is left alone, which
   // may be no dict then.
   // schedule: None, or for each group (peak, milestone, warmup), which replace its "lr".
-  PreparedStep(std::shared_ptr<TensorReader> reader, int formula, pybind11::list groups, pybind11::dict state,
-               pybind11::list native, pybind11::object schedule);
+  PreparedStep(std::shared_ptr<TensorReader> reader, int formula, const pybind11::list& groups,
+               const pybind11::dict& state, const pybind11::list& native, const pybind11::object& schedule);
 
   // One step. inputs: None, or for each batch (schedule_step, grad_scale, found_inf), each a tensor of one element on
   // the batch's device or None.
-  // Returns a string that says what has changed so that the step must be prepared anew, and nothing is written then.
-  // Else (parameters that were updated, leftover, whether a graph captures the update), leftover being None or
-  // [(group, position)] of parameters whose gradients have no address or another layout.
-  pybind11::object run(pybind11::object groups, pybind11::object state, int num_threads, pybind11::object inputs);
+  // Returns a string that says what has changed so that the step must be prepared anew, and no tensor is written then.
+  // Else (leftover, whether a graph captures the update), leftover being None or [(group, position)] of parameters
+  // whose gradients have no address or another layout. The versions of all parameters with a gradient are advanced.
+  pybind11::object run(const pybind11::object& groups, const pybind11::object& state, int num_threads,
+                       const pybind11::object& inputs);
 
   const std::vector<std::shared_ptr<TensorBatch>>& batches() const { return batches_; }
 
  private:
-  enum Role : int;
   struct Tensor {
     PyObject* param;
     PyObject* states[kMaxStates];  // null where unused, and before the first gradient
@@ -50,17 +52,12 @@ class PreparedStep {
     pybind11::object grad;  // of the step under way
   };
   struct Group {
-    PyObject* dict;
-    std::vector<std::pair<pybind11::object, Role>> keys;
-    PyObject* params_list;
+    PreparedGroup prepared;
     std::vector<PyObject*> params;
     std::vector<int> tensor_of;  // -1: not updated here
     bool is_native;              // some parameter is
-    bool is_frozen;
-    bool is_capturable;
-    bool is_updated;        // a dict with a list of parameters, not frozen
-    unsigned states;        // a bit for each state that the formula uses
-    pybind11::object held;  // params_list during a step
+    unsigned states;             // a bit for each state that the formula uses
+    pybind11::object list;       // of parameters, held during a step
   };
   // state[param], an item at a time, in the dict's order.
   struct StateItem {
@@ -77,14 +74,14 @@ class PreparedStep {
   };
 
   void add_group(const pybind11::object& dict, const pybind11::list& native, int index);
+  void add_states(const pybind11::dict& state);
   void add_tensor(Group& group, int index, int position);
   std::size_t batch_of(const dlpack::Tensor& view, const std::string& where);
   PyObject* state_of(PyObject* param, const char* name) const;  // borrowed; null if there is none
 
   // Each returns null, or what has changed.
-  // read: where the hyperparameters go; null: only what freezes is looked at.
-  const char* read_group(const Group& group, PyObject* dict, ParamGroup* read, pybind11::object& held_list) const;
-  const char* read(const pybind11::list& groups);
+  const char* read(const pybind11::list& groups, pybind11::list& updated);
+  const char* read_gradients(Group& group, int index, pybind11::list& updated);
   const char* compare_state(PyObject* state) const;
   const char* locate(PyObject* state);
   const char* locate_tensor(Tensor& tensor, int group);

@@ -18,12 +18,6 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-bool uses_state(Formula formula, int state, std::uint64_t options) {
-  const auto bits = static_cast<unsigned>(options);
-  return formula == Formula::kSgd ? state < Sgd::kStates && Sgd::uses_state(state, bits)
-                                  : AdamW::uses_state(state, bits);
-}
-
 bool is_valid(Formula formula, std::uint64_t options) {
   const auto bits = static_cast<unsigned>(options);
   return options < kOptionSets && (formula == Formula::kSgd ? Sgd::is_valid(bits) : AdamW::is_valid(bits));
@@ -44,7 +38,7 @@ void check_work(const TensorWork& work, const Batch& batch) {
   if (work.size == 0) return;
   if (!work.param) throw std::invalid_argument("param must not be null" + where);
   for (int k = 0; k < kMaxStates; ++k) {
-    if (uses_state(batch.formula, k, batch.groups[work.group].options) && !work.states[k]) {
+    if (states_of(batch.formula, batch.groups[work.group].options) >> k & 1 && !work.states[k]) {
       throw std::invalid_argument("states[" + std::to_string(k) + "] must not be null" + where);
     }
   }
@@ -52,15 +46,30 @@ void check_work(const TensorWork& work, const Batch& batch) {
 
 }  // namespace
 
-TensorBatch make_tensor_batch(int formula, int dtype, int device_type, int device_index,
-                              const std::vector<WorkTuple>& work, const std::vector<GroupTuple>& groups) {
+Formula checked_formula(int formula) {
   if (formula < 0 || formula > static_cast<int>(Formula::kAdamW)) {
     throw std::invalid_argument("formula must be 0 or 1, got " + std::to_string(formula));
   }
+  return static_cast<Formula>(formula);
+}
+
+unsigned states_of(Formula formula, std::uint64_t options) {
+  const auto bits = static_cast<unsigned>(options);
+  unsigned states = 0;
+  for (int k = 0; k < kMaxStates; ++k) {
+    const bool uses =
+        formula == Formula::kSgd ? k < Sgd::kStates && Sgd::uses_state(k, bits) : AdamW::uses_state(k, bits);
+    states |= uses ? 1u << k : 0u;
+  }
+  return states;
+}
+
+TensorBatch make_tensor_batch(int formula, int dtype, int device_type, int device_index,
+                              const std::vector<WorkTuple>& work, const std::vector<GroupTuple>& groups) {
   if (dtype < 0 || dtype > static_cast<int>(Dtype::kBFloat16)) {
     throw std::invalid_argument("dtype must be 0 to 3, got " + std::to_string(dtype));
   }
-  TensorBatch made{{static_cast<Formula>(formula), static_cast<Dtype>(dtype), {}, {}}, device_type, device_index};
+  TensorBatch made{{checked_formula(formula), static_cast<Dtype>(dtype), {}, {}}, device_type, device_index};
   for (const auto& [lr, milestone, warmup, weight_decay, coefficients, options] : groups) {
     if (!is_valid(made.batch.formula, options)) {
       throw std::invalid_argument("options must be ones that the formula has, got " + std::to_string(options));

@@ -35,6 +35,12 @@ struct TensorBatch {
                      std::uintptr_t found_inf) const;
 };
 
+// Throws std::invalid_argument for a number that is no formula's.
+Formula checked_formula(int formula);
+
+// A bit for each state that the formula uses.
+unsigned states_of(Formula formula, std::uint64_t options);
+
 // (param, states, grad, step, size, group), with addresses; (lr, milestone, warmup, weight_decay, coefficients,
 // options)
 using WorkTuple = std::tuple<std::uintptr_t, std::array<std::uintptr_t, kMaxStates>, std::uintptr_t, std::uintptr_t,

@@ -1,6 +1,5 @@
 #include "torch_tensor.h"
 
-#include <cstring>
 #include <string>
 #include <utility>
 
@@ -16,21 +15,12 @@ void TorchTensor::own_layout() {
   view.strides = view.shape + view.ndim;
 }
 
-bool same_layout(const TorchTensor& a, const TorchTensor& b) {
-  if (a.view.ndim != b.view.ndim || std::memcmp(&a.view.dtype, &b.view.dtype, sizeof(a.view.dtype)) ||
-      std::memcmp(&a.view.device, &b.view.device, sizeof(a.view.device))) {
-    return false;
-  }
-  for (int i = 0; i < a.view.ndim; ++i) {
-    // The stride of a dimension of size 1 is arbitrary.
-    if (a.view.shape[i] != b.view.shape[i]) return false;
-    if (a.view.strides[i] != b.view.strides[i] && a.view.shape[i] != 1) return false;
-  }
-  return true;
-}
-
-TensorReader::TensorReader(py::type tensor_type, py::type parameter_type, py::dict dtypes, bool exchange)
-    : tensor_type_(std::move(tensor_type)), parameter_type_(std::move(parameter_type)), dtypes_(std::move(dtypes)) {
+TensorReader::TensorReader(py::type tensor_type, py::type parameter_type, py::dict dtypes,
+                           py::function increment_version, bool exchange)
+    : tensor_type_(std::move(tensor_type)),
+      parameter_type_(std::move(parameter_type)),
+      dtypes_(std::move(dtypes)),
+      increment_version_(std::move(increment_version)) {
   // The attribute's own getter: half the time of looking `grad` up on every tensor.
   grad_descriptor_ = tensor_type_.attr("grad");
   if (Py_TYPE(grad_descriptor_.ptr()) == &PyGetSetDescr_Type) {

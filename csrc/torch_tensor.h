@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "tensor_table.h"
@@ -73,14 +74,26 @@ struct TorchTensor {
 };
 
 // Whether b's elements, in memory order, belong to a's: equal dtype, device, shape and strides.
-bool same_layout(const TorchTensor& a, const TorchTensor& b);
+inline bool same_layout(const TorchTensor& a, const TorchTensor& b) {
+  if (a.view.ndim != b.view.ndim || std::memcmp(&a.view.dtype, &b.view.dtype, sizeof(a.view.dtype)) ||
+      std::memcmp(&a.view.device, &b.view.device, sizeof(a.view.device))) {
+    return false;
+  }
+  for (int i = 0; i < a.view.ndim; ++i) {
+    if (a.view.shape[i] != b.view.shape[i]) return false;
+    // The stride of a dimension of size 1 is arbitrary.
+    if (a.view.strides[i] != b.view.strides[i] && a.view.shape[i] != 1) return false;
+  }
+  return true;
+}
 
 // Reads tensors by `torch.Tensor.__dlpack_c_exchange_api__` (torch 2.11 and later), else by attributes.
 class TensorReader {
  public:
-  // torch.Tensor, torch.nn.Parameter and {torch.dtype: (DLPack code, bits)}; `exchange` false: by attributes in any
-  // case.
-  TensorReader(pybind11::type tensor_type, pybind11::type parameter_type, pybind11::dict dtypes, bool exchange);
+  // torch.Tensor, torch.nn.Parameter, {torch.dtype: (DLPack code, bits)}, torch.autograd.graph.increment_version;
+  // `exchange` false: by attributes in any case.
+  TensorReader(pybind11::type tensor_type, pybind11::type parameter_type, pybind11::dict dtypes,
+               pybind11::function increment_version, bool exchange);
 
   bool exchanges() const { return tensor_from_object_ != nullptr; }
 
@@ -121,6 +134,11 @@ class TensorReader {
     return pybind11::reinterpret_steal<pybind11::object>(grad);
   }
 
+  // Counts an in-place change of each of the tensors, for autograd to notice.
+  void increment_versions(const pybind11::list& tensors) const {
+    if (!tensors.empty()) increment_version_(tensors);
+  }
+
   // Whether elements are the negatives of those in memory, as the imaginary part of a conjugate is.
   bool is_neg(PyObject* object) const;
 
@@ -130,6 +148,7 @@ class TensorReader {
   pybind11::object tensor_type_;
   pybind11::object parameter_type_;
   pybind11::dict dtypes_;
+  pybind11::function increment_version_;
   pybind11::object exchange_capsule_;
   pybind11::object grad_descriptor_;
   const PyGetSetDef* get_grad_ = nullptr;

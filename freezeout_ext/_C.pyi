@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 def build_info() -> dict[str, Any]: ...
@@ -22,7 +23,13 @@ def use_cpu_isa(name: str) -> None: ...
 
 class TensorReader:
     def __init__(
-        self, tensor_type: type, parameter_type: type, dtypes: dict[Any, tuple[int, int]], *, exchange: bool
+        self,
+        tensor_type: type,
+        parameter_type: type,
+        dtypes: dict[Any, tuple[int, int]],
+        increment_version: Callable[[list[Any]], None],
+        *,
+        exchange: bool,
     ) -> None: ...
     @property
     def exchanges(self) -> bool: ...
@@ -59,6 +66,6 @@ class PreparedStep:
     ) -> None: ...
     def run(
         self, groups: Any, state: Any, num_threads: int, inputs: list[tuple[Any, Any, Any]] | None
-    ) -> str | tuple[list[Any], list[tuple[int, int]] | None, bool]: ...
+    ) -> str | tuple[list[tuple[int, int]] | None, bool]: ...
     @property
     def batches(self) -> list[TensorBatch]: ...

@@ -280,7 +280,7 @@ def test_bad_arguments_of_the_raw_module_are_errors():
     with pytest.raises(TypeError):
         native.C.PreparedStep(None, formula=0, groups=[], state={}, native=[], schedule=None)
     with pytest.raises(TypeError):
-        native.C.TensorReader(None, None, {}, exchange=True)
+        native.C.TensorReader(None, None, {}, None, exchange=True)
     reader = compiled.tensor_reader()
     for groups, planned in (
         ([{"params": (1,)}], [[True]]),
@@ -310,7 +310,8 @@ def test_a_launch_that_fails_says_so():
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_plans_read_tensors_with_and_without_the_exchange(exchange, monkeypatch):
-    reader = native.C.TensorReader(torch.Tensor, nn.Parameter, compiled.DLPACK_DTYPES, exchange=exchange)
+    increment = torch.autograd.graph.increment_version
+    reader = native.C.TensorReader(torch.Tensor, nn.Parameter, compiled.DLPACK_DTYPES, increment, exchange=exchange)
     assert reader.exchanges == (exchange and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"))
     monkeypatch.setattr(compiled, "tensor_reader", lambda: reader)
     shapes = [(), (0,), (1, 1), (4, 3)]

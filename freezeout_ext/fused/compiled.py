@@ -33,7 +33,9 @@ MAX_STATES = 3
 @cache
 def tensor_reader() -> Any:
     """The compiled module's reader of tensors, made once."""
-    return native.C.TensorReader(torch.Tensor, nn.Parameter, DLPACK_DTYPES, exchange=True)
+    return native.C.TensorReader(
+        Tensor, nn.Parameter, DLPACK_DTYPES, torch.autograd.graph.increment_version, exchange=True
+    )
 
 
 @cache

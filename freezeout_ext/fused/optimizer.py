@@ -182,9 +182,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._prepared = prepared = None  # frees what it holds before anything is allocated
         else:
             raise RuntimeError(f"{type(self).__name__} could not prepare its step: {changed}")
-        updated, leftover, captured = done
-        if updated:
-            torch.autograd.graph.increment_version(updated)
+        leftover, captured = done
         if captured:
             self._captured = self._captured.union(table for table in prepared.tables if table is not None)
         if leftover is None and not prepared.by_torch:
@@ -351,7 +349,7 @@ class _Prepared:
     must_tell_streams: bool  # torch before 2.11 tells the module no current stream
 
     def run(self, optimizer: FusedOptimizer, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
-        """_C.PreparedStep.run: what has changed, or (updated parameters, leftover, captured)."""
+        """_C.PreparedStep.run: what has changed, or (leftover, captured)."""
         inputs = None
         schedule = optimizer._device_schedule
         if schedule is not None or grad_scale is not None or found_inf is not None:
