@@ -1,10 +1,13 @@
 """What is put on the user's modules: a pin in eval mode, hooks, methods on the instance. No copy keeps any of it."""
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.backends import mha
 
 
 class OwnMethod:
@@ -99,32 +102,61 @@ def is_pinned(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("train"), Pin)
 
 
-class NoNestedTensors:
-    """In training a nn.TransformerEncoder whose first layer is frozen takes no nested tensors.
+class TrainingPath:
+    """In training a frozen module of torch's runs the path that it ran before it froze.
 
-    torch's encoder looks at its first layer alone. Where that layer is in eval mode and needs no gradient, a padding
-    mask turns the batch into a nested tensor. Layers that train do not take nested tensors, and padded places would
-    become zeros.
+    In eval mode, without gradients, nn.TransformerEncoder, nn.TransformerEncoderLayer and nn.MultiheadAttention take
+    torch's fast path: other bits, NaN for rows that are masked whole, and nested tensors that a layer which trains does
+    not take. An encoder decides by its first layer. Evaluation (`model.eval()`) is torch's own.
     """
 
-    def __init__(self, encoder: nn.TransformerEncoder) -> None:
-        self._encoder, self._as_given = encoder, encoder.use_nested_tensor
-        self._handles = [
-            encoder.register_forward_pre_hook(TransientHook(self._before)),
-            encoder.register_forward_hook(TransientHook(self._after), always_call=True),
-        ]
+    KINDS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+    def __init__(self, module: nn.Module) -> None:
+        self._decides: Any = module.layers[0] if isinstance(module, nn.TransformerEncoder) else module
+        self._forward = OwnForward(module, self._run)
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._after()
+        self._forward.remove()
 
-    def _before(self, *_: object) -> None:
-        if is_pinned(self._encoder.layers[0]) and in_training(self._encoder):
-            self._encoder.use_nested_tensor = False
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if not (is_pinned(self._decides) and in_training(self._forward.module)):
+            return self._forward.original(*args, **kwargs)
+        with no_fast_path():
+            return self._forward.original(*args, **kwargs)
 
-    def _after(self, *_: object) -> None:
-        self._encoder.use_nested_tensor = self._as_given
+
+class no_fast_path:
+    """Within the block torch.backends.mha's fast path is off; behind the last of several blocks it is as it was.
+
+    torch's switch is one for the process. Another thread that computes meanwhile takes the plain path as well.
+    """
+
+    _lock = threading.Lock()
+    _depth = 0
+    _as_set = True
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_compiling():  # which traces neither a lock nor the switch's function
+            self._compiled = mha._is_fastpath_enabled
+            mha._is_fastpath_enabled = False
+            return
+        cls = no_fast_path
+        with cls._lock:
+            if cls._depth == 0:
+                cls._as_set = mha.get_fastpath_enabled()
+                mha.set_fastpath_enabled(False)
+            cls._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            mha._is_fastpath_enabled = self._compiled
+            return
+        cls = no_fast_path
+        with cls._lock:
+            cls._depth -= 1
+            if cls._depth == 0:
+                mha.set_fastpath_enabled(cls._as_set)
 
 
 def in_training(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .attach import NoNestedTensors, is_pinned, pin, unpin
+from .attach import TrainingPath, is_pinned, pin, unpin
 from .checks import DDPCheck
 from .layers import Layer, Layers
 from .memory import nbytes
@@ -77,8 +77,8 @@ class FrozenLayers:
         self._model = model
         self._layers, self._optimizers, self._groups = layers, optimizers, groups
         self._prefix, self._ddp_check = prefix, ddp_check
-        self._plain_paths: list[NoNestedTensors] = []
-        self.watch_encoders()
+        self._paths: list[TrainingPath] = []
+        self.keep_paths()
 
     def add_hook(self, hook: Callable[[Transition], None]) -> Callable[[], None]:
         """Calls the hook from now on; returns what removes it."""
@@ -90,13 +90,10 @@ class FrozenLayers:
 
         return remove
 
-    def watch_encoders(self) -> None:
-        """Keeps torch's encoders from nested tensors while they are half frozen."""
-        self._plain_paths = [
-            NoNestedTensors(module)
-            for module in self._model.modules()
-            if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
-        ]
+    def keep_paths(self) -> None:
+        """Keeps frozen modules on the paths that they ran while they trained."""
+        kinds = TrainingPath.KINDS
+        self._paths = [TrainingPath(module) for module in self._model.modules() if isinstance(module, kinds)]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -107,12 +104,12 @@ class FrozenLayers:
             try:
                 yield
             finally:
-                self.watch_encoders()
+                self.keep_paths()
                 self._prefix.freeze(in_prefix)
 
     def _remove_hooks(self) -> None:
         self._prefix.freeze(0)
-        for path in self._plain_paths:
+        for path in self._paths:
             path.remove()
 
     def pin_given(self) -> None:

@@ -1,6 +1,7 @@
 """What stands on the user's modules: pins, copies of them, torch's own ways of using a model, encoders with padding."""
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from freezeout_ext import FreezeOut
-from freezeout_ext.attach import NoNestedTensors, pin, unpin
+from freezeout_ext.attach import no_fast_path, pin, unpin
+from freezeout_ext.layers import find_layers
+from freezeout_ext.prefix.cpu import unsupported_dtype
 
 
 def norms(model):
@@ -142,11 +145,162 @@ def test_an_encoder_with_a_padding_mask_trains_on_as_without_nested_tensors(pref
     assert not model.encoder._forward_hooks and not model.encoder._forward_pre_hooks
 
 
-def test_an_encoder_that_raises_keeps_its_setting():
-    encoder = Encoder().encoder
-    watched = NoNestedTensors(encoder)
-    pin(encoder.layers[0])
-    with pytest.raises((RuntimeError, AssertionError)):
-        encoder(torch.randn(3, 7, 5))
-    assert encoder.use_nested_tensor
-    watched.remove()
+class Attention(nn.Module):
+    """Calls nn.MultiheadAttention itself."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self.attention, self.linear = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x, **masks):
+        return x + self.linear(self.attention(x, x, x, need_weights=False, **masks)[0])
+
+
+def attention_layer(**arguments):
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0, **arguments)
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, each given the masks."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(make() for _ in range(4)), nn.Linear(8, 2)
+
+    def forward(self, x, **masks):
+        for block in self.blocks:
+            x = block(x, **masks)
+        return self.head(x)
+
+
+class EncoderStack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.TransformerEncoder(attention_layer(), 4), nn.Linear(8, 2)
+
+    def forward(self, x, **masks):
+        return self.head(self.encoder(x, **masks))
+
+
+STACKS = {
+    "encoder": EncoderStack,
+    "layer": lambda: Stack(attention_layer),
+    "norm first": lambda: Stack(lambda: attention_layer(norm_first=True)),
+    "attention": lambda: Stack(Attention),
+}
+
+
+def masks_of(stack, kind):
+    padding = padded()[1]
+    causal = torch.triu(torch.ones(7, 7, dtype=torch.bool), 1)
+    attends = {"encoder": "mask", "attention": "attn_mask"}.get(stack, "src_mask")
+    pads = "key_padding_mask" if stack == "attention" else "src_key_padding_mask"
+    return {"none": {}, "padding": {pads: padding}, "causal": {attends: causal},
+            "both": {attends: causal, pads: padding}}[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("kind", ["none", "padding", "causal", "both"])
+@pytest.mark.parametrize("prefix", ["off", "exact", "folded", "bf16"])
+def test_a_frozen_transformer_runs_the_path_that_it_ran_while_it_trained(stack, kind, prefix):
+    """Bit-equal to requires_grad_(False) alone, in training mode: there is no dropout."""
+    if prefix == "bf16" and unsupported_dtype(torch.bfloat16):
+        pytest.skip("bf16 runs as folded float32")
+    masks = masks_of(stack, kind)
+
+    def run(frozen):
+        torch.manual_seed(0)
+        model = STACKS[stack]().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        freezeout = None
+        if frozen is None:
+            rule = {"total_steps": 16, "t_0": 0.2, "how_scale": "linear", "anneal": False}
+            freezeout = FreezeOut(model, optimizer, prefix=prefix, measure_prefix=False, **rule)
+        counts, layers = [], list(find_layers(model))
+        for step in range(16):
+            for layer in layers[: frozen[step]] if frozen else []:
+                for p in layer.parameters.values():
+                    p.requires_grad_(False)
+                    p.grad = None
+            x = torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(step))
+            counts.append(freezeout.num_frozen if freezeout else 0)
+            model(x, **masks).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if freezeout:
+                freezeout.step()
+        return model, counts
+
+    model, counts = run(None)
+    plain, _ = run(counts)
+    assert counts[-1] >= 3
+    assert torch.backends.mha.get_fastpath_enabled()
+    if prefix == "bf16":
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)  # of the prefix's values
+    else:
+        assert_same(model.state_dict(), plain.state_dict())
+
+
+def test_a_row_that_is_masked_whole_is_what_training_makes_of_it():
+    layer = attention_layer()
+    x, mask = torch.randn(3, 7, 8), torch.zeros(3, 7, dtype=torch.bool)
+    mask[1] = True
+    model = nn.ModuleDict({"layer": layer, "head": nn.Linear(8, 2)})
+    expected = layer(x, src_key_padding_mask=mask).detach()
+    freezeout = FreezeOut(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=10, layers=["layer", "head"],
+        start_frozen=1, prefix="off",
+    )  # fmt: skip
+    assert torch.equal(layer(x, src_key_padding_mask=mask), expected) and not expected.isnan().any()
+    with torch.no_grad():
+        fast = copy.deepcopy(layer).eval()(x, src_key_padding_mask=mask)
+        layer.eval()
+        torch.testing.assert_close(layer(x, src_key_padding_mask=mask), fast, rtol=0, atol=0, equal_nan=True)
+    freezeout.close()
+    assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("as_set", [True, False])
+def test_the_fast_path_is_as_the_user_set_it_behind_the_last_of_several_blocks(as_set):
+    mha = torch.backends.mha
+    mha.set_fastpath_enabled(as_set)
+    try:
+        inside, leave, seen = threading.Event(), threading.Event(), []
+
+        def other():
+            with no_fast_path():
+                inside.set()
+                leave.wait()
+                seen.append(mha.get_fastpath_enabled())
+
+        thread = threading.Thread(target=other)
+        with pytest.raises(RuntimeError, match="inside"), no_fast_path(), no_fast_path():
+            thread.start()
+            inside.wait()
+            raise RuntimeError("inside")
+        assert not mha.get_fastpath_enabled()  # the other thread is in its block
+        leave.set()
+        thread.join()
+        assert seen == [False] and mha.get_fastpath_enabled() == as_set
+    finally:
+        mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_compiled_frozen_transformer_runs_that_path_too(stack):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = STACKS[stack]().train()
+    x, plain = torch.randn(3, 7, 8), copy.deepcopy(model)
+    for layer in list(find_layers(plain))[:2]:
+        for p in layer.parameters.values():
+            p.requires_grad_(False)
+    expected = plain(x).detach()
+    freezeout = FreezeOut(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=10, start_frozen=2, prefix="off"
+    )
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected) and torch.backends.mha.get_fastpath_enabled()
+    freezeout.close()
+    torch._dynamo.reset()

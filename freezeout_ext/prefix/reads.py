@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attach import OwnMethod
 from .code import ASKS, WRITING_FUNCTIONS, WRITING_METHODS, Code, code_of, functions_of, of_torch
 from .judge import Refused
 
@@ -140,7 +141,7 @@ class _Reader:
 
     def value(self, value: Any, where: str, code: Code | None = None) -> None:
         """Notes what has to be compared so that the value stays what it is."""
-        if isinstance(value, PLAIN) or id(value) in self.found._seen:
+        if isinstance(value, (*PLAIN, OwnMethod)) or id(value) in self.found._seen:
             return
         self.found._seen[id(value)] = value
         if isinstance(value, Tensor):
