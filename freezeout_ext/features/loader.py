@@ -1,5 +1,6 @@
 """CacheLoader: batches with the keys of their views; what the cache keeps is neither decoded nor augmented."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, cast
@@ -34,8 +35,8 @@ class Source(Protocol):
     def planned(self) -> bool:
         """Whether this batch, which could be skipped, is to be loaded whole for a spot check."""
 
-    def delivered(self, keys: Tensor, skipped: Tensor, samples_read: int) -> None:
-        """Notes which inputs a batch lacks, before it is handed out."""
+    def delivered(self, keys: Tensor, skipped: Tensor, samples_read: int, seconds: float) -> None:
+        """Notes which inputs a batch lacks, before it is handed out, and how long it was waited for."""
 
     def item_store(self, columns: list[Column], keys: int) -> Store | None:
         """-> where the entries that are still needed are kept, None where there is no room."""
@@ -123,8 +124,13 @@ class CacheLoader:
                 yield self._made(*planned.popleft())
             return
         self._requests.plans, self._requests.length = plans, len(self) - first_step
-        for found in self._loader:
-            yield self._finished(*planned.popleft(), found)
+        loaded = iter(self._loader)
+        while True:
+            start = time.perf_counter()
+            found = next(loaded, planned)  # which no loader yields
+            if found is planned:
+                return
+            yield self._finished(*planned.popleft(), found, time.perf_counter() - start)
 
     def order(self, epoch: int) -> Tensor:
         """-> the samples of this process in the order of an epoch."""
@@ -154,19 +160,23 @@ class CacheLoader:
 
     def _made(self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor) -> Any:
         """A batch of a data set that makes whole batches; it was planned right before."""
-        dataset, template = self._cache.views.dataset, self._items.template
+        dataset, template, seconds = self._cache.views.dataset, self._items.template, 0.0
         if template is not None and bool(skipped.all()):
             leaves, spec = template
             inputs = tree_unflatten([poison((len(keys), *x.shape), x.dtype, x.device) for x in leaves], spec)
         else:
             skipped = torch.zeros_like(skipped)
+            start = time.perf_counter()
             inputs = dataset.batch(samples, seeds)
+            seconds = time.perf_counter() - start
             leaves, spec = tree_flatten(inputs)
             self._items.template = [x[0].detach() for x in leaves], spec
-        self._cache.delivered(keys, skipped, int((~skipped).sum()))
+        self._cache.delivered(keys, skipped, int((~skipped).sum()), seconds)
         return inputs, dataset.targets(samples), Keys(keys)
 
-    def _finished(self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor, found: Any) -> Any:
+    def _finished(
+        self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor, found: Any, seconds: float
+    ) -> Any:
         """What workers brought and what was kept, as one batch."""
         if isinstance(found, Mapping):
             found = dict(found)
@@ -184,7 +194,7 @@ class CacheLoader:
             found = merged
         else:
             self._items.learn(keys, found)
-        self._cache.delivered(keys, skipped, read)
+        self._cache.delivered(keys, skipped, read, seconds)
         return self._with_keys(found, Keys(keys))
 
     def _read(self, samples: Tensor, seeds: Tensor) -> Any:
