@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count, check_flag, check_kind
-from .forwards import Forwards, Schedule
+from .forwards import Forwards
 from .generations import Generations
 from .loader import CacheLoader
+from .moves import Moves
 from .report import CacheReport
+from .spot import Schedule
 from .store import KEPT_DTYPES, Column, Store
+from .timing import Stopwatch
 from .views import Keys, Views
 from .watch import through
+from .worth import Left
 
 logger = logging.getLogger("freezeout_ext")
 
@@ -30,6 +34,9 @@ class FreezeOutLike(Protocol):
 
     @property
     def num_frozen(self) -> int: ...
+
+    step_count: int
+    schedule: Any  # of its `total_steps`, `next_milestone(step)` and `num_frozen(step)`
 
 
 class FeatureCache:
@@ -49,7 +56,8 @@ class FeatureCache:
             scale for each channel and row).
         limit: in bytes; views that do not fit are computed as ever. None: an error where they do not fit.
         seed: of the views and the order.
-        measure: False keeps features also where reading them is slower than computing them.
+        measure: False keeps features behind all frozen layers at all times, be it slower than computing them; what
+            runs then does not depend on the clock.
 
     Raises:
         TypeError, ValueError: iterable data; an argument out of its range; a folder made for another data set.
@@ -79,7 +87,9 @@ class FeatureCache:
         self.views = Views(dataset, views, seed)
         self._notes: list[str] = []
         self._kept = Generations(self.views, os.fspath(store), dtype, limit, self._note)
-        self._forwards = Forwards(self._kept, measure=measure, note=self._note)
+        self._loading = Stopwatch(torch.device("cpu"), calls=1)
+        moves = Moves(self._kept, self._left, self._loading.median) if measure else None
+        self._forwards = Forwards(self._kept, moves, note=self._note)
         self._freezeout: FreezeOutLike | None = None
         self._paused: Callable[[], AbstractContextManager] = nullcontext
         self._untraced: Callable | None = None
@@ -261,6 +271,20 @@ class FeatureCache:
             self._forwards.moved(num_frozen, {name: m for layer in layers for name, m in layer.modules.items()})
             self._whole_due.restart()
 
+    def _left(self) -> tuple[int, Left] | None:
+        """-> the step, and how many steps are left."""
+        freezeout = self._freezeout
+        if freezeout is None:
+            return None
+        step, schedule = freezeout.step_count, freezeout.schedule
+        end = schedule.total_steps
+        milestone = schedule.next_milestone(step)
+        # One that was passed by hand freezes nothing.
+        while milestone is not None and schedule.num_frozen(milestone) <= freezeout.num_frozen:
+            milestone = schedule.next_milestone(milestone)
+        following = end if milestone is None else min(milestone, end)
+        return step, Left(max(following - step, 0), max(end - step, 0))
+
     # For the loader
 
     def keys(self, samples: Tensor, epoch: int) -> Tensor:
@@ -288,8 +312,9 @@ class FeatureCache:
         self._whole_due.pass_on(done=due)
         return due
 
-    def delivered(self, keys: Tensor, skipped: Tensor, samples_read: int) -> None:
+    def delivered(self, keys: Tensor, skipped: Tensor, samples_read: int, seconds: float) -> None:
         kept = keys >= 0
+        self._loading.add(seconds, samples_read)
         self._forwards.absent[keys[kept]] = skipped[kept]
         self._read += samples_read
         self._skipped += int(skipped.sum())

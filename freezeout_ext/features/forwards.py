@@ -12,33 +12,13 @@ from torch.utils._pytree import tree_leaves
 from .eligible import unwatchable
 from .frontier import sliced
 from .generations import Generation, Generations
+from .moves import Moves
 from .probe import Forward, Seen, autocast_state, lengths_of, right_padded
-from .timing import Stopwatch
+from .spot import Schedule, spot_check
+from .timing import Stopwatch, seconds_of
 from .watch import Refused
 
 logger = logging.getLogger("freezeout_ext")
-
-# Cached batches between two spot checks: 1, 2, 4, ... and no more than this.
-MOST_UNCHECKED = 256
-
-
-class Schedule:
-    """Which of the events counted are due: the first, then 1, 2, 4, ... of them later, at most `MOST_UNCHECKED`."""
-
-    def __init__(self) -> None:
-        self.count, self._next = 0, 0
-
-    def due(self) -> bool:
-        """Whether the present event is due; counts it only where `pass_on` is called."""
-        return self.count >= self._next
-
-    def pass_on(self, *, done: bool) -> None:
-        self.count += 1
-        if done:
-            self._next = self.count + min(self.count, MOST_UNCHECKED)
-
-    def restart(self) -> None:
-        self._next = self.count
 
 
 class Forwards:
@@ -46,7 +26,7 @@ class Forwards:
 
     Args:
         generations: what is kept.
-        measure: gives up where reading is slower than computing.
+        moves: decides where rows are kept; None: behind all frozen layers, also where reading is slower than computing.
         note: takes what happened, for the report.
 
     Attributes:
@@ -58,8 +38,8 @@ class Forwards:
         hits, pushed, misses, checks, difference: see CacheReport.
     """
 
-    def __init__(self, generations: Generations, *, measure: bool, note: Callable[[str], None]) -> None:
-        self._kept, self._measure, self._note = generations, measure, note
+    def __init__(self, generations: Generations, moves: Moves | None, *, note: Callable[[str], None]) -> None:
+        self._kept, self._moves, self._note = generations, moves, note
         self.frozen: dict[str, nn.Module] = {}
         self.num_frozen = 0
         self.keys: Tensor | None = None
@@ -67,19 +47,33 @@ class Forwards:
         self.absent = torch.zeros(generations.views.num_keys, dtype=torch.bool, device="cpu")
         self.given: tuple[Tensor, ...] | None = None
         self.refused: str | None = None
-        self.gave_up = False
         self.hits = self.pushed = self.misses = self.checks = self.count = 0
         self.difference = 0.0
-        self._aliases = False
+        self._aliases = self._postponed = False
         self._checks_due = Schedule()
         self._watches: dict[str, Stopwatch] = {}
 
     def moved(self, num_frozen: int, frozen: dict[str, nn.Module]) -> None:
         """Other layers are frozen now."""
+        if num_frozen < self.num_frozen:
+            self._watches.clear()
         self.num_frozen, self.frozen = num_frozen, frozen
-        self.refused, self.gave_up, self._aliases = None, False, False
-        self._watches.clear()
+        self.refused, self._aliases, self._postponed = None, False, False
         self._checks_due.restart()
+        if self._moves is not None:
+            self._moves.restart()
+
+    @property
+    def moves(self) -> bool:
+        """Whether rows may yet be kept behind the layers that are frozen now."""
+        now = self._kept.latest
+        return self.refused is None and (now is None or now.frontier.num_frozen != self.num_frozen)
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether what is kept is not read."""
+        now = self._kept.latest
+        return now is not None and now.given_up and not self.moves
 
     def seconds(self, name: str) -> float | None:
         """-> median seconds a sample of "gather" or "prefix"."""
@@ -95,23 +89,36 @@ class Forwards:
         keys = self.keys
         assert keys is not None  # forwards go through here inside samples()
         absent = self.absent[keys.clamp(min=0)] & (keys >= 0)
+        if self._moves is not None and self._moves.count(len(keys)) and self._postponed:
+            self.refused, self._postponed = None, False
         if not self.num_frozen:
             # A batch that lacks inputs was fetched before all was thawed.
             return self._as_ever(original, args, kwargs, absent)
         self.count += 1
         self._check_batch(keys, args, kwargs)
         self._kept.drop_changed()
-        now = self._kept.latest
         if bool((keys < 0).any()) or (self.gave_up and not bool(absent.any())):
             return self._as_ever(original, args, kwargs, absent)
-        if (now is None or now.frontier.num_frozen != self.num_frozen) and self.refused is None:
-            return self._watched(original, args, kwargs, keys, absent)
-        if now is not None and now.frontier.autocast != autocast_state(args, kwargs):
-            self._note("a forward under another autocast than the one that was watched ran as ever")
-            now = None
-        if now is None:
-            return self._as_ever(original, args, kwargs, absent)
-        return self._from_kept(now, original, args, kwargs, keys, absent)
+        now = self._kept.latest
+        if self.moves and not self._decided(now):
+            assert self._moves is not None  # who wants to see more
+            with self._moves.timed(len(keys)):
+                return self._as_before(now, original, args, kwargs, keys, absent)
+        if self.moves:
+            return self._watched(now, original, args, kwargs, keys, absent)
+        return self._as_before(now, original, args, kwargs, keys, absent)
+
+    def _decided(self, now: Generation | None) -> bool:
+        """Whether it is known if rows are kept behind the present layers; `refused` says why they are not."""
+        reason = unwatchable(self._kept.attached, self.frozen)
+        if reason is not None:
+            self._refuse(reason)
+        elif self._moves is not None:
+            verdict = self._moves.decide(now, self.frozen, self.seconds("gather"))
+            if isinstance(verdict, str):
+                self._postpone(verdict)
+            return bool(verdict)
+        return True
 
     def as_ever(self, keys: Tensor) -> bool:
         """Whether a forward over these keys neither reads nor keeps anything."""
@@ -123,15 +130,13 @@ class Forwards:
         now = self._kept.latest
         if self.as_ever(keys):
             return True
-        if now is None or (now.frontier.num_frozen != self.num_frozen and self.refused is None):
-            return False
-        return not any(bool(g.store.has(keys).any()) for g in self._kept)
+        return now is not None and not self.moves and not any(bool(g.store.has(keys).any()) for g in self._kept)
 
     def rows(self) -> tuple[Tensor, ...] | None:
         """-> kept rows of the present batch, for `given`; None where its forward must run through `run` itself."""
         keys, now = self.keys, self._kept.latest
         assert keys is not None  # see `run`
-        if self.as_ever(keys) or now is None or (now.frontier.num_frozen != self.num_frozen and self.refused is None):
+        if self.as_ever(keys) or now is None or self.moves:
             return None
         self._kept.drop_changed()
         if now not in self._kept or not bool(now.store.has(keys).all()) or now.frontier.length is not None:
@@ -168,6 +173,15 @@ class Forwards:
         self.needs_inputs(absent)
         return original(*args, **kwargs)
 
+    def _as_before(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
+        """From what is kept, be it behind fewer layers than are frozen now."""
+        if now is not None and now.frontier.autocast != autocast_state(args, kwargs):
+            self._note("a forward under another autocast than the one that was watched ran as ever")
+            now = None
+        if now is None:
+            return self._as_ever(original, args, kwargs, absent)
+        return self._from_kept(now, original, args, kwargs, keys, absent)
+
     def _from_kept(self, now: Generation, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
         have = now.store.has(keys)
         if not bool(have.all()):
@@ -175,9 +189,10 @@ class Forwards:
         check = self._checks_due.due() and not bool(absent.any())
         self._checks_due.pass_on(done=check)
         if check:
-            self._spot_check(now, original, args, kwargs, keys)
+            self._kept.drop_changed(thorough=True)
             if now not in self._kept:
                 return self.run("", self._kept.attached, original, args, kwargs)
+            self._spot_check(now, original, args, kwargs, keys)
         length, watch = now.length(args, kwargs), self._watch("gather")
         watch.start()
         rows = now.store.gather(keys, self._kept.device, length=length)
@@ -185,7 +200,7 @@ class Forwards:
         self.hits += len(keys)
         with now.frontier.replaced(rows, length):
             output = original(*args, **kwargs)
-        self._weigh()
+        self._weigh(now)
         return output
 
     def _filling(self, now, original, args, kwargs, keys: Tensor, have: Tensor, absent: Tensor) -> Any:
@@ -231,19 +246,12 @@ class Forwards:
             self._keep(now, keys, rows, kwargs)
         return output
 
-    def _watched(self, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
-        """The first forward behind a transition: shows what must be kept, and is checked."""
-        base, now = self._kept.with_all(keys), self._kept.latest
+    def _watched(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
+        """A forward behind a transition that shows what must be kept, and is checked."""
+        base = self._kept.with_all(keys)
         if len(keys) < 2 or (base is None and bool(absent.any())):
-            # One sample shows nothing about batches, and without inputs nothing can be watched: as before the freeze.
-            if now is None or now.frontier.autocast != autocast_state(args, kwargs):
-                return self._as_ever(original, args, kwargs, absent)
-            return self._from_kept(now, original, args, kwargs, keys, absent)
-
-        reason = unwatchable(self._kept.attached, self.frozen)
-        if reason is not None:
-            self._refuse(reason)
-            return self.run("", self._kept.attached, original, args, kwargs)
+            # One sample shows nothing about batches, and without inputs nothing can be watched.
+            return self._as_before(now, original, args, kwargs, keys, absent)
 
         def under(part: Tensor | None) -> AbstractContextManager:
             some = keys if part is None else keys[part]
@@ -252,13 +260,22 @@ class Forwards:
         forward = Forward(
             self._kept.attached, original, args, kwargs, self.frozen, len(keys), self._lengths_of(kwargs), under
         )
-        output, frontier = forward.watched(self.num_frozen, self._kept.dtype, aliases=self._aliases)
+        found: list = []
+        seconds = seconds_of(
+            lambda: found.extend(forward.watched(self.num_frozen, self._kept.dtype, aliases=self._aliases)),
+            self._kept.device,
+        )
+        output, frontier = found
         if isinstance(frontier, Seen) and not self._aliases:
             self._aliases = True  # the next forward is watched once more
         elif isinstance(frontier, Refused):
             self._refuse(str(frontier))
         else:
-            self._keep(self._kept.begin(frontier), keys, forward.rows, kwargs)
+            begun = self._kept.begin(frontier)
+            if self._moves is not None:
+                self._moves.watch_seconds, begun.layers_seconds = seconds, self._moves.layers_seconds
+            self._watches.clear()
+            self._keep(begun, keys, forward.rows, kwargs)
             self._counted(base, len(keys))
         return output
 
@@ -266,6 +283,11 @@ class Forwards:
         self.refused = reason
         self._note(f"not kept behind {self.num_frozen} layers: {reason}")
         logger.warning("features are not kept behind %d layers: %s", self.num_frozen, reason)
+
+    def _postpone(self, reason: str) -> None:
+        """Another transition, or larger steps, may change it."""
+        self.refused, self._postponed = reason, True
+        self._note(f"not kept behind {self.num_frozen} layers: {reason}")
 
     # Parts of these
 
@@ -287,27 +309,14 @@ class Forwards:
         self._kept.retire()
 
     def _spot_check(self, now: Generation, original, args, kwargs, keys: Tensor) -> None:
-        """Computes a cached batch anew.
-
-        Raises:
-            RuntimeError: it differs by more than rounding.
-        """
-        self._kept.drop_changed(thorough=True)
-        if now not in self._kept or not now.frontier.sliceable:
+        if not now.frontier.sliceable:
             return
-        computed = now.frontier.computed(original, args, kwargs)
-        worst, place = now.store.compare(keys, computed, now.length(args, kwargs))
-        self.difference = max(self.difference, worst)
-        if not worst <= 1:
-            sample = int(self._kept.views.samples(keys[place]))
-            self._kept.close()
-            self.num_frozen = 0
-            raise RuntimeError(
-                f"kept features of sample {sample} differ from the same view computed anew, {worst:.1f} times as far "
-                "as rounding explains: the view draws from a generator of its own, inputs are mixed across samples "
-                "(mixup, cutmix) or changed at random between loader and model, or the frozen layers are no function "
-                "of their input. The cache is closed"
-            )
+        try:
+            self.difference = max(self.difference, spot_check(self._kept, now, original, args, kwargs, keys))
+        except RuntimeError:
+            if self._kept.latest is None:
+                self.num_frozen = 0
+            raise
         self.checks += 1
 
     def _counted(self, base: Generation | None, samples: int) -> None:
@@ -318,13 +327,14 @@ class Forwards:
 
     def _watch(self, name: str) -> Stopwatch:
         if name not in self._watches:
-            self._watches[name] = Stopwatch(self._kept.device)
+            waits = name == "gather" and self._kept.folder is not None
+            self._watches[name] = Stopwatch(self._kept.device, waits=waits)
         return self._watches[name]
 
-    def _weigh(self) -> None:
+    def _weigh(self, now: Generation) -> None:
         prefix, gather = self.seconds("prefix"), self.seconds("gather")
-        if self._measure and prefix is not None and gather is not None and gather > prefix:
-            self.gave_up = True
+        if self._moves is not None and prefix is not None and gather is not None and gather > prefix:
+            now.given_up = True
             self._note(
                 f"given up until the next freeze: reading a sample's features takes {1e6 * gather:.0f} us, computing "
                 f"them {1e6 * prefix:.0f} us"

@@ -22,11 +22,17 @@ logger = logging.getLogger("freezeout_ext")
 
 @dataclass
 class Generation:
-    """What is kept behind one number of frozen layers."""
+    """What is kept behind one number of frozen layers.
+
+    given_up: reading takes longer than computing.
+    layers_seconds: of a sample in the layers in front, as far as they were timed.
+    """
 
     frontier: Frontier
     store: Store
     guard: Guard
+    given_up: bool = False
+    layers_seconds: float = 0.0
 
     def length(self, args: tuple, kwargs: Mapping) -> int | None:
         """-> what a batch is padded to, None where rows are all as long."""
@@ -126,9 +132,10 @@ class Generations:
         rows = self._rows(row_bytes)
         guard = Guard(frontier.modules, {name: _place(self.attached, name) for name in frontier.states})
         folder = None if self.folder is None else self.part() / f"frozen-{frontier.num_frozen}"
+        of = "" if folder is None else f"{frontier.names} {frontier.autocast} {fingerprint(guard.tensors())}"
         store = Store(
             frontier.columns, self.views.num_keys, rows, self._store_device(), folder=folder, positions=rows * length,
-            fingerprint=f"{frontier.names} {frontier.autocast} {fingerprint(guard.tensors())}",
+            fingerprint=of,
         )  # fmt: skip
         if folder is not None and store.files is not None and store.files.was_emptied is not None:
             found = (
@@ -196,6 +203,15 @@ class Generations:
     def _drop(self, generation: Generation) -> None:
         self._all = [g for g in self._all if g is not generation]
         generation.store.close()
+
+    def fitting(self, row_bytes: int) -> tuple[int, bool]:
+        """-> how many rows of so many bytes there would be room for, and whether earlier ones must make it."""
+        wanted = self.owned * row_bytes
+        room, drops = self._room(wanted), False
+        if room < wanted and self._all:
+            kept = sum(g.store.bytes_taken for g in self._all)
+            room, drops = min(wanted, room + kept), True
+        return (min(self.owned, room // row_bytes) if row_bytes else self.owned), drops
 
     def _rows(self, row_bytes: int) -> int:
         """How many rows there is room for; earlier generations make room."""

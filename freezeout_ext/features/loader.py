@@ -1,5 +1,6 @@
 """CacheLoader: batches with the keys of their views; what the cache keeps is neither decoded nor augmented."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, cast
@@ -14,8 +15,8 @@ from .poison import poison
 from .store import Column, Store
 from .views import Keys, Views, order_seed
 
-# Keys, samples and what is skipped, of batches whose samples are being loaded.
-Planned = deque[tuple[Tensor, Tensor, Tensor]]
+# Keys, samples, seeds and what is skipped, of batches whose samples are being loaded.
+Planned = deque[tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class Source(Protocol):
@@ -35,8 +36,8 @@ class Source(Protocol):
     def planned(self) -> bool:
         """Whether this batch, which could be skipped, is to be loaded whole for a spot check."""
 
-    def delivered(self, keys: Tensor, skipped: Tensor, samples_read: int) -> None:
-        """Notes which inputs a batch lacks, before it is handed out."""
+    def delivered(self, keys: Tensor, skipped: Tensor, samples_read: int, seconds: float) -> None:
+        """Notes which inputs a batch lacks, before it is handed out, and how long it was waited for."""
 
     def item_store(self, columns: list[Column], keys: int) -> Store | None:
         """-> where the entries that are still needed are kept, None where there is no room."""
@@ -126,11 +127,16 @@ class CacheLoader:
         plans = self._plans(epoch, first_step, planned)
         if self._loader is None:
             for _ in plans:
-                yield self._made(*planned.popleft(), epoch)
+                yield self._made(*planned.popleft())
             return
         self._requests.plans, self._requests.length = plans, len(self) - first_step
-        for found in self._loader:
-            yield self._finished(*planned.popleft(), epoch, found)
+        loaded = iter(self._loader)
+        while True:
+            start = time.perf_counter()
+            found = next(loaded, planned)  # which no loader yields
+            if found is planned:
+                return
+            yield self._finished(*planned.popleft(), found, time.perf_counter() - start)
 
     def order(self, epoch: int) -> Tensor:
         """-> the samples of this process in the order of an epoch."""
@@ -141,37 +147,42 @@ class CacheLoader:
         return mine[: self.num_samples]
 
     def _plans(self, epoch: int, first_step: int, planned: Planned) -> Iterator[list]:
-        for step, samples in enumerate(self.order(epoch).split(self.batch_size)):
-            if step < first_step or step == len(self):
-                continue
+        order, views = self.order(epoch), self._cache.views
+        # Those of the whole epoch at once: a batch's own would take as long as a small net's layer.
+        drawn = [(keys, views.seeds(keys, epoch)) for keys in (views.keys(order, epoch), -1 - order)]
+        for step in range(first_step, len(self)):
+            where = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            samples = order[where]
             keys = self._cache.keys(samples, epoch)
+            seeds = next((s[where] for k, s in drawn if torch.equal(k[where], keys)), None)
+            seeds = views.seeds(keys, epoch) if seeds is None else seeds
             skipped = kept = self._cache.skippable(keys)
             if self._loader is not None:
                 skipped = kept & self._items.has(keys)
             if bool(kept.all()) and self._cache.planned():
                 skipped = torch.zeros_like(kept)
-            planned.append((keys, samples, skipped))
-            yield [] if self._loader is None else self._pairs(keys[~skipped], samples[~skipped], epoch)
+            planned.append((keys, samples, seeds, skipped))
+            yield [] if self._loader is None else _pairs(samples[~skipped], seeds[~skipped])
 
-    def _pairs(self, keys: Tensor, samples: Tensor, epoch: int) -> list[tuple[int, int]]:
-        """-> (sample, seed) of each view."""
-        return list(zip(samples.tolist(), self._cache.views.seeds(keys, epoch).tolist(), strict=True))
-
-    def _made(self, keys: Tensor, samples: Tensor, skipped: Tensor, epoch: int) -> Any:
+    def _made(self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor) -> Any:
         """A batch of a data set that makes whole batches; it was planned right before."""
-        dataset, template = self._cache.views.dataset, self._items.template
+        dataset, template, seconds = self._cache.views.dataset, self._items.template, 0.0
         if template is not None and bool(skipped.all()):
             leaves, spec = template
             inputs = tree_unflatten([poison((len(keys), *x.shape), x.dtype, x.device) for x in leaves], spec)
         else:
             skipped = torch.zeros_like(skipped)
-            inputs = dataset.batch(samples, self._cache.views.seeds(keys, epoch))
+            start = time.perf_counter()
+            inputs = dataset.batch(samples, seeds)
+            seconds = time.perf_counter() - start
             leaves, spec = tree_flatten(inputs)
             self._items.template = [x[0].detach() for x in leaves], spec
-        self._cache.delivered(keys, skipped, int((~skipped).sum()))
+        self._cache.delivered(keys, skipped, int((~skipped).sum()), seconds)
         return inputs, dataset.targets(samples), Keys(keys)
 
-    def _finished(self, keys: Tensor, samples: Tensor, skipped: Tensor, epoch: int, found: Any) -> Any:
+    def _finished(
+        self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor, found: Any, seconds: float
+    ) -> Any:
         """What workers brought and what was kept, as one batch."""
         if isinstance(found, Mapping):
             found = dict(found)
@@ -179,22 +190,21 @@ class CacheLoader:
         lost = skipped & ~(self._cache.skippable(keys) & self._items.has(keys))
         if lost.any():
             # The store was emptied since: this process reads what is missing. Whole, so that there is one way.
-            skipped, found = torch.zeros_like(skipped), self._read(keys, samples, epoch)
+            skipped, found = torch.zeros_like(skipped), self._read(samples, seeds)
             read += len(keys)
         if skipped.any():
             merged = self._items.merge(keys, skipped, found)
             if merged is None:
-                skipped, merged = torch.zeros_like(skipped), self._read(keys, samples, epoch)
+                skipped, merged = torch.zeros_like(skipped), self._read(samples, seeds)
                 read += len(keys)
             found = merged
         else:
             self._items.learn(keys, found)
-        self._cache.delivered(keys, skipped, read)
+        self._cache.delivered(keys, skipped, read, seconds)
         return self._with_keys(found, Keys(keys))
 
-    def _read(self, keys: Tensor, samples: Tensor, epoch: int) -> Any:
-        views = self._cache.views
-        batch = self._collate([views.load(*pair) for pair in self._pairs(keys, samples, epoch)])
+    def _read(self, samples: Tensor, seeds: Tensor) -> Any:
+        batch = self._collate([self._cache.views.load(*pair) for pair in _pairs(samples, seeds)])
         return dict(batch) if isinstance(batch, Mapping) else batch
 
     def _with_keys(self, batch: Any, keys: Keys) -> Any:
@@ -206,6 +216,11 @@ class CacheLoader:
         if isinstance(batch, tuple | list):
             return (*batch, keys)
         return batch, keys
+
+
+def _pairs(samples: Tensor, seeds: Tensor) -> list[tuple[int, int]]:
+    """-> (sample, seed) of each view."""
+    return list(zip(samples.tolist(), seeds.tolist(), strict=True))
 
 
 class _Requests:

@@ -54,7 +54,7 @@ class Forward:
     def watched(self, num_frozen: int, kept: torch.dtype | None, *, aliases: bool) -> tuple[Any, Any]:
         """Runs the forward. Returns (output, frontier), or in place of the frontier why there is none."""
         before = Generators()
-        watch = Watch(self.model, self.frozen, self.args, self.kwargs, aliases=aliases)
+        watch = Watch(self.model, self.frozen, self.args, self.kwargs, self.batch_size, aliases=aliases)
         with self.under(None), through(self.frozen, watch.call), watch:
             output = self.original(*self.args, **self.kwargs)
         after = Generators()
@@ -69,7 +69,8 @@ class Forward:
                 autocast_state(self.args, self.kwargs),
             )  # fmt: skip
             with _restored(self.model), torch.no_grad():
-                self.rows = self.check(frontier, output, before)
+                ends = [watch.calls[call].ends[leaf] for call, leaf in frontier.kept]
+                self.rows = self.check(frontier, ends, output, before)
             return output, frontier
         except Refused as reason:
             return output, reason
@@ -78,51 +79,58 @@ class Forward:
             if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
                 torch.clear_autocast_cache()  # what was cast without a graph must not serve a forward with one
 
-    def check(self, frontier: Frontier, output: Any, before: "Generators") -> list[Tensor]:
+    def check(self, frontier: Frontier, ends: list[Tensor | None], output: Any, before: "Generators") -> list[Tensor]:
         """-> the rows that are kept.
+
+        Args:
+            ends: the first and the last sample's rows, as the watched forward had them.
 
         Raises:
             Refused: a forward from the frontier gives something else, or samples depend on their batch.
         """
-        with self.under(None):
-            rows = frontier.computed(self.original, *self.inputs)
-        for name, seen, row in zip(_kept_names(frontier), frontier.columns, rows, strict=True):
-            if row.dtype != seen.dtype:
-                raise Refused(f"{name} gives {row.dtype} in one forward and {seen.dtype} in another")
+        given = []
+        for column, name, row, end in zip(
+            frontier.columns, _kept_names(frontier), self._computed(frontier), ends, strict=True
+        ):
+            if row.dtype != column.dtype:
+                raise Refused(f"{name} gives {row.dtype} in one forward and {column.dtype} in another")
             if row.is_floating_point() and not bool(row.isfinite().all()):
                 raise Refused(f"{name} gives values that are not finite")
-        self._check_halves(frontier, rows)
-        length = frontier.length
-        given = [self._without_padding(column.padded, row) for column, row in zip(frontier.columns, rows, strict=True)]
+            given.append(self._without_padding(column.padded, row))
+            assert end is not None  # it has a row a sample, see Frontier.of
+            both = torch.tensor([0, self.batch_size - 1], device="cpu")
+            mine = torch.cat([given[-1][:1], given[-1][-1:]])
+            if mine.shape != end.shape or not _close(mine, self._without_padding(column.padded, end, both)):
+                raise Refused(f"{name} gives a sample other features in another batch")
         before.restore()
         args, kwargs = self._poisoned(frontier)
         try:
-            with self.under(None), frontier.replaced(given, length):
+            with frontier.replaced(given, frontier.length):
                 found = self.original(*args, **kwargs)
         except Exception as error:
             raise Seen(f"a forward from kept features alone fails: {error}") from error
-        mine, theirs = (list(_tensors(tree)) for tree in (found, output))
-        if len(mine) != len(theirs) or not all(map(self._same, mine, theirs)):
+        ours, theirs = (list(_tensors(tree)) for tree in (found, output))
+        if len(ours) != len(theirs) or not all(map(self._same, ours, theirs)):
             raise Seen("a forward from kept features alone gives something else than the watched one")
         return given
 
-    def _check_halves(self, frontier: Frontier, rows: list[Tensor]) -> None:
-        half = self.batch_size // 2
+    def _computed(self, frontier: Frontier) -> list[Tensor]:
+        """-> the rows of the batch, computed half by half where that can be done."""
         if not frontier.sliceable:
-            return
-        for part in torch.arange(self.batch_size, device="cpu").tensor_split([half]):
-            some = sliced(self.inputs, part, self.batch_size)
+            with self.under(None):
+                return frontier.computed(self.original, *self.inputs)
+        halves = []
+        for part in torch.arange(self.batch_size, device="cpu").tensor_split([self.batch_size // 2]):
             with self.under(part):
                 try:
-                    found = frontier.computed(self.original, *some)
+                    rows = frontier.computed(self.original, *sliced(self.inputs, part, self.batch_size))
                 except Exception as error:
                     raise Refused(f"the frozen modules cannot run on half of a batch: {error}") from error
-            for name, column, row, mine in zip(_kept_names(frontier), frontier.columns, rows, found, strict=True):
-                whole = row[part.to(row.device)]
-                if mine.shape != whole.shape or not _close(
-                    self._without_padding(column.padded, mine, part), self._without_padding(column.padded, whole, part)
-                ):
-                    raise Refused(f"{name} gives a sample other features in another batch")
+            for name, row in zip(_kept_names(frontier), rows, strict=True):
+                if not row.dim() or len(row) != len(part):
+                    raise Refused(f"{name} gives {tuple(row.shape)} for {len(part)} samples")
+            halves.append(rows)
+        return [torch.cat(pair) for pair in zip(*halves, strict=True)]
 
     def _without_padding(self, padded: bool, rows: Tensor, part: Tensor | None = None) -> Tensor:
         if not padded:

@@ -3,6 +3,8 @@
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -10,35 +12,71 @@ MOST = 32
 
 
 class Stopwatch:
-    """start(), stop(count) around work on `count` samples; median(): seconds a sample, None before `least` calls."""
+    """start(), pause(), stop(count) around work on `count` samples; what lies between pause and start is left out.
 
-    def __init__(self, device: torch.device, least: int = 4) -> None:
-        self._cuda, self._least = device.type == "cuda", least
+    median(), least(): seconds a sample; None before `calls` calls of stop. On a CPU they are this thread's own, so that
+    other programs do not lengthen them; `waits`: those of the clock, where the work waits for a disk.
+    """
+
+    def __init__(self, device: torch.device, calls: int = 4, *, waits: bool = False) -> None:
+        self._cuda, self._calls = device.type == "cuda", calls
+        self._clock = time.perf_counter if waits else time.thread_time
         self._seconds: deque[float] = deque(maxlen=MOST)
         self._open: deque = deque(maxlen=MOST)
+        self._spans: list[tuple[Any, Any]] = []
         self._start = None
 
     def start(self) -> None:
         self._start = self._mark()
 
+    def pause(self) -> None:
+        if self._start is not None:
+            self._spans.append((self._start, self._mark()))
+            self._start = None
+
     def stop(self, count: int) -> None:
-        if self._start is None or not count:
+        self.pause()
+        spans, self._spans = self._spans, []
+        if not spans or not count:
             return
-        start, self._start = self._start, None
         if self._cuda:
-            self._open.append((start, self._mark(), count))
+            self._open.append((spans, count))
         else:
-            self._seconds.append((time.perf_counter() - start) / count)
+            self._seconds.append(sum(end - start for start, end in spans) / count)
+
+    def add(self, seconds: float, count: int) -> None:
+        """Notes work on `count` samples that somebody else has timed."""
+        if count:
+            self._seconds.append(seconds / count)
 
     def median(self) -> float | None:
-        while self._open and self._open[0][1].query():
-            start, end, count = self._open.popleft()
-            self._seconds.append(start.elapsed_time(end) / 1e3 / count)
-        return statistics.median(self._seconds) if len(self._seconds) >= self._least else None
+        self._read()
+        return statistics.median(self._seconds) if len(self._seconds) >= self._calls else None
 
-    def _mark(self):
+    def least(self) -> float | None:
+        self._read()
+        return min(self._seconds) if len(self._seconds) >= self._calls else None
+
+    def _read(self) -> None:
+        while self._open and self._open[0][0][-1][1].query():
+            spans, count = self._open.popleft()
+            self._seconds.append(sum(start.elapsed_time(end) for start, end in spans) / 1e3 / count)
+
+    def _mark(self) -> Any:
         if not self._cuda:
-            return time.perf_counter()
+            return self._clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, *, waits: bool = False) -> float:
+    """-> seconds that work() takes, the device's included; on a CPU see `Stopwatch`."""
+    clock = time.perf_counter if waits or device.type == "cuda" else time.thread_time
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = clock()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - start

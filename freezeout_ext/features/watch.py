@@ -36,9 +36,12 @@ class Refused(Exception):
 
 
 class Call:
-    """One call of a frozen module: what it gave, in the order of calls; tensors as ones on the meta device."""
+    """One call of a frozen module: what it gave, in the order of calls; tensors as ones on the meta device.
 
-    def __init__(self, name: str, module: nn.Module, output: Any) -> None:
+    ends: of each tensor [B, ...] the first and the last sample.
+    """
+
+    def __init__(self, name: str, module: nn.Module, output: Any, batch_size: int) -> None:
         self.name, self.module = name, module
         leaves, self.spec = tree_flatten(output)
         for leaf in leaves:
@@ -46,6 +49,10 @@ class Call:
                 raise Refused(f"{name} returns a {type(leaf).__name__}, which cannot be kept")
         self.leaves = [
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
+            for x in leaves
+        ]
+        self.ends = [
+            torch.cat([x[:1], x[-1:]]) if isinstance(x, Tensor) and x.dim() and len(x) == batch_size else None
             for x in leaves
         ]
 
@@ -63,9 +70,11 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(
-        self, model: nn.Module, frozen: Mapping[str, nn.Module], args: tuple, kwargs: dict, *, aliases: bool = False
-    ) -> None:
+        self, model: nn.Module, frozen: Mapping[str, nn.Module], args: tuple, kwargs: dict, batch_size: int, *,
+        aliases: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self._batch_size = batch_size
         self._aliases = aliases
         self.calls: list[Call] = []
         self.needed: set = set()
@@ -130,11 +139,12 @@ class Watch(TorchDispatchMode):
         for state in (s for s in taint if isinstance(s, tuple) and s[0] == "state"):
             self.states[state[1]] = self._state_tensors[state[1]]
         self._before = {_address(x): self._of([x]) for x in given if isinstance(x, Tensor)}
-        versions, drawn = _versions(module, given), _device_states(given)
+        buffers = list(module.buffers())
+        own, versions, drawn = _versions(buffers), _versions(given), _device_states(given)
         output = self._run(original, args, kwargs, NONE)
-        if _versions(module, ()) != versions[: len(_versions(module, ()))]:
+        if _versions(buffers) != own:
             self._refuse(f"{name} changes a buffer of its own at every call")
-        self._check_changed(name, given, versions[len(_versions(module, ())) :])
+        self._check_changed(name, given, versions)
         if _device_states(given) != drawn or _host_states() != self._host_states:
             self._refuse(f"{name} draws random numbers")
         self._source(name, module, output, taint if self._aliases else NONE)
@@ -157,11 +167,14 @@ class Watch(TorchDispatchMode):
             raise Refused("; ".join(list(dict.fromkeys(self.refusals))[:3]))
 
     def _source(self, name: str, module: nn.Module, output: Any, given: Taint) -> None:
+        self._depth += 1  # what is done here is no part of the forward
         try:
-            call = Call(name, module, output)
+            call = Call(name, module, output, self._batch_size)
         except Refused as reason:
             self._refuse(str(reason))
             return
+        finally:
+            self._depth -= 1
         for i, leaf in enumerate(tree_leaves(output)):
             if isinstance(leaf, Tensor):
                 shared = given & self._before.get(_address(leaf), NONE)
@@ -190,18 +203,19 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if self._depth:
+            output = func(*args, **kwargs)
+            for x in _tensors((output,), {}):
+                if _address(x) not in self._taints:
+                    self._mark(x, Taint({INSIDE}))
+            return output
         packet = getattr(func, "overloadpacket", func)
         tensors = list(_tensors(args, kwargs))
         # Before the call, whose results may overwrite an operand.
         taint = NONE if packet in SHAPE_ONLY else self._of(tensors)
         seeded = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-        drawn = _device_states(tensors) if seeded and not self._depth else None
+        drawn = _device_states(tensors) if seeded else None
         output = func(*args, **kwargs)
-        if self._depth:
-            for x in _tensors((output,), {}):
-                if _address(x) not in self._taints:
-                    self._mark(x, Taint({INSIDE}))
-            return output
         real = _real(taint)
         written = _written(func, args, kwargs)
         if packet in SHAPE_ONLY:
@@ -348,9 +362,8 @@ def _version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
-def _versions(module: nn.Module, given: Iterable) -> list[int]:
-    own = [_version(b) for b in module.buffers()]
-    return own + [_version(x) for x in given if isinstance(x, Tensor)]
+def _versions(given: Iterable) -> list[int]:
+    return [_version(x) for x in given if isinstance(x, Tensor)]
 
 
 def _host_states() -> tuple:

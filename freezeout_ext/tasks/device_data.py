@@ -89,14 +89,10 @@ def uniform(seeds: Tensor, count: int) -> Tensor:
 
     Shapes: seeds int64 [B] -> float32 [B, count], on the device of the seeds.
     """
-    j = torch.arange(1, count + 1, device=seeds.device)
-    # In parts of 32 bits, so that the shifts copy no sign.
-    x = _mixed(_mixed(seeds[:, None] & 0xFFFFFFFF) ^ ((seeds[:, None] >> 32) & 0xFFFFFFFF))
-    return (_mixed(x ^ _mixed(j * 0x9E3779B9 & 0xFFFFFFFF)) >> 8).to(torch.float32) / 2**24
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """MurmurHash3's finalizer, of 32 bits in an int64. Source: github.com/aappleby/smhasher, fmix32."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+    x = seeds[:, None] + torch.arange(1, count + 1, device=seeds.device) * -7046029254386353131  # 0x9E3779B97F4A7C15
+    # splitmix64, on int64 that wraps. Source: Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195. The masks take away
+    # the sign that >> copies.
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
+    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
+    return ((x >> 40) & 0xFFFFFF).to(torch.float32) / 2**24
