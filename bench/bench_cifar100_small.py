@@ -16,10 +16,12 @@ from pathlib import Path
 
 from freezeout_ext.tasks import built_in
 from freezeout_ext.training import plot
-from freezeout_ext.training.compare import Arm, Comparison, curves
+from freezeout_ext.training.arms import Arm
+from freezeout_ext.training.compare import Comparison
 from freezeout_ext.training.config import TrainConfig
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run_folder import read_json, write_json
+from freezeout_ext.training.summary import curves
 from freezeout_ext.training.tables import comparison_tables
 
 # So many that the first takes as long as the other two: a full run 100, 70 and 35 s, and each net 18 times that.

@@ -1,4 +1,4 @@
-"""table: rows as aligned text, for whatever prints one."""
+"""Rows as aligned text, and seconds in words: for whatever prints them."""
 
 from collections.abc import Iterable, Sequence
 
@@ -19,3 +19,10 @@ def table(rows: Sequence[Sequence[str]], *, left: Iterable[int] = (), rule: bool
 
     header, *body = rows
     return "\n".join([line(header), *["  ".join("-" * w for w in widths)] * rule, *map(line, body)])
+
+
+def duration(seconds: float, digits: int = 0) -> str:
+    """ "90 s", "12 min", "3.5 h": hours have one digit behind the point at least."""
+    if seconds < 120:
+        return f"{seconds:.{digits}f} s"
+    return f"{seconds / 60:.{digits}f} min" if seconds < 7200 else f"{seconds / 3600:.{max(digits, 1)}f} h"

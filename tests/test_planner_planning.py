@@ -11,7 +11,16 @@ from torch.nn import functional
 
 from freezeout_ext import Schedule, find_layers
 from freezeout_ext.models import build_model
-from freezeout_ext.planner import StepCosts, measure_costs, measure_loader, measuring, plan, predict, suggest_t_0
+from freezeout_ext.planner import (
+    StepCosts,
+    measure_costs,
+    measure_loader,
+    measuring,
+    plan,
+    predict,
+    steps_within,
+    suggest_t_0,
+)
 from freezeout_ext.planner.costs import phases
 from freezeout_ext.planner.marks import LayerMarks
 
@@ -65,6 +74,33 @@ def test_phases_cover_the_run_also_where_a_milestone_lies_in_its_last_step():
         spans = list(phases(Schedule(6, 7, t_0=t_0)))
         assert sum(steps for _, steps in spans) == 7 and all(steps > 0 for _, steps in spans)
         assert [k for k, _ in spans] == sorted({k for k, _ in spans})
+
+
+def test_a_tail_thaws_to_the_end_of_the_run_and_costs_what_its_layers_do():
+    rule = {"t_0": 0.4, "how_scale": "linear"}  # milestones 40 and 70 of 100
+    schedule = Schedule(3, 100, **rule)
+    assert list(phases(schedule, (80, 0))) == [(0, 40), (1, 30), (2, 10), (0, 20)]
+    assert list(phases(schedule, (60, 0))) == [(0, 40), (1, 20), (0, 40)]  # the second layer never freezes
+    assert list(phases(schedule, (30, 0))) == [(0, 30), (0, 70)]
+    assert predict(COSTS, schedule, (80, 1)).cost == pytest.approx(
+        40 * COSTS.step(0) + 30 * COSTS.step(1) + 10 * COSTS.step(2) + 20 * COSTS.step(1)
+    )
+    with_tail = suggest_t_0(COSTS, 0.2, how_scale="linear", total_steps=100, tail=(80, 0))
+    assert with_tail.t_0 < suggest_t_0(COSTS, 0.2, how_scale="linear", total_steps=100).t_0
+
+
+def test_seconds_become_steps_by_what_a_step_costs_with_and_without_kept_features():
+    costs = StepCosts(
+        layers=("a", "b", "c", "d"), forward=(1.0,) * 4, frozen_forward=(1.0,) * 4, backward=(2.0,) * 4,
+        backward_first=(2.0,) * 4, optimizer=(0.0,) * 4,
+    )  # fmt: skip
+    half = Schedule(4, 100, t_0=1.0, how_scale="linear", start_frozen=2)
+    assert steps_within(costs, Schedule(4, 100, t_0=1.0), 120.0) == 10  # 12 a step
+    assert steps_within(costs, half, 80.0) == 10  # two layers forward alone: 8 a step
+    # 20 steps fill at 8 a step, all others cost 6.
+    assert steps_within(costs, half, 160.0, filling=20) == 20
+    assert steps_within(costs, half, 160.0 + 60.0, filling=20) == 30
+    assert steps_within(costs, half, 0.1) == 1
 
 
 def test_costs_and_schedule_must_be_of_equally_many_layers():

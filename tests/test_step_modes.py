@@ -8,10 +8,11 @@ import torch
 
 from freezeout_ext.tasks.images import image_task, load_data
 from freezeout_ext.training.config import TrainConfig
+from freezeout_ext.training.optimizer import make_optimizer
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run import Run
 from freezeout_ext.training.tables import run_summary
-from freezeout_ext.training.trainer import Trainer, make_optimizer
+from freezeout_ext.training.trainer import Trainer
 
 BASE = TrainConfig(model="wrn-10-1", steps=14, batch_size=128, t_0=0.4, threads=1, device="cpu")
 
@@ -77,7 +78,7 @@ def json_like(value):
     [
         ("sgd", "torch.optim.SGD", {"fused": True}),
         ("adamw", "torch.optim.AdamW", {"fused": True, "capturable": True}),
-        ("fused-sgd", "freezeout_ext.training.trainer.FusedSGD", {}),
+        ("fused-sgd", "freezeout_ext.training.optimizer.FusedSGD", {}),
     ],
 )
 def test_optimizers_of_a_graph_on_cuda_keep_their_rates_on_the_device(name, place, expected, monkeypatch):

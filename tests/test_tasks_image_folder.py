@@ -169,3 +169,40 @@ def test_folders_that_are_none(tmp_path):
         make(tmp_path)
     with pytest.raises(ValueError, match="image_size must be >= 8, got 4"):
         built_in("imagefolder", "wrn-10-1", data_dir=tmp_path, image_size=4)
+
+
+def test_of_16_bits_the_upper_8_are_taken(tmp_path):
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    for name, array in (("a.png", grey), ("b.tif", grey), ("c.tif", grey.astype(">u2"))):
+        Image.fromarray(array).save(tmp_path / name)
+        found = np.asarray(opened(tmp_path / name, 8))
+        assert found.shape == (8, 8, 3)
+        np.testing.assert_array_equal(found, (grey // 256)[:, :, None].repeat(3, 2), err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_pixels_of_32_bits_have_no_white(tmp_path, dtype):
+    Image.fromarray(np.ones((8, 8), dtype=dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif must be an image, .*: pixels of 32 bits do not say"):
+        opened(tmp_path / "a.tif", 8)
+
+
+def test_what_is_hidden_is_left_out_and_folders_below_a_class_belong_to_it(tmp_path):
+    folder(tmp_path, 4)
+    photo(tmp_path / "red" / "holiday" / "9.png")
+    (tmp_path / "red" / "._0.jpg").write_bytes(b"what macOS writes beside a file")
+    (tmp_path / "red" / ".thumbnails").mkdir()
+    (tmp_path / "red" / ".thumbnails" / "0.jpg").write_bytes(b"no image")
+    (tmp_path / ".trash").mkdir()
+    task = make(tmp_path)
+    assert task.notes == (f"{tmp_path}: 10 train + 3 test images of 3 classes",)
+    assert "red/9.png" not in names(task.train) and "holiday/9.png" in names(task.train) + names(task.evaluation)
+
+
+def test_all_images_are_tried_with_progress_and_after_the_net_is_known(tmp_path):
+    folder(tmp_path, 4)
+    told = []
+    make(tmp_path, on_progress=lambda done, total: told.append((done, total)))
+    assert told == [(k, 12) for k in range(1, 13)]
+    with pytest.raises(ValueError, match="model must be"):
+        built_in("imagefolder", "no-net", data_dir=tmp_path, on_progress=lambda *_: pytest.fail("tried too early"))

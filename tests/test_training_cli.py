@@ -83,8 +83,8 @@ def test_every_flag_reaches_the_config(tmp_path):
         field.name for field in fields(config) if getattr(config, field.name) == getattr(TrainConfig(), field.name)
     }
     assert unset == {
-        "data", "image_size", "weights", "fingerprint", "epochs", "warmup_epochs", "start_frozen", "cache", "views",
-        "cache_dtype", "prefix", "graph", "compile",
+        "data", "image_size", "weights", "fingerprint", "epochs", "warmup_epochs", "start_frozen", "thaw_to", "cache",
+        "views", "cache_dtype", "prefix", "graph", "compile",
     }  # fmt: skip
 
 

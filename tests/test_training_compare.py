@@ -7,18 +7,12 @@ import pytest
 from load_script import BENCH, load_script
 
 from freezeout_ext.tasks import built_in
-from freezeout_ext.training.compare import (
-    Arm,
-    Comparison,
-    curves,
-    make_arms,
-    run_folder,
-    spread,
-    undisturbed_seconds,
-)
+from freezeout_ext.training.arms import Arm, make_arms
+from freezeout_ext.training.compare import Comparison
 from freezeout_ext.training.config import BadInput, TrainConfig
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run_folder import RunFolder
+from freezeout_ext.training.summary import curves, run_folder, spread, undisturbed_seconds
 from freezeout_ext.training.tables import comparison_tables
 
 BASE = TrainConfig(model="wrn-10-1", steps=8, batch_size=16, t_0=0.6, threads=1, device="cpu")

@@ -49,6 +49,7 @@ def transition(num_frozen, before, after):
         "step": 10 * num_frozen,
         "num_frozen": num_frozen,
         "layers": ["ab"[num_frozen - 1]],
+        "parameters_frozen": 1,
         "seconds_per_step_before": before,
         "seconds_per_step_after": after,
     }

@@ -97,7 +97,7 @@ def test_transitions_lie_between_their_phases():
         Phase(2, 5, 3, [], memory=20),
         Phase(3, 8, 2, [0.5], memory=10),
     ]
-    transitions = [{"num_frozen": n} for n in (2, 3, 4)]  # the last one came with the last step
+    transitions = [{"step": step} for step in (5, 8, 10)]  # the last one came with the last step
     assert [tuple(row.values())[1:] for row in transitions_measured(transitions, phases)] == [
         (2.0, None, 30, 20),
         (None, 0.5, 20, 10),

@@ -76,7 +76,7 @@ def test_run_summary_by_hand():
     phase = {"num_frozen": 0, "first_step": 0, "steps": 7, "seconds_per_step": 0.0125, "memory_bytes": 3 * 2**20}
     result = {
         "phases": [phase, phase | {"num_frozen": 1, "first_step": 7, "seconds_per_step": None}],
-        "transitions": [{"num_frozen": 1, "layers": ["stem"]}],
+        "transitions": [{"step": 7, "num_frozen": 1, "layers": ["stem"], "parameters_frozen": 9}],
         "layers": ["stem", "head"],
         "memory_measured": "counted",
         "test_accuracy": 0.5,

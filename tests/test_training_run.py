@@ -316,7 +316,7 @@ def test_augment_moves_the_images(digits):
 def test_steps_are_of_whole_batches(digits):
     trainer = trainer_of(replace(CONFIG, batch_size=36, epochs=2), digits)
     assert [len(targets) for _, targets in trainer.train_batches()] == [36, 36]
-    assert (trainer.steps_per_epoch, trainer.total_steps) == (2, 4)
+    assert (trainer.length.steps_per_epoch, trainer.total_steps) == (2, 4)
     trainer = trainer_of(replace(CONFIG, batch_size=100, epochs=2), digits)
     assert [len(targets) for _, targets in trainer.train_batches()] == [96]
     assert trainer.total_steps == 2

@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
 from freezeout_ext.tasks.images import image_task, load_data
-from freezeout_ext.training.compare import Comparison, make_arms
+from freezeout_ext.training.arms import make_arms
+from freezeout_ext.training.compare import Comparison
 from freezeout_ext.training.config import TrainConfig
 from freezeout_ext.training.measure import COUNTED_MEMORY, CUDA_MEMORY
 from freezeout_ext.training.reporters import Reporter

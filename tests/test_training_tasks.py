@@ -11,14 +11,14 @@ import pytest
 import torch
 from test_tasks_kinds import KINDS, classification, regression
 
-from freezeout_ext.planner import StepCosts
 from freezeout_ext.tasks import load_task
 from freezeout_ext.training import cli, compare, plan, train
 from freezeout_ext.training.config import BadInput, TrainConfig
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run_folder import RunFolder
-from freezeout_ext.training.tables import comparison_tables, verdict
-from freezeout_ext.training.tune import Setting, Tuning, settings
+from freezeout_ext.training.tables import comparison_tables
+from freezeout_ext.training.tune import Round, Tuning, rounds_of, settings
+from freezeout_ext.training.verdict import verdict
 
 # The tasks' nets are small.
 pytestmark = pytest.mark.filterwarnings("ignore:only 2 layers were found", "ignore:layer .* holds .* of the trainable")
@@ -207,62 +207,78 @@ def test_several_freezing_arms_share_their_chance_of_an_accident():
     assert text.startswith("Nobody won: freezeout linear 0.5") and "p = 0.06, n = 5, p times 3" in text
 
 
-COSTS = StepCosts(
-    layers=("a", "b", "c", "d"), forward=(1.0,) * 4, frozen_forward=(1.0,) * 4, backward=(2.0,) * 4,
-    backward_first=(2.0,) * 4, optimizer=(0.0,) * 4,
-)  # fmt: skip
-
-
-def test_seconds_become_steps_by_what_a_step_costs_with_and_without_kept_features():
-    tuning = Tuning.__new__(Tuning)
-    tuning.costs, tuning._layers, tuning._total_steps, tuning._steps_per_epoch = COSTS, list("abcd"), 100, 10
-
-    def steps(seconds, **changes):
-        found = {
-            "method": "no-anneal",
-            "start_frozen": "b",
-            "t_0": 1.0,
-            "how_scale": "linear",
-            "cache": None,
-            **changes,
-        }
-        return tuning._steps_within(Setting("", tuple(found.items())), seconds)
-
-    assert tuning._steps_within(Setting("", (("method", "full"),)), 120.0) == 10  # 12 a step
-    assert steps(80.0) == 10  # two layers forward alone: 8 a step
-    # 2 views of 10 steps each are filled at 8 a step, all others cost 6.
-    assert steps(160.0, cache="device", views=2) == 20
-    assert steps(160.0 + 60.0, cache="device", views=2) == 30
-
-
 def test_settings_are_full_training_and_starts_at_quarters_of_the_layers():
     found = settings([f"blocks.{i}" for i in range(8)])
     assert found[0].name == "full" and len({setting.name for setting in found}) == len(found) == 8
     assert {dict(setting.changes)["start_frozen"] for setting in found} == {0, "blocks.1", "blocks.3", "blocks.5"}
 
 
+def test_rounds_double_the_seconds_and_halve_the_settings_and_the_last_is_against_full_training():
+    rounds = rounds_of(7, 80.0, seeds=3)
+    assert [(each.settings, each.seconds, each.seeds) for each in rounds] == [
+        (7, 10.0, 1),
+        (4, 20.0, 1),
+        (2, 40.0, 2),
+        (2, 80.0, 3),
+    ]
+    assert sum(each.cost for each in rounds) == 70 + 80 + 160 + 480
+    assert rounds_of(1, 80.0, seeds=2) == [Round(2, 80.0, 2)]
+
+
 def test_tune_halves_what_is_left_and_prints_a_command_that_trains(tmp_path, monkeypatch):
     task = replace(regression(), epochs=400)
     options = {"threads": 1, "device": "cpu", "epochs": 400}
     base = replace(TrainConfig.of_task(task), **options)
-    tuning = Tuning(base, tmp_path / "out", task=task, seconds=0.4)
+    tuning = Tuning(base, tmp_path / "out", task=task, seconds=0.4, seeds=2)
     told = []
     best = tuning.run(lambda title: Reporter(), say=told.append)
-    rounds = [[row["name"] for row in tuning.rows if row["round"] == k] for k in (1, 2, 3)]
-    count = len(settings(tuning._layers)) - len(tuning.refused)
-    assert [len(names) for names in rounds[:2]] == [count, max(1, count // 2)]
-    assert set(rounds[1]) < set(rounds[0]) and best["name"] in rounds[-1 if rounds[2] else 1]
+    tried = {
+        k: {row["name"] for row in tuning.rows if row["round"] == k} for k in {row["round"] for row in tuning.rows}
+    }
+    left = len(settings(tuning._layers)) - 1 - len(tuning.refused)
+    assert len(tried[1]) == left and len(tried[2]) == (left + 1) // 2
+    last = max(tried)
+    assert all(tried[k + 1] - {"full"} < tried[k] for k in range(1, last - 1))
+    # The last round: one setting and full training, each with both seeds.
+    assert len(tried[last]) == 2 and "full" in tried[last] and best["name"] in tried[last]
+    assert [len(row["values"]) for row in tuning.means(last)] == [2, 2]
     text = tuning.text("freezeout train my_task.py")
     assert "Trying took" in text and "  freezeout train my_task.py --" in text and "--steps " in text
-    assert "of training in all" in told[0]
+    assert "of training in all" in told[0] and "(mean and standard error, n = 2" in text
     # Runs that are done are kept.
-    again = Tuning(base, tmp_path / "out", task=task, seconds=0.4, resume=True)
+    again = Tuning(base, tmp_path / "out", task=task, seconds=0.4, seeds=2, resume=True)
     with monkeypatch.context() as patched:
         patched.setattr("freezeout_ext.training.tune.Run.prepare", None)
         assert again.run(lambda title: Reporter(), say=told.append) == best
     assert json.loads((tmp_path / "out" / "tune.json").read_text())["rows"] == tuning.rows
     with pytest.raises(BadInput, match="seconds or a saving must be given"):
         Tuning(base, tmp_path / "new", task=task)
+
+
+def tuned(*rows):
+    """A Tuning with rows (round, setting, seed, value)."""
+    tuning = Tuning.__new__(Tuning)
+    tuning.task = regression()  # lower is better
+    tuning.rows = [
+        {"round": k, "name": name, "seed": seed, "value": value, "seconds": 2.0} for k, name, seed, value in rows
+    ]
+    return tuning
+
+
+def test_the_best_is_of_the_last_round_by_the_mean_over_its_seeds():
+    tuning = tuned((1, "a", 0, 0.1), (2, "a", 0, 0.5), (2, "full", 0, 0.4), (2, "a", 1, 0.1), (2, "full", 1, 0.4))
+    assert tuning.best()["name"] == "a" and tuning.best()["value"] == pytest.approx(0.3)
+    # Means -0.1 and 0.3 over the seeds: 0.1, and a standard error of 0.2.
+    assert "ahead of full by 0.1 of" in tuning._against_full(tuning.best())
+    assert "± 0.2 of" in tuning._against_full(tuning.best()) and "n = 2" in tuning._against_full(tuning.best())
+
+
+def test_a_round_that_was_interrupted_is_read_by_what_is_done():
+    tuning = tuned((2, "a", 0, 0.5), (2, "full", 0, 0.4), (2, "a", 1, 0.1))
+    assert tuning.best()["name"] == "a"  # both seeds are done
+    assert tuning._against_full(tuning.best()).startswith("One seed shows no winner over full: -0.1 of")
+    early = tuned((1, "a", 0, 0.5))
+    assert "not stood against full" in early._against_full(early.best())
 
 
 def test_ctrl_c_in_tune_keeps_what_is_done(file, tmp_path, capsys, monkeypatch):

@@ -23,8 +23,10 @@ from figures import MORE_TO_DO, OutOfTime, StageReporter, add_stage_options
 
 from freezeout_ext.tasks import built_in
 from freezeout_ext.training import plot
-from freezeout_ext.training.compare import KINDS, Comparison, curves, make_arms
+from freezeout_ext.training.arms import KINDS, make_arms
+from freezeout_ext.training.compare import Comparison
 from freezeout_ext.training.config import TrainConfig
+from freezeout_ext.training.summary import curves
 from freezeout_ext.training.tables import comparison_tables
 
 REHEARSED = {"model": "wrn-10-1", "data": "digits", "epochs": 2, "batch_size": 450}

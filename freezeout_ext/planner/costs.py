@@ -108,7 +108,7 @@ class Prediction:
             were one; None where there is none.
         ceiling: the saving were the frozen layers' forward free.
         cost, full_cost: of the whole run, with FreezeOut and without, in the costs' unit.
-        memory: bytes at the peak (while nothing is frozen, as without FreezeOut), after the last freeze, and their mean
+        memory: bytes at the peak (while nothing is frozen, as without FreezeOut), at the end of the run, and their mean
             over the steps; None where not measured.
     """
 
@@ -132,24 +132,34 @@ class Suggestion:
     saving: float
 
 
-def phases(schedule: Schedule) -> Iterator[tuple[int, int]]:
-    """(num_frozen, steps) of each stretch of the run between two transitions."""
+Tail = tuple[int, int]
+
+
+def phases(schedule: Schedule, tail: Tail | None = None) -> Iterator[tuple[int, int]]:
+    """(num_frozen, steps) of each stretch of the run between two transitions.
+
+    Args:
+        tail: (step, num_frozen): from that step on no more layers than these are frozen, and no further one freezes.
+    """
+    end = schedule.total_steps if tail is None else tail[0]
     starts = [0]
-    while (step := schedule.next_milestone(starts[-1])) is not None and step < schedule.total_steps:
+    while (step := schedule.next_milestone(starts[-1])) is not None and step < end:
         starts.append(step)
-    for start, end in pairwise([*starts, schedule.total_steps]):
-        yield schedule.num_frozen(start), end - start
+    for start, stop in pairwise([*starts, end]):
+        yield schedule.num_frozen(start), stop - start
+    if tail is not None:
+        yield min(tail[1], schedule.num_frozen(starts[-1])), schedule.total_steps - end
 
 
-def predict(costs: StepCosts, schedule: Schedule) -> Prediction:
-    """What `schedule` would save of a run whose steps cost `costs`.
+def predict(costs: StepCosts, schedule: Schedule, tail: Tail | None = None) -> Prediction:
+    """What `schedule` would save of a run whose steps cost `costs`, with a tail that thaws as in `phases`.
 
     Raises:
         ValueError: they are not of equally many layers.
     """
     if schedule.num_layers != len(costs.layers):
         raise ValueError(f"schedule must have the {len(costs.layers)} layers of costs, got {schedule.num_layers}")
-    spans = list(phases(schedule))
+    spans = list(phases(schedule, tail))
     full = schedule.total_steps * costs.step(0)
     cost = sum(steps * costs.step(k) for k, steps in spans)
     least = sum(steps * costs.step(k, free_prefix=True) for k, steps in spans)
@@ -162,11 +172,28 @@ def predict(costs: StepCosts, schedule: Schedule) -> Prediction:
     return Prediction(schedule.how_scale, schedule.t_0, 1 - cost / full, 1 - least / full, cost, full, memory, error)
 
 
-def suggest_t_0(costs: StepCosts, wanted: float, *, how_scale: str | float = "cubic", **schedule) -> Suggestion:
+def steps_within(costs: StepCosts, schedule: Schedule, seconds: float, *, filling: int | None = None) -> int:
+    """n, 1 at least, with: a run of n steps by `schedule`, whose length only scales its milestones, costs `seconds`.
+
+    Args:
+        filling: so many steps run the frozen layers and keep their outputs, all others read these; None keeps nothing.
+    """
+    found = predict(costs, schedule)
+    paid = found.cost / schedule.total_steps
+    if filling is None or seconds <= filling * paid:
+        return max(1, int(seconds / paid))
+    free = (1 - found.ceiling) * costs.step(0)
+    return filling + int((seconds - filling * paid) / free)
+
+
+def suggest_t_0(
+    costs: StepCosts, wanted: float, *, how_scale: str | float = "cubic", tail: Tail | None = None, **schedule
+) -> Suggestion:
     """The largest t_0, in hundredths, with predict(...).saving >= wanted.
 
     Args:
         wanted: a fraction in (0, 1).
+        tail: see `phases`.
         schedule: total_steps and what else `Schedule` takes.
     """
     if not 0 < wanted < 1:
@@ -174,7 +201,7 @@ def suggest_t_0(costs: StepCosts, wanted: float, *, how_scale: str | float = "cu
 
     def saving(hundredths: int) -> float:
         t_0 = hundredths / 100
-        return predict(costs, Schedule(len(costs.layers), t_0=t_0, how_scale=how_scale, **schedule)).saving
+        return predict(costs, Schedule(len(costs.layers), t_0=t_0, how_scale=how_scale, **schedule), tail).saving
 
     # A warm-up must end before the first layer freezes, which bounds t_0 from below.
     low, high = _least_hundredths(len(costs.layers), how_scale, schedule), 100

@@ -12,8 +12,8 @@ from ..arguments import check_kind
 from ..batch import Batch
 from ..layers import Layers, find_layers
 from ..schedule import POWERS, Schedule
-from ..text import table
-from .costs import Prediction, StepCosts, Suggestion, predict, suggest_t_0
+from ..text import duration, table
+from .costs import Prediction, StepCosts, Suggestion, Tail, predict, suggest_t_0
 from .measuring import MakeOptimizer, measure_costs, measure_loader
 
 T_0S = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -25,22 +25,25 @@ class Plan:
 
     Attributes:
         schedule: total_steps, warmup_steps and max_transitions, as for `Schedule`.
+        tail: that thaws, see `costs.phases`.
     """
 
     costs: StepCosts
     schedule: dict
     predictions: tuple[Prediction, ...]
+    tail: Tail | None = None
 
     def suggest(self, saving: float, how_scales: Sequence[str | float] | None = None) -> list[Suggestion]:
         """For each strategy (those of the predictions) the largest t_0 that saves the fraction `saving`."""
         scales = how_scales or list(dict.fromkeys(p.how_scale for p in self.predictions))
-        return [suggest_t_0(self.costs, saving, how_scale=scale, **self.schedule) for scale in scales]
+        return [suggest_t_0(self.costs, saving, how_scale=scale, tail=self.tail, **self.schedule) for scale in scales]
 
     def to_dict(self) -> dict:
         return {
             "costs": self.costs.to_dict(),
             "closure_error": self.costs.closure_error,
             "schedule": self.schedule,
+            "tail": self.tail,
             "predictions": [asdict(prediction) for prediction in self.predictions],
         }
 
@@ -104,16 +107,21 @@ def plan(
 
 
 def plan_from_costs(
-    costs: StepCosts, schedule: dict, t_0s: Iterable[float] = T_0S, how_scales: Iterable[str | float] = tuple(POWERS)
+    costs: StepCosts,
+    schedule: dict,
+    t_0s: Iterable[float] = T_0S,
+    how_scales: Iterable[str | float] = tuple(POWERS),
+    *,
+    tail: Tail | None = None,
 ) -> Plan:
-    """Plan of every (how_scale, t_0) from costs that are known already; `schedule` as in `Plan`."""
+    """Plan of every (how_scale, t_0) from costs that are known already; `schedule` and `tail` as in `Plan`."""
     t_0s = list(t_0s)
     predictions = (
-        predict(costs, Schedule(len(costs.layers), t_0=t_0, how_scale=how_scale, **schedule))
+        predict(costs, Schedule(len(costs.layers), t_0=t_0, how_scale=how_scale, **schedule), tail)
         for how_scale in how_scales
         for t_0 in t_0s
     )
-    return Plan(costs, schedule, tuple(predictions))
+    return Plan(costs, schedule, tuple(predictions), tail)
 
 
 def layers_table(costs: StepCosts) -> str:
@@ -152,7 +160,7 @@ def predictions_table(predictions: Iterable[Prediction], unit: str = "s") -> str
             memory = [start, mean, end]
         error = "" if p.saving_error is None else f" ± {100 * p.saving_error:.1f}"
         percents = f"{100 * p.saving:.1f}{error} %", f"{100 * p.ceiling:.1f} %"
-        runs = (_duration(cost) if unit == "s" else f"{cost:.3g} {unit}" for cost in (p.cost, p.full_cost))
+        runs = (duration(cost, 1) if unit == "s" else f"{cost:.3g} {unit}" for cost in (p.cost, p.full_cost))
         rows.append((str(p.how_scale), f"{p.t_0:g}", *percents, *runs, *memory))
     note = "saving: of the whole run, ± its standard deviation; ceiling: were the frozen layers' forward free"
     return f"{table(rows, left=[0], rule=False)}\n{note}"
@@ -166,9 +174,3 @@ def suggestions_text(suggestions: Iterable[Suggestion]) -> str:
         else:
             lines.append(f"{s.how_scale}: t_0 = {s.t_0:.2f} saves {100 * s.saving:.1f} % (wanted {100 * s.wanted:g} %)")
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,5 +1,6 @@
 """built_in: the tasks that have a name: digits, CIFAR-10, CIFAR-100, and a folder of images."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ def built_in(
     weights: str | None = None,
     workers: int | None = None,
     skip_broken: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Task:
     """The task of training the net called `model` on the data called `data`.
 
@@ -36,7 +38,7 @@ def built_in(
         seed: of the split.
         device: where whole sets lie; a folder's images are read batch by batch.
         image_size: side of the inputs; a folder's default is 224, other sets keep theirs.
-        workers, skip_broken: of a folder, see `image_folder_task`.
+        workers, skip_broken, on_progress: of a folder, see `image_folder_task`.
 
     Raises:
         ValueError, OSError, ImportError: one sentence on what is wrong with the data or the net.
@@ -54,6 +56,7 @@ def built_in(
             augment=augment,
             workers=workers,
             skip_broken=skip_broken,
+            on_progress=on_progress,
         )
     found = images.load_data(data, data_dir, download=download, val_fraction=val_fraction, seed=seed, device=device)
     return images.image_task(found, model, augment=augment, image_size=image_size, weights=weights, name=data)

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,17 +61,25 @@ class ImageFiles:
 
 
 def opened(path: Path, size: int):
-    """The decoded image as RGB, turned as its EXIF says; JPEGs at a scale not far above `size`.
+    """The decoded image as RGB of 8 bits, turned as its EXIF says; JPEGs at a scale not far above `size`.
+
+    Of 16 bits the upper 8 are taken.
 
     Raises:
-        ValueError: the file is broken or no image, by name.
+        ValueError: the file is broken or no image, or its pixels have 32 bits, by name.
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
             file.draft("RGB", (2 * size, 2 * size))
-            return ImageOps.exif_transpose(file).convert("RGB")
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG"):
+                # Pillow would cut all above 255 off.
+                image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+            if image.mode in ("I", "F"):
+                raise ValueError("pixels of 32 bits do not say which values are black and white")
+            return image.convert("RGB")
     except Exception as error:  # a broken file raises whatever its decoder raises
         raise ValueError(f"{path} must be an image, it cannot be read: {' '.join(str(error).split())}") from None
 
@@ -87,17 +95,20 @@ def image_folder_task(
     augment: bool = True,
     workers: int | None = None,
     skip_broken: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Task:
     """The task of classifying the images below data_dir.
 
     data_dir/train/CLASS/* and data_dir/val/CLASS/* (or test/), or data_dir/CLASS/*, of which a fifth, drawn by `seed`
-    and each class in proportion, is the evaluation.
+    and each class in proportion, is the evaluation. Folders below a class belong to it; what is hidden (its name begins
+    with a dot) is left out.
 
     Args:
         model, weights: see `nets.find_net`.
         val_fraction: part of the training images that chooses best.pt.
         workers: processes that read images (None: one a core but one, at most 8).
         skip_broken: leave out files that cannot be read; else they are an error. All files are tried first.
+        on_progress: called with (files tried, files) after each.
 
     Raises:
         ValueError: data_dir is no such folder, or holds files that cannot be read, by name.
@@ -114,7 +125,8 @@ def image_folder_task(
     root = Path(data_dir)
     notes: list[str] = []
     train, evaluation, classes = _splits(root, seed)
-    train, evaluation = _readable(root, train, evaluation, image_size, skip_broken, notes)
+    net = find_net(model, len(classes), image_size=image_size, weights=weights)  # before the long part
+    train, evaluation = _readable(root, train, evaluation, image_size, skip_broken, notes, on_progress)
     validation: Files = []
     if val_fraction:
         train, validation = _divided(train, val_fraction, len(classes), seed + 1)
@@ -122,7 +134,6 @@ def image_folder_task(
         raise ValueError(f"data_dir must hold images for the evaluation, {root} has none")
     if empty := sorted({*range(len(classes))} - {label for _, label in train}):
         raise ValueError(f"data_dir must hold a training image of each class, {root} has none of {classes[empty[0]]}")
-    net = find_net(model, len(classes), image_size=image_size, weights=weights)
     statistics = {"mean": net.mean or MEAN, "std": net.std or STD}
 
     def dataset(files: list, augmented: bool) -> ImageFiles:
@@ -175,8 +186,13 @@ def _files(folder: Path, classes: list[str]) -> Files:
     found: Files = []
     for label, name in enumerate(classes):
         there = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES)
-        found += [(path, label) for path in there if path.is_file()]
+        found += [(path, label) for path in there if path.is_file() and not _is_hidden(path.relative_to(folder))]
     return found
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether the path, or a folder on it, is hidden, such as what macOS puts beside each file of a foreign disk."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _divided(files: Files, fraction: float, num_classes: int, seed: int) -> tuple[Files, Files]:
@@ -194,7 +210,13 @@ def _divided(files: Files, fraction: float, num_classes: int, seed: int) -> tupl
 
 
 def _readable(
-    root: Path, train: Files, evaluation: Files, size: int, skip: bool, notes: list[str]
+    root: Path,
+    train: Files,
+    evaluation: Files,
+    size: int,
+    skip: bool,
+    notes: list[str],
+    on_progress: Callable[[int, int], None],
 ) -> tuple[Files, Files]:
     """(train, evaluation) without what cannot be read, where that is to be skipped."""
 
@@ -205,12 +227,15 @@ def _readable(
             return str(error)
         return None
 
+    files, found = train + evaluation, {}
     with ThreadPoolExecutor() as pool:  # decoders leave Python's lock
-        found = dict(zip(train + evaluation, pool.map(fault, train + evaluation), strict=True))
+        for file, reason in zip(files, pool.map(fault, files), strict=True):
+            found[file] = reason
+            on_progress(len(found), len(files))
     broken = [file for file, reason in found.items() if reason]
     if broken and not skip:
         more = f" (and {len(broken) - 1} more of {len(found)})" if len(broken) > 1 else ""
-        raise ValueError(f"{found[broken[0]]}{more}; skip_broken leaves it out")
+        raise ValueError(f"{found[broken[0]]}{more}; skip_broken (--skip-broken) leaves such files out")
     if broken:
         names = ", ".join(str(path.relative_to(root)) for path, _ in broken[:5])
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""

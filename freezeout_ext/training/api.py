@@ -4,15 +4,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..planner import T_0S, Plan, plan_from_costs
+from ..planner import T_0S, Plan
 from ..schedule import POWERS
 from ..tasks import Task
 from . import plot
-from .compare import Comparison, curves, default_kinds, make_arms
+from .arms import default_kinds, make_arms
+from .compare import Comparison
 from .config import TrainConfig, faults_of_input
-from .costing import kept_costs, schedule_of, training_costs
+from .costing import kept_costs, plan_of, training_costs
 from .reporters import LineReporter, Reporter, StepReporter
 from .run import Run
+from .summary import curves
 from .tables import what_was_trained
 from .trainer import Trainer
 
@@ -59,8 +61,7 @@ def plan(
     config = _config(task, options).resolved()
     trainer = Trainer(config, task)
     costs = training_costs(trainer, rounds=rounds, max_seconds=max_seconds)
-    schedule = schedule_of(config, trainer.steps_per_epoch, costs.layers)
-    return plan_from_costs(costs, schedule, t_0s, how_scales)
+    return plan_of(config, trainer.length, costs, t_0s, how_scales)
 
 
 def compare(

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from ..prefix import MODES
 from ..tasks import DATA
 from ..tasks.nets import net_names
-from . import commands
-from .compare import KINDS
+from . import commands, plan_command
+from .arms import KINDS
 from .config import AMP_DTYPES, CACHE_DTYPES, OPTIMIZERS, BadInput, TrainConfig
 from .trainer import TrainingFailed
 
@@ -120,7 +120,7 @@ def _parser() -> Parser:
     train.add_argument("--seed", type=int, help="of weights, data order and augmentation (0)")
     train.add_argument("--val-fraction", type=float, help="share of the training images held out (0)")
     _add_freezeout_options(train)
-    _add_start_option(train)
+    _add_when_options(train)
     _add_prefix_options(train)
     method = train.add_mutually_exclusive_group()
     for flag, value, text in (
@@ -153,7 +153,7 @@ def _parser() -> Parser:
         help="add the arm const-time: FreezeOut lengthened to full training's seconds",
     )  # fmt: skip
     _add_freezeout_options(compare, lists=True)
-    _add_start_option(compare)
+    _add_when_options(compare)
     _add_prefix_options(compare)
     compare.add_argument("--resume", action="store_true", default=False, help="keep what is done in --out and go on")
 
@@ -163,10 +163,10 @@ def _parser() -> Parser:
     )  # fmt: skip
 
     plan = parts.add_parser("plan", help="predict what FreezeOut would save", argument_default=argparse.SUPPRESS)
-    plan.set_defaults(command=commands.plan)
+    plan.set_defaults(command=plan_command.plan)
     _add_run_options(plan, out=False)
     _add_freezeout_options(plan, lists=True)
-    _add_start_option(plan)
+    _add_when_options(plan)
     _add_plan_options(plan)
 
     tune = parts.add_parser(
@@ -265,12 +265,18 @@ def _add_freezeout_options(parser: argparse.ArgumentParser, *, lists: bool = Fal
     parser.add_argument("--max-transitions", type=int, metavar="K", help="freeze at no more than K moments")
 
 
-def _add_start_option(parser: argparse.ArgumentParser) -> None:
+def _add_when_options(parser: argparse.ArgumentParser) -> None:
+    """What is frozen before the first step, and what thaws before the last."""
     parser.add_argument(
         "--start-frozen",
         type=_count_or_name,
         metavar="LAYER",
-        help="this layer and all before it, or so many, never train",
+        help="this layer and all before it, or so many, are frozen from the first step on",
+    )
+    parser.add_argument(
+        "--thaw-to",
+        metavar="LAYER@PART",
+        help="from this part of the steps on only this layer and all before it, or so many, stay frozen: 0@0.8",
     )
 
 

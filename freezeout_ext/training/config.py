@@ -20,7 +20,7 @@ COMPILED_TRANSITIONS = 4
 # The model of a user's own task has no name.
 OWN_MODEL = "own"
 # Fields that finished runs of earlier versions lack.
-LATER_FIELDS = ("image_size", "weights", "fingerprint", "start_frozen", "cache", "views", "cache_dtype")
+LATER_FIELDS = ("image_size", "weights", "fingerprint", "start_frozen", "thaw_to", "cache", "views", "cache_dtype")
 # Of kept features.
 CACHE_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 MOST_THREADS = 1024
@@ -65,6 +65,8 @@ class TrainConfig:
         warmup_epochs: instead of warmup_steps.
         t_0, how_scale, scale_lr, max_transitions: see `Schedule`.
         start_frozen: layers that are frozen from the first step on, see `FreezeOut`.
+        thaw_to: "LAYER@PART", such as "blocks.2@0.8" or "0@0.8": from that part of the steps on only this layer and all
+            before it, or so many, stay frozen; no further layer freezes. None thaws nothing.
         cache: where the frozen layers' outputs are kept: "device", "host" or a folder; None runs the layers each time.
         views: of each sample, see `FeatureCache`.
         cache_dtype: of what is kept: "bf16", "fp16", "int8"; None: as computed.
@@ -96,6 +98,7 @@ class TrainConfig:
     scale_lr: bool | None = None
     max_transitions: int | None = None
     start_frozen: int | str = 0
+    thaw_to: str | None = None
     cache: str | None = None
     views: int = 4
     cache_dtype: str | None = None
@@ -181,6 +184,18 @@ class TrainConfig:
         return "; ".join(found) or None
 
 
+def parsed_thaw(text: str) -> tuple[int | str, float]:
+    """ "blocks.2@0.8" -> ("blocks.2", 0.8); "0@80%" -> (0, 0.8)."""
+    layer, _, part = text.rpartition("@")
+    try:
+        fraction = float(part.removesuffix("%")) / (100 if part.endswith("%") else 1)
+    except ValueError:
+        fraction = math.nan
+    if not layer or not 0 < fraction < 1:
+        raise ValueError(f"thaw_to must be LAYER@PART with a part of the run in (0, 1), such as 0@0.8, got {text!r}")
+    return int(layer) if layer.isdecimal() else layer, fraction
+
+
 def _check(config: TrainConfig) -> None:
     _check_choice("method", config.method, METHODS)
     _check_choice("optimizer", config.optimizer, OPTIMIZERS)
@@ -195,6 +210,10 @@ def _check(config: TrainConfig) -> None:
         raise ValueError("cache must be device, host or a folder, got ''")
     if config.cache is not None and config.method == "full":
         raise ValueError("cache must be None where no layer freezes, method is full")
+    if config.thaw_to is not None:
+        parsed_thaw(config.thaw_to)
+        if config.method == "full":
+            raise ValueError("thaw_to must be None where no layer freezes, method is full")
     if config.cache is not None and config.graph:
         raise ValueError("cache must be None with graph: the captured step would run the frozen layers")
     for name, least in (("epochs", 1), ("batch_size", 1), ("views", 1), ("warmup_steps", 0), ("seed", 0)):

@@ -1,6 +1,6 @@
 """The costs of a run's steps, for the prediction that stands beside what the run measures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +8,15 @@ import torch
 
 from ..batch import Batch
 from ..layers import find_layers
-from ..planner import StepCosts, flop_costs, measure_costs, measure_loader
+from ..planner import T_0S, Plan, StepCosts, flop_costs, measure_costs, measure_loader, plan_from_costs
+from ..schedule import POWERS
 from ..tasks import Task
 from .config import TrainConfig
+from .course import Length, schedule_options, tail_of
+from .optimizer import make_optimizer
 from .reporters import Progress
 from .run_folder import read_json, write_json
-from .trainer import Trainer, make_optimizer
+from .trainer import Trainer
 
 # What measuring may take of the runs that it is for: its steps over theirs. Else FLOP are counted.
 LARGEST_SHARE = 0.1
@@ -56,7 +59,7 @@ def run_costs(config: TrainConfig, task: Task, *, runs: int = 1) -> StepCosts:
 
 def training_costs(trainer: Trainer, *, rounds: int, max_seconds: float) -> StepCosts:
     """measure_costs with the trainer's net, batches, optimizer and precision; its weights stay as they are."""
-    loader, ahead = measure_loader(trainer.train_batches()) if trainer.steps_per_epoch > 1 else (0.0, False)
+    loader = measure_loader(trainer.train_batches())[0] if trainer.length.steps_per_epoch > 1 else 0.0
     return measure_costs(
         trainer.model,
         *_batch(trainer),
@@ -67,24 +70,24 @@ def training_costs(trainer: Trainer, *, rounds: int, max_seconds: float) -> Step
         rounds=rounds,
         max_seconds=max_seconds,
         loader=loader,
-        loader_ahead=ahead,
+        loader_ahead=trainer.feed.works_ahead,
         on_round=Progress("measuring the layers, rounds"),
     )
 
 
-def schedule_of(config: TrainConfig, steps_per_epoch: int, layers: Sequence[str]) -> dict:
-    """What `plan_from_costs` takes as the schedule of a run of `config`, apart from t_0 and how_scale."""
-    start = config.start_frozen
-    if isinstance(start, str):
-        if start not in layers:
-            raise ValueError(f"start_frozen must name a layer, of {', '.join(layers)}, got {start!r}")
-        start = list(layers).index(start) + 1
-    return {
-        "total_steps": config.steps or config.epochs * steps_per_epoch,
-        "warmup_steps": config.warmup_steps or round(config.warmup_epochs * steps_per_epoch),
-        "max_transitions": config.max_transitions,
-        **({"start_frozen": start} if start else {}),
-    }
+def plan_of(
+    config: TrainConfig,
+    length: Length,
+    costs: StepCosts,
+    t_0s: Iterable[float] = T_0S,
+    how_scales: Iterable[str | float] = tuple(POWERS),
+) -> Plan:
+    """The plan of a run of `config` and that length, for every t_0 and how_scale."""
+    options = schedule_options(config, length, costs.layers)
+    tail = tail_of(config, length, costs.layers)
+    return plan_from_costs(
+        costs, options, t_0s, how_scales, tail=None if tail is None else (tail.step, tail.num_frozen)
+    )
 
 
 def _batch(trainer: Trainer) -> tuple[Batch, Batch]:

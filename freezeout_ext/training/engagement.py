@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
 from ..planner import StepCosts
-from .tables import milliseconds
+from .values import milliseconds
 
 # A saving or a drop is told from noise where it is so many standard deviations.
 CLEAR_OF_NOISE = 3.0
@@ -24,9 +24,9 @@ def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -
         transitions: as `transitions_measured` gives them.
         phases: summaries of the run's phases, the first with nothing frozen.
     """
-    by_frozen = {phase["num_frozen"]: phase for phase in phases}
+    begins = {phase["first_step"]: k for k, phase in enumerate(phases)}
     rows, before = [], 0
-    whole, whole_error = _timed(by_frozen.get(0))
+    whole, whole_error = _timed(next((phase for phase in phases if not phase["num_frozen"]), None))
     for transition in transitions:
         k = transition["num_frozen"]
         row = {
@@ -36,7 +36,11 @@ def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -
             "predicted_drop": costs.saving(k) - costs.saving(before),
             **dict.fromkeys(("measured_saving", "measured_error", "measured_drop", "drop_error")),
         }
-        (first, first_error), (then, then_error) = _timed(by_frozen.get(before)), _timed(by_frozen.get(k))
+        place = begins.get(transition["step"])
+        (first, first_error), (then, then_error) = _timed(None), _timed(None)
+        if place is not None:
+            first, first_error = _timed(phases[place - 1] if place else None)
+            then, then_error = _timed(phases[place])
         if whole and then is not None:
             row["measured_saving"] = 1 - then / whole
             if then_error is not None and whole_error is not None:

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import plot
-from .compare import curves
 from .run_folder import RunFolder, read_json, write_atomically
+from .summary import curves
 from .tables import (
     arms_rows,
     engagement_text,
     graphs_text,
-    metric_of,
-    metric_text,
     phases_rows,
-    verdict,
     what_was_trained,
 )
+from .values import metric_of, metric_text
+from .verdict import verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -104,8 +104,8 @@ def transitions_measured(transitions: list[dict], phases: list[Phase]) -> list[d
     """Each transition, with seconds per step (median) and peak bytes in the phases before and after it."""
     rows = []
     for transition in transitions:
-        # A transition opens the phase of its num_frozen, unless it came with the last step of the run.
-        k = next((k for k, phase in enumerate(phases) if phase.num_frozen == transition["num_frozen"]), len(phases))
+        # A transition opens the phase of its step, unless it came with the last step of the run.
+        k = next((k for k, phase in enumerate(phases) if phase.first_step == transition["step"]), len(phases))
         before, after = phases[max(k - 1, 0)], phases[k] if k < len(phases) else None
         rows.append(
             {

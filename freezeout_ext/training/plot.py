@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..planner import Plan
 from ..schedule import Schedule
 from .run_folder import write_atomically
-from .tables import in_percent, judge_of, metric_of
+from .values import in_percent, judge_of, metric_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from .tables import duration, epoch_line, transition_line
+from ..text import duration
+from .tables import epoch_line, transition_line
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 REFRESH_SECONDS = 0.5
 # Without a live bar: lines of progress come after so many seconds without one, the first after fewer.
 FIRST_SECONDS, SILENT_SECONDS = 2.0, 15.0
+
+
+def say(text: str) -> None:
+    """Prints a line at once, also where stdout is no terminal."""
+    print(text, flush=True)
 
 
 class Reporter:
@@ -35,7 +41,7 @@ class Reporter:
 class Progress:
     """Lines that say how far something is, and how long it will take: nothing in its first seconds, then few."""
 
-    def __init__(self, what: str, say: Callable[[str], None] = print) -> None:
+    def __init__(self, what: str, say: Callable[[str], None] = say) -> None:
         self._what, self._say = what, say
         self._began = time.perf_counter()
         self._next = self._began + FIRST_SECONDS

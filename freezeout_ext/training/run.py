@@ -112,19 +112,19 @@ class Run:
     def _result(self, last: dict) -> dict:
         trainer = self.trainer
         phases = [phase.summary() for phase in trainer.phases]
-        if trainer.cache is not None and trainer.device.type == "cpu":  # there memory is counted
+        if trainer.feed.cache is not None and trainer.device.type == "cpu":  # there memory is counted
             for phase in phases:
-                phase["memory_bytes"] += trainer.cache.bytes * (phase["num_frozen"] > 0)
+                phase["memory_bytes"] += trainer.feed.cache.bytes * (phase["num_frozen"] > 0)
         return {
             **{name: last[name] for name in last if name.startswith(("train_", "val_", "test_"))},
             "metric": {"name": trainer.task.metric_name, "higher_is_better": trainer.task.higher_is_better},
             "total_steps": trainer.total_steps,
-            "steps_per_epoch": trainer.steps_per_epoch,
+            "steps_per_epoch": trainer.length.steps_per_epoch,
             "layers": trainer.layer_names,
             "phases": phases,
             "transitions": transitions_measured(trainer.transitions, trainer.phases),
             "peak_memory_bytes": max(phase["memory_bytes"] for phase in phases),
-            "features": None if trainer.cache is None else features_kept(trainer.cache),
+            "features": None if trainer.feed.cache is None else features_kept(trainer.feed.cache),
             "memory_measured": CUDA_MEMORY if trainer.device.type == "cuda" else COUNTED_MEMORY,
             "graphs_compiled": trainer.compiled.graphs if trainer.compiled else None,
             "processes": trainer.ranks.world,

@@ -1,11 +1,8 @@
 """The texts of runs and comparisons: lines, and tables of phases, arms and traffic."""
 
-from collections.abc import Sequence
-
 from ..text import table
-
-# A difference that chance makes less often than this has a winner.
-CLEAR = 0.05
+from .values import in_percent, judge_of, mebibytes, metric_of, metric_text, milliseconds
+from .verdict import verdict
 
 
 def comparison_tables(summary: dict) -> str:
@@ -39,64 +36,9 @@ def what_was_trained(config: dict) -> str:
     net = "" if config["model"] == "own" else f", {config['model']}"
     lr = "" if config["lr"] is None else f" lr {config['lr']:g}"
     optimizer = "its own optimizer" if config["optimizer"] == "task" else config["optimizer"]
-    start = f", {config['start_frozen']} and before never train" if config.get("start_frozen") else ""
-    return f"{config['data']}{net}, batch {config['batch_size']}, {optimizer}{lr}{start}"
-
-
-def verdict(summary: dict) -> str:
-    """Who won, in one sentence: the freezing arm that is most ahead of full training at equal seconds, or not ahead.
-
-    With several such arms the chance that one of them is ahead by accident is as many times larger: p is multiplied by
-    their number (Bonferroni).
-    """
-    judge = judge_of(summary)
-    metric = judge.removeprefix("test_")
-    rated = [arm for arm in summary["arms"] if "ahead_of_rival" in arm]
-    if not rated:
-        best = _best(summary["arms"], judge, summary["metric"]["higher_is_better"] if "metric" in summary else True)
-        return (
-            f"Nobody won: no arm stood against a cosine shortened to its own seconds. Best test {metric}:"
-            f" {metric_text(metric, best[judge]['mean'])}, {best['name']}."
-        )
-    arm = max(rated, key=lambda each: each["ahead_of_rival"]["mean"])
-    lead = arm["ahead_of_rival"]
-    seconds = f"{arm['train_seconds']['mean']:.1f} s against {lead['seconds']:.1f} s"
-    by = _lead_text(metric, lead)
-    n = lead["n"]
-    if lead["sd"] is None:
-        return (
-            f"Nobody won: one seed shows no winner. {arm['name']} ended {by} {_side(lead)} {lead['rival']} ({seconds});"
-            " take --seeds 5."
-        )
-    if lead["test"]["p"] is None:
-        return f"Nobody won: all {n} seeds show {arm['name']} {by} {_side(lead)} {lead['rival']}, without a scatter."
-    p = min(1.0, lead["test"]["p"] * len(rated))
-    several = f", p times {len(rated)} for as many arms" if len(rated) > 1 else ""
-    error = _lead_text(metric, lead, lead["sd"] / n**0.5)
-    how_sure = f"(standard error {error}, p = {p:.2g}, n = {n}{several}; {seconds})"
-    if p >= CLEAR:
-        return f"Nobody won: {arm['name']} ended {by} {_side(lead)} {lead['rival']}, within the noise {how_sure}."
-    if lead["mean"] > 0:
-        return f"{arm['name']} won: at equal seconds it is {by} ahead of {lead['rival']} {how_sure}."
-    return f"Full training won: shortened to equal seconds, {lead['rival']} is {by} ahead of {arm['name']} {how_sure}."
-
-
-def _side(lead: dict) -> str:
-    return "ahead of" if lead["mean"] >= 0 else "behind"
-
-
-def _lead_text(metric: str, lead: dict, value: float | None = None) -> str:
-    value = abs(lead["mean"]) if value is None else value
-    return f"{100 * value:.2f} points of {metric}" if in_percent(metric) else f"{value:.4g} of {metric}"
-
-
-def _best(arms: list[dict], judge: str, higher_is_better: bool) -> dict:
-    return max(arms, key=lambda arm: arm[judge]["mean"] if higher_is_better else -arm[judge]["mean"])
-
-
-def judge_of(summary: dict) -> str:
-    """The name of the evaluation's metric in a summary; earlier versions knew accuracy alone."""
-    return f"test_{summary['metric']['name']}" if "metric" in summary else "test_accuracy"
+    start = f", frozen from the start: {config['start_frozen']}" if config.get("start_frozen") else ""
+    thaw = f", thawed to {config['thaw_to'].replace('@', ' at ')} of the run" if config.get("thaw_to") else ""
+    return f"{config['data']}{net}, batch {config['batch_size']}, {optimizer}{lr}{start}{thaw}"
 
 
 def arms_rows(summary: dict) -> list[tuple[str, ...]]:
@@ -173,26 +115,28 @@ def epoch_line(row: dict, epochs: int, num_layers: int) -> str:
 
 def transition_line(transition: dict, num_layers: int) -> str:
     before, after = transition["seconds_per_step_before"], transition["seconds_per_step_after"]
-    return (
-        f"step {transition['step']}: froze {', '.join(transition['layers'])}"
-        f" ({transition['num_frozen']} of {num_layers} layers; {transition['parameters_frozen']:,} parameters,"
-        f" {transition['state_bytes_freed']:,} bytes of optimizer state freed);"
-        f" {milliseconds(before)} -> {milliseconds(after)} a step"
-    )
+    frozen = f"{transition['num_frozen']} of {num_layers} layers"
+    if _thaws(transition):
+        what = f"thawed {', '.join(transition['layers'])} (still frozen: {frozen};"
+        what += f" {-transition['parameters_frozen']:,} parameters train again)"
+    else:
+        what = f"froze {', '.join(transition['layers'])} ({frozen}; {transition['parameters_frozen']:,} parameters,"
+        what += f" {transition['state_bytes_freed']:,} bytes of optimizer state freed)"
+    return f"step {transition['step']}: {what}; {milliseconds(before)} -> {milliseconds(after)} a step"
 
 
 def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) -> list[tuple[str, ...]]:
     """A row for each stretch between two transitions, header first; what a step saves there where that is known."""
-    opened_by = {t["num_frozen"]: t for t in transitions}
+    opened_by = {t["step"]: t for t in transitions}
     header = ["from step", "frozen", "newly frozen", "steps", "ms/step", "peak MiB"]
     is_engaged = any("predicted_saving" in t for t in transitions)
     rows = [tuple(header + ["saved, predicted", "measured", "engagement"] * is_engaged)]
     for phase in phases:
-        transition = opened_by.get(phase["num_frozen"])
+        transition = opened_by.get(phase["first_step"])
         row = [
             str(phase["first_step"]),
             f"{phase['num_frozen']} of {num_layers}",
-            _names(transition["layers"]) if transition else "",
+            _moved(transition) if transition else "",
             str(phase["steps"]),
             _number(phase["seconds_per_step"], 1e3, 2),
             _number(phase["memory_bytes"], 2**-20, 1),
@@ -219,8 +163,14 @@ def saving_cells(row: dict) -> list[str]:
     ]
 
 
-def _names(layers: Sequence[str]) -> str:
-    return ", ".join(layers) if len(layers) < 3 else f"{layers[0]} .. {layers[-1]}"
+def _moved(transition: dict) -> str:
+    layers = transition["layers"]
+    names = ", ".join(layers) if len(layers) < 3 else f"{layers[0]} .. {layers[-1]}"
+    return f"thawed: {names}" if _thaws(transition) else names
+
+
+def _thaws(transition: dict) -> bool:
+    return transition["parameters_frozen"] < 0
 
 
 def _percent_error(value: float | None, error: float | None) -> str:
@@ -246,39 +196,6 @@ def run_summary(result: dict) -> str:
         f"test {metric} {metric_text(metric, result[f'test_{metric}'])} after {result['total_steps']} steps,"
         f" {result['train_seconds']:.1f} s of training"
     )
-
-
-def metric_of(row: dict) -> str:
-    """The name of the metric in a row of a log, or in a result: "loss" where there is no other."""
-    names = [name.removeprefix("test_") for name in row if name.startswith("test_")]
-    return next((name for name in names if name != "loss"), "loss")
-
-
-def in_percent(metric: str) -> bool:
-    """Whether a metric is shown in percent: accuracies are."""
-    return metric.endswith("accuracy")
-
-
-def metric_text(metric: str, value: float) -> str:
-    return percent(value) if in_percent(metric) else f"{value:.4f}"
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
-
-
-def milliseconds(seconds: float | None) -> str:
-    return "- ms" if seconds is None else f"{1000 * seconds:.2f} ms"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def mebibytes(count: float) -> str:
-    return f"{count / 2**20:.1f} MiB"
 
 
 def _number(value: float | None, factor: float, digits: int) -> str:

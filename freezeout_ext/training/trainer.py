@@ -2,32 +2,28 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..batch import Batch, part, size, to
-from ..features import FeatureCache
+from ..batch import Batch, size
 from ..freezeout import FreezeOut
-from ..fused import FusedAdamW, FusedSGD
 from ..graphed import GraphedStep
 from ..integrations.compile import CompiledLayers
 from ..layers import find_layers
 from ..memory import SavedBytes, held_memory
 from ..schedule import Schedule
-from ..tasks import Task, batches
-from ..tasks.batches import as_batch
-from .config import AMP_DTYPES, CACHE_DTYPES, TrainConfig
+from ..tasks import Task
+from .config import AMP_DTYPES, TrainConfig
+from .course import Length, freezing_options, tail_of
+from .feed import Feed
 from .malloc import keep_freed_memory
 from .measure import Phase, StepTimer, transitions_measured
+from .optimizer import make_optimizer
 from .ranks import Ranks
-
-# Whole sets are evaluated in batches of this size at least.
-EVALUATION_BATCH = 500
+from .totals import Totals
 
 
 class TrainingFailed(RuntimeError):
@@ -46,38 +42,30 @@ class Trainer:
         self.device = torch.device(config.device)
         _set_backends(config)
         torch.manual_seed(config.seed)
-        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = task.make_model().to(  # type: ignore[call-overload]  # its overloads leave memory_format out
-            self.device, memory_format=self.memory_format
+            self.device, memory_format=memory_format
         )
-        # Whole batches alone: equal steps can be compared, and a batch norm never sees three images.
-        self.steps_per_epoch = max(1, len(task.train) // config.batch_size)
-        self.total_steps = config.steps or config.epochs * self.steps_per_epoch
-        self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        self.length = length = Length.of(config, len(task.train))
         layers = find_layers(self.model, task.layers)
         self.layer_names = [layer.name for layer in layers]
         self.optimizer = make_optimizer(config, task, [p for p in self.model.parameters() if p.requires_grad])
-        warmup_steps = config.warmup_steps or round(config.warmup_epochs * self.steps_per_epoch)
         self.freezeout = cosine = None
-        self.cache = self._make_cache() if config.cache else None
+        self.feed = Feed(config, task, ranks, self.device)
+        self.tail = tail_of(config, length, self.layer_names)
         if config.method != "freezeout":
-            cosine = Schedule(1, self.total_steps, t_0=1.0, warmup_steps=warmup_steps)
+            cosine = Schedule(1, length.total_steps, t_0=1.0, warmup_steps=length.warmup_steps)
         if config.method != "full":
             how: dict[str, Any] = {} if config.prefix is None else {"prefix": config.prefix}
             self.freezeout = FreezeOut(
                 self.model,
                 self.optimizer,
-                total_steps=self.total_steps,
-                t_0=config.t_0,
-                how_scale=config.how_scale,
                 scale_lr=config.scale_lr,
                 layers=layers,
-                warmup_steps=warmup_steps,
-                max_transitions=config.max_transitions,
-                start_frozen=config.start_frozen,
-                cache=self.cache,
+                cache=self.feed.cache,
                 anneal=config.method == "freezeout",
                 measure_prefix=not config.deterministic,
+                **freezing_options(config, length, self.layer_names),
                 **how,
             )
         assert config.amp is not None  # of a resolved config
@@ -105,6 +93,18 @@ class Trainer:
         return self.train_step.step_count
 
     @property
+    def epochs(self) -> int:
+        return self.length.epochs
+
+    @property
+    def total_steps(self) -> int:
+        return self.length.total_steps
+
+    def train_batches(self) -> Iterator[tuple[Batch, Batch]]:
+        """This process's parts of the batches of the epoch that comes next, on the device, without a cache."""
+        return self.feed.train_batches(self.epoch)
+
+    @property
     def num_frozen(self) -> int:
         return self.freezeout.num_frozen if self.freezeout else 0
 
@@ -123,11 +123,11 @@ class Trainer:
         self.model.train()
         torch.manual_seed(_epoch_seed(self.config.seed, self.epoch) + self.ranks.rank)
         first_step, transitions_before = self.step, len(self.transitions)
-        totals = _Totals(self.task, self.device)
+        totals = Totals(self.task, self.device)
         timer, phase_of, samples = StepTimer(self.device), [], 0
         self._reset_peak_memory()  # evaluation's
         timer.mark()
-        for inputs, targets, kept in islice(self._keyed_batches(), self.total_steps - self.step):
+        for inputs, targets, kept in islice(self.feed.steps(self.epoch), self.total_steps - self.step):
             with kept:
                 phase_of.append(self._train_step(inputs, targets, totals))
             samples += size(targets) * self.ranks.world
@@ -161,11 +161,8 @@ class Trainer:
 
     def evaluate(self, name: str, dataset: Any) -> dict:
         """{"NAME_loss": mean loss, "NAME_METRIC": mean metric} over a dataset of the task."""
-        batch_size = self.config.batch_size
-        if hasattr(dataset, "batches"):
-            batch_size = max(batch_size, EVALUATION_BATCH)
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            found = self.task.evaluate(self.model, self._on_device(self._batches(dataset, batch_size)))
+            found = self.task.evaluate(self.model, self.feed.evaluation_batches(dataset))
         return self._judged(name, *found)
 
     def state_dict(self) -> dict:
@@ -189,7 +186,7 @@ class Trainer:
         """
         try:
             epoch, step = state["epoch"], state["step"]
-            if not 1 <= epoch <= self.epochs or step != min(epoch * self.steps_per_epoch, self.total_steps):
+            if not 1 <= epoch <= self.epochs or step != self.length.end_of(epoch):
                 raise ValueError(f"epoch {epoch} does not end at step {step}")
             # The weights first: what freezing prepares is then prepared from them.
             self.model.load_state_dict(state["model"])
@@ -208,62 +205,7 @@ class Trainer:
             raise ValueError(f"it cannot be gone on from: {type(error).__name__}: {text}"[:300]) from error
         self.epoch, self.train_step.step_count = epoch, step
 
-    def train_batches(self) -> Iterator[tuple[Batch, Batch]]:
-        """This process's parts of the batches of the epoch that comes next, on the device."""
-        whole = len(self.task.train) >= self.config.batch_size
-        options = {"shuffle": True, "drop_last": whole, "seed": self.config.seed, "epoch": self.epoch}
-        for batch in self._on_device(self._batches(self.task.train, self.config.batch_size, **options)):
-            yield tuple(part(each, self.ranks.rank, self.ranks.world) for each in batch)
-
-    def _keyed_batches(self) -> Iterator[tuple[Batch, Batch, AbstractContextManager]]:
-        """train_batches, each with the context in which its step runs: where features are kept it names the samples."""
-        if self.cache is None:
-            for inputs, targets in self.train_batches():
-                yield inputs, targets, nullcontext()
-            return
-        for found in self.loader.batches(self.epoch):
-            if isinstance(found, Mapping):
-                keys = found["keys"]
-                batch = as_batch({name: value for name, value in found.items() if name != "keys"})
-            else:
-                *batch, keys = found
-                batch = as_batch(tuple(batch))
-            (batch,) = self._on_device([batch])
-            yield *batch, self.cache.samples(keys)
-
-    def _make_cache(self) -> FeatureCache:
-        config, task = self.config, self.task
-        assert config.cache is not None  # a cache was asked for
-        cache = FeatureCache(
-            task.train,
-            views=config.views,
-            store=config.cache,
-            dtype=CACHE_DTYPES[config.cache_dtype],
-            seed=config.seed,
-            measure=not config.deterministic,
-        )
-        loads: dict[str, Any] = (
-            {} if cache.views.batched else {"num_workers": task.workers, "pin_memory": self.device.type == "cuda"}
-        )
-        self.loader = cache.loader(
-            config.batch_size // self.ranks.world,
-            drop_last=len(task.train) >= config.batch_size,
-            collate_fn=task.collate,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world,
-            **loads,
-        )
-        return cache
-
-    def _batches(self, dataset: Any, batch_size: int, **options) -> Iterator[tuple[Batch, Batch]]:
-        options |= {"collate": self.task.collate, "workers": self.task.workers}
-        return batches(dataset, batch_size, pin_memory=self.device.type == "cuda", **options)
-
-    def _on_device(self, found: Iterable[tuple[Batch, Batch]]) -> Iterator[tuple[Batch, Batch]]:
-        for inputs, targets in found:
-            yield to(inputs, self.device, self.memory_format), to(targets, self.device)
-
-    def _train_step(self, inputs: Batch, targets: Batch, totals: "_Totals") -> Phase | None:
+    def _train_step(self, inputs: Batch, targets: Batch, totals: Totals) -> Phase | None:
         """One optimizer step. Returns the phase that its time belongs to, None for the first step of a phase."""
         opens = not self.phases or self.phases[-1].num_frozen != self.num_frozen
         if opens:
@@ -279,8 +221,16 @@ class Trainer:
         else:
             loss, outputs = self.train_step(inputs, targets)
         phase.steps += 1
+        # Before the next batch is asked for: one of kept features has no inputs for what thaws.
+        if self.tail is not None and self.step == self.tail.step:
+            self._thaw(self.tail.num_frozen)
         totals.add(loss, outputs, targets)
         return None if opens else phase
+
+    def _thaw(self, num_frozen: int) -> None:
+        assert self.freezeout is not None  # a config without one has no tail
+        self.freezeout.thaw_to(num_frozen)
+        self.train_step.step_count = self.step  # the rates of what thawed
 
     def _held_bytes(self) -> int:
         return held_memory(self.model, [self.optimizer], None).held
@@ -304,56 +254,6 @@ class Trainer:
     def _reset_peak_memory(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-
-
-class _Totals:
-    """Sums of the loss and of what the metric adds up, over the batches of an epoch; on the device."""
-
-    def __init__(self, task: Task, device: torch.device) -> None:
-        self._metric = task.metric
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._sums: Tensor | None = None
-
-    @torch.no_grad()
-    def add(self, loss: Tensor, outputs: Any, targets: Batch) -> None:
-        self._loss += loss * size(targets)
-        if self._metric is not None:
-            sums = self._metric.sums(outputs, targets).to(self._loss)
-            self._sums = sums if self._sums is None else self._sums + sums
-
-    def means(self, samples: int, ranks: Ranks) -> tuple[float, float]:
-        """(mean loss, metric) over the samples of all processes."""
-        loss = ranks.sum(self._loss).item() / samples
-        if self._metric is None or self._sums is None:
-            return loss, loss
-        return loss, float(self._metric.value(ranks.sum(self._sums)))
-
-
-def make_optimizer(
-    config: TrainConfig, task: Task, parameters: Iterable[Tensor] | Iterable[dict]
-) -> torch.optim.Optimizer:
-    """The optimizer that config names over the parameters, or groups of them."""
-    if config.optimizer == "task":
-        return task.optimizer(parameters)
-    assert config.lr is not None  # a resolved config has one for all but the task's own optimizer
-    if config.optimizer == "fused-adamw":
-        return FusedAdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    # A CUDA graph holds what the host knew at its capture: rates and counts have to be on the device.
-    on_device: dict[str, Any] = (
-        {"fused": True} if config.graph and config.device == "cuda" and config.optimizer != "fused-sgd" else {}
-    )
-    if config.optimizer == "adamw":
-        capturable: dict[str, Any] = {"capturable": True} if on_device else {}
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **on_device, **capturable)
-    sgd = FusedSGD if config.optimizer == "fused-sgd" else torch.optim.SGD
-    return sgd(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.momentum > 0,
-        weight_decay=config.weight_decay,
-        **on_device,
-    )
 
 
 def _set_backends(config: TrainConfig) -> None:

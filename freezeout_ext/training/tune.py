@@ -2,22 +2,25 @@
 
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from ..planner import StepCosts, predict
+from ..planner import StepCosts, steps_within
 from ..schedule import Schedule
 from ..tasks import Task, faults_of
-from ..text import table
+from ..text import duration, table
 from .config import BadInput, TrainConfig, faults_of_input
 from .costing import kept_costs
-from .reporters import Reporter
+from .course import count_through
+from .reporters import Reporter, say
 from .run import Run
 from .run_folder import RunFolder, check_empty, make_folder, write_json
-from .tables import duration, metric_text
+from .summary import paired_test, spread
 from .trainer import Trainer
+from .values import metric_text, points_text
 
 # (part of the layers that never train, t_0, strategy of the others, views; 0 keeps no features).
 CANDIDATES = (
@@ -29,6 +32,7 @@ CANDIDATES = (
     (0.75, 1.0, "linear", 1),
     (0.75, 1.0, "linear", 4),
 )
+FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,26 @@ class Setting:
     name: str
     changes: tuple[tuple[str, Any], ...]
 
-    def config(self, base: TrainConfig, steps: int) -> TrainConfig:
-        return replace(base, steps=steps, **dict(self.changes))
+    def config(self, base: TrainConfig, steps: int, seed: int) -> TrainConfig:
+        return replace(base, steps=steps, seed=base.seed + seed, thaw_to=None, **dict(self.changes))
 
 
-def settings(layers: list[str]) -> list[Setting]:
+@dataclass(frozen=True)
+class Round:
+    """One round of halving: each of `settings` settings trains for `seconds`, once for each of `seeds` seeds."""
+
+    settings: int
+    seconds: float
+    seeds: int
+
+    @property
+    def cost(self) -> float:
+        return self.settings * self.seconds * self.seeds
+
+
+def settings(layers: Sequence[str]) -> list[Setting]:
     """Full training, and the CANDIDATES of a net with these layers."""
-    found = [Setting("full", (("method", "full"), ("cache", None), ("start_frozen", 0)))]
+    found = [Setting(FULL, (("method", "full"), ("cache", None), ("start_frozen", 0)))]
     for part, t_0, how_scale, views in CANDIDATES:
         count = round(part * len(layers))
         if part and not 0 < count < len(layers):
@@ -60,16 +77,32 @@ def settings(layers: list[str]) -> list[Setting]:
     return found
 
 
+def rounds_of(candidates: int, seconds: float, seeds: int) -> list[Round]:
+    """Rounds of twice the seconds and half the settings, up to one; then this one and full training, for `seconds`.
+
+    The round before the last takes half the seeds, those before it one: what they leave out was far behind.
+    """
+    counts = []
+    while candidates > 1:
+        counts.append(candidates)
+        candidates = (candidates + 1) // 2
+    halved = [
+        Round(count, seconds / 2 ** (len(counts) - k), (seeds + 1) // 2 if k == len(counts) - 1 else 1)
+        for k, count in enumerate(counts)
+    ]
+    return [*halved, Round(2, seconds, seeds)]
+
+
 class Tuning:
-    """Trains the settings for a part of the seconds, keeps the better half, doubles the seconds, until one is left.
+    """Tries the settings against each other in rounds, see `rounds_of`, and the last one against full training.
 
     Every run is a whole one, with its schedule as long as its share of the seconds: predicted from the costs of the
-    layers, the filling of the cache included. So what wins is what gives the most in equal seconds. All of it takes
-    about log2(settings) times the seconds.
+    layers, the filling of the cache included. So what wins is what gives the most in equal seconds.
 
     Args:
         seconds: of the run that is wanted in the end.
         saving: instead: the part of full training's seconds that the run is to save.
+        seeds: of the last round: with one nothing is known of chance.
 
     Raises:
         BadInput: one sentence on what is wrong with the input; nothing was written.
@@ -84,51 +117,56 @@ class Tuning:
         task: Task,
         seconds: float | None = None,
         saving: float | None = None,
+        seeds: int = 3,
         resume: bool = False,
     ) -> None:
-        self.base, self.out, self.task = base.resolved(), Path(out), task
+        self.base, self.out, self.task, self.seeds = base.resolved(), Path(out), task, seeds
         if (seconds is None) == (saving is None):
             raise ValueError("seconds or a saving must be given, and not both")
         if seconds is not None and not 0 < seconds < float("inf"):
             raise ValueError(f"seconds must be > 0, got {seconds}")
+        if seeds < 1:
+            raise ValueError(f"seeds must be >= 1, got {seeds}")
         if not resume:
             check_empty(self.out)
         with faults_of(task.file):
             trainer = Trainer(replace(self.base, method="full", cache=None, start_frozen=0), task)
-        self._layers, self._steps_per_epoch = trainer.layer_names, trainer.steps_per_epoch
-        self._total_steps = trainer.total_steps
+        self._layers, self._length = trainer.layer_names, trainer.length
+        self._settings = settings(self._layers)
         make_folder(self.out)
         self._lock = RunFolder(self.out)
         self._lock.lock()
         self.costs: StepCosts = kept_costs(self.out / "costs.json", trainer.config, task, self._layers, runs=4)
         if self.costs.unit != "s":
             raise ValueError("the run must be long enough to measure its layers: more epochs, or steps")
-        self.full_seconds = self._total_steps * self.costs.step(0)
+        self.full_seconds = self._length.total_steps * self.costs.step(0)
         if seconds is None:
             assert saving is not None  # one of the two is
             seconds = (1 - saving) * self.full_seconds
-        self.seconds = seconds
+        self.seconds, self.spent = seconds, 0.0
         self.rows: list[dict] = []
         self.refused: dict[str, str] = {}
 
-    def run(self, make_reporter: Callable[[str], Reporter], say: Callable[[str], None] = print) -> dict:
-        """Tries the settings and returns the best row; KeyboardInterrupt leaves the rows that are done."""
+    def run(self, make_reporter: Callable[[str], Reporter], say: Callable[[str], None] = say) -> dict:
+        """Tries the settings and returns what won, see `best`; KeyboardInterrupt leaves the rows that are done."""
         began = time.perf_counter()
-        left = settings(self._layers)
-        rungs = max(1, (len(left) - 1).bit_length())
+        full, *left = self._settings
+        rounds = rounds_of(len(left), self.seconds, self.seeds)
         say(
-            f"{len(left)} settings in {rungs} rounds, for a run of {duration(self.seconds)}: about"
-            f" {duration(rungs * self.seconds)} of training in all"
+            f"{len(left)} settings in {len(rounds)} rounds, for a run of {duration(self.seconds)}: about"
+            f" {duration(sum(each.cost for each in rounds))} of training in all"
         )
         try:
-            for rung in range(rungs):
-                seconds = self.seconds / 2 ** (rungs - 1 - rung)
-                tried = [row for setting in left if (row := self._try(setting, rung, seconds, make_reporter, say))]
-                if not tried:
+            for number, each in enumerate(rounds, 1):
+                if number == len(rounds):
+                    left = [full, *left]
+                for seed in range(each.seeds):
+                    left = [one for one in left if self._try(one, number, each.seconds, seed, make_reporter, say)]
+                if not left:
                     raise BadInput(f"no setting could be trained: {next(iter(self.refused.values()))}")
-                tried.sort(key=self._score, reverse=True)
-                kept = {row["name"] for row in tried[: max(1, len(tried) // 2)]}
-                left = [setting for setting in left if setting.name in kept]
+                if number < len(rounds):
+                    best = [row["name"] for row in self.means(number)[: (len(left) + 1) // 2]]
+                    left = [one for one in left if one.name in best]
         finally:
             self._lock.unlock()
             if self.rows:
@@ -137,57 +175,79 @@ class Tuning:
                 write_json(self.out / "tune.json", values)
         return self.best()
 
+    def means(self, number: int) -> list[dict]:
+        """The settings of a round, best first: the mean over their seeds that are done.
+
+        Settings of which fewer seeds are done stand last.
+        """
+        found = []
+        for name in dict.fromkeys(row["name"] for row in self.rows if row["round"] == number):
+            rows = [row for row in self.rows if (row["round"], row["name"]) == (number, name)]
+            values = {row["seed"]: row["value"] for row in rows}
+            seconds = fmean(row["seconds"] for row in rows)
+            found.append({**rows[0], "seconds": seconds, "value": fmean(values.values()), "values": values})
+        sign = 1 if self.task.higher_is_better else -1
+        return sorted(found, key=lambda row: (len(row["values"]), sign * row["value"]), reverse=True)
+
     def best(self) -> dict:
-        """The best row of the last round that was begun with more than one run done, or of the longest runs."""
-        last = max(row["round"] for row in self.rows)
-        return max((row for row in self.rows if row["round"] == last), key=self._score)
+        """The best setting of the last round of which a run is done, as in `means`."""
+        return self.means(max(row["round"] for row in self.rows))[0]
 
     def text(self, command: str) -> str:
-        """The table of what was tried, what it cost, and the command of the best."""
+        """The table of what was tried, how far the best is from full training, what all cost, and its command."""
         metric = self.task.metric_name
-        cells = [("round", "setting", "steps", "seconds", metric)]
-        for row in self.rows:
-            value = metric_text(metric, row["value"])
-            cells.append((str(row["round"]), row["name"], str(row["steps"]), f"{row['seconds']:.1f}", value))
+        cells = [("round", "setting", "seeds", "steps", "seconds", metric)]
+        for number in sorted({row["round"] for row in self.rows}):
+            for row in self.means(number):
+                shown = [str(number), row["name"], str(len(row["values"])), str(row["steps"]), f"{row['seconds']:.1f}"]
+                cells.append((*shown, metric_text(metric, row["value"])))
         best = self.best()
         lines = [table(cells, left=[1]), *(f"not tried, {name}: {why}" for name, why in self.refused.items())]
-        lines.append(
-            f"Best: {best['name']}. Trying took {duration(self.spent)}; the run itself takes {duration(self.seconds)},"
-            f" full training {duration(self.full_seconds)}. One seed chose, on the {self._judge.partition('_')[0]}"
-            f" data: compare says how sure it is."
-        )
+        lines += [f"Best: {best['name']}. {self._against_full(best)}"]
+        lines += [
+            f"Trying took {duration(self.spent)}; the run itself takes {duration(self.seconds)}, full training"
+            f" {duration(self.full_seconds)}. The {self._judge.partition('_')[0]} data judged, and chose too:"
+            " compare says how much of it holds."
+        ]
         return "\n".join([*lines, "", f"  {command} {self._flags(best)}"])
+
+    def _against_full(self, best: dict) -> str:
+        rivals = [row for row in self.means(best["round"]) if (row["name"] == FULL) != (best["name"] == FULL)]
+        if not rivals or FULL not in (best["name"], rivals[0]["name"]):
+            return "It has not stood against full training yet."
+        rival, metric = rivals[0], self.task.metric_name
+        seeds = best["values"].keys() & rival["values"].keys()
+        sign = 1 if self.task.higher_is_better else -1
+        gains = [sign * (best["values"][seed] - rival["values"][seed]) for seed in sorted(seeds)]
+        times = f"{best['seconds']:.1f} s against {rival['seconds']:.1f} s"
+        if len(gains) < 2:
+            return f"One seed shows no winner over {rival['name']}: {points_text(metric, gains[0])} ({times})."
+        mean, test = spread(gains), paired_test(gains)
+        p = "" if test is None or test["p"] is None else f", p = {test['p']:.2g}"
+        ahead = f"{points_text(metric, mean['mean'])} ± {points_text(metric, mean['sd'] / len(gains) ** 0.5)}"
+        return f"It is ahead of {rival['name']} by {ahead} (mean and standard error, n = {len(gains)}{p}; {times})."
 
     @property
     def _judge(self) -> str:
         split = "test" if self.task.validation is None else "val"
         return f"{split}_{self.task.metric_name}"
 
-    def _score(self, row: dict) -> float:
-        return row["value"] if self.task.higher_is_better else -row["value"]
-
-    def _try(self, setting: Setting, rung: int, seconds: float, make_reporter, say) -> dict | None:
+    def _try(self, setting: Setting, number: int, seconds: float, seed: int, make_reporter, say) -> bool:
+        """Trains a setting, or finds that it is trained, and adds its row; False where it cannot be trained."""
         try:
             steps = self._steps_within(setting, seconds)
-            config = setting.config(self.base, steps).resolved()
-            folder = RunFolder(self.out / f"round-{rung + 1}" / str(settings(self._layers).index(setting)))
-            result = folder.load_result()
-            if result is None or TrainConfig.from_dict(result["config"]) != config:
-                run = Run.prepare(config, folder.path, task=self.task, resume=True)
-                reporter = make_reporter(f"round {rung + 1}, {setting.name}")
-                try:
-                    result = run.train(reporter)
-                finally:
-                    reporter.close()
-                    if run.trainer.cache is not None:
-                        run.trainer.cache.close()
+            config = setting.config(self.base, steps, seed).resolved()
+            place = f"{self._settings.index(setting)}-seed-{config.seed}"
+            folder = RunFolder(self.out / f"round-{number}" / place)
+            result = self._trained(config, folder, lambda: make_reporter(f"round {number}, {setting.name}"))
         except (BadInput, ValueError, TypeError) as error:
             self.refused[setting.name] = " ".join(str(error).split())
             say(f"not tried, {setting.name}: {self.refused[setting.name]}")
-            return None
+            return False
         row = {
-            "round": rung + 1,
+            "round": number,
             "name": setting.name,
+            "seed": config.seed,
             "changes": dict(setting.changes),
             "steps": steps,
             "seconds": result["train_seconds"],
@@ -195,39 +255,38 @@ class Tuning:
         }
         self.rows.append(row)
         value = metric_text(self.task.metric_name, row["value"])
-        say(f"round {rung + 1}, {setting.name}: {value} in {row['seconds']:.1f} s")
-        return row
+        say(f"round {number}, {setting.name}, seed {config.seed}: {value} in {row['seconds']:.1f} s")
+        return True
+
+    def _trained(self, config: TrainConfig, folder: RunFolder, make_reporter: Callable[[], Reporter]) -> dict:
+        result = folder.load_result()
+        if result is not None and TrainConfig.from_dict(result["config"]) == config:
+            return result
+        run = Run.prepare(config, folder.path, task=self.task, resume=True)
+        reporter = make_reporter()
+        try:
+            return run.train(reporter)
+        finally:
+            reporter.close()
+            if run.trainer.feed.cache is not None:
+                run.trainer.feed.cache.close()
 
     def _steps_within(self, setting: Setting, seconds: float) -> int:
-        """n with: steps that run the frozen layers cost `paid`, those that read their features `free`, in `seconds`."""
         changes = dict(setting.changes)
-        if changes["method"] == "full":
-            return max(1, int(seconds / self.costs.step(0)))
-        start = changes["start_frozen"]
-        count = self._layers.index(start) + 1 if start else 0
-        schedule = Schedule(
-            len(self._layers), self._total_steps, t_0=changes["t_0"], how_scale=changes["how_scale"], start_frozen=count
-        )
-        found = predict(self.costs, schedule)
-        paid = found.cost / self._total_steps
-        if not changes["cache"]:
-            return max(1, int(seconds / paid))
-        free = (1 - found.ceiling) * self.costs.step(0)
-        filling = changes["views"] * self._steps_per_epoch
-        if seconds <= filling * paid:
-            return max(1, int(seconds / paid))
-        return filling + int((seconds - filling * paid) / free)
+        rule = {"t_0": changes.get("t_0", 1.0), "how_scale": changes.get("how_scale", "linear")}
+        count = count_through(changes["start_frozen"], self._layers, "start_frozen")
+        schedule = Schedule(len(self._layers), self._length.total_steps, start_frozen=count, **rule)
+        filling = changes["views"] * self._length.steps_per_epoch if changes["cache"] else None
+        return steps_within(self.costs, schedule, seconds, filling=filling)
 
     def _flags(self, row: dict) -> str:
         changes = row["changes"]
+        steps = ["--steps", str(self._steps_within(Setting(row["name"], tuple(changes.items())), self.seconds))]
         if changes["method"] == "full":
-            return f"--no-freezeout --steps {self._steps_within_row(row)}"
+            return shlex.join(["--no-freezeout", *steps])
         flags = ["--no-anneal", "--t0", f"{changes['t_0']:g}", "--how-scale", str(changes["how_scale"])]
         if changes["start_frozen"]:
             flags += ["--start-frozen", str(changes["start_frozen"])]
         if changes["cache"]:
             flags += ["--cache", "--views", str(changes["views"])]
-        return shlex.join([*flags, "--steps", str(self._steps_within_row(row))])
-
-    def _steps_within_row(self, row: dict) -> int:
-        return self._steps_within(Setting(row["name"], tuple(row["changes"].items())), self.seconds)
+        return shlex.join([*flags, *steps])

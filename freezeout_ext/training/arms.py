@@ -1,0 +1,103 @@
+"""The arms of a comparison: the ways in which one task is trained."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .config import TrainConfig
+
+# short: full training on a cosine as long as FreezeOut's seconds; const-time: FreezeOut as long as full training's.
+# no-anneal: one cosine, layers freeze all the same; cached: the same with kept features, whose filling counts.
+KINDS = ("full", "freezeout", "no-anneal", "cached", "short", "const-time")
+MATCHED = ("short", "const-time")
+# Those for which a `short` runs.
+RATED = ("freezeout", "cached")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        t_0, how_scale: of the FreezeOut that it is, or whose seconds it is matched to.
+        part: of the steps that the run takes; below 1 with full training on a shorter cosine.
+        of: kind of the arm whose seconds a `short` takes.
+    """
+
+    kind: str
+    t_0: float | None = None
+    how_scale: str | float | None = None
+    part: float = 1.0
+    of: str = "freezeout"
+
+    @property
+    def name(self) -> str:
+        if self.kind == "full":
+            return "full" if self.part == 1 else f"full x{self.part:g}"
+        of = "" if self.of == "freezeout" else f" {self.of}"
+        return f"{self.kind}{of} {self.how_scale} {self.t_0:g}"
+
+    @property
+    def rival(self) -> "Arm | None":
+        """The arm that takes as many seconds without freezing."""
+        return Arm("short", self.t_0, self.how_scale, of=self.kind) if self.kind in RATED else None
+
+    @property
+    def freezes(self) -> bool:
+        return self.kind not in ("full", "short")
+
+    @property
+    def is_matched(self) -> bool:
+        return self.kind in MATCHED
+
+    def config(self, base: TrainConfig, seed: int, steps: int | None = None) -> TrainConfig:
+        """The config of this arm's run; `steps` is the length of a matched arm."""
+        method = {"short": "full", "const-time": "freezeout", "cached": "no-anneal"}.get(self.kind, self.kind)
+        config = replace(base, method=method, seed=seed, steps=steps or base.steps, cache=None)
+        if self.kind == "cached":
+            kept = base.cache or "device"
+            # What lies in a folder is of one seed and one way of freezing.
+            in_memory = kept in ("device", "host")
+            config = replace(config, cache=kept if in_memory else str(Path(kept) / self.name / f"seed-{seed}"))
+        if method == "full":
+            config = replace(config, start_frozen=0, thaw_to=None)
+        else:
+            assert self.t_0 is not None and self.how_scale is not None  # an arm that freezes has both
+            config = replace(config, t_0=self.t_0, how_scale=self.how_scale)
+        return config.resolved()
+
+
+def default_kinds(base: TrainConfig) -> list[str]:
+    """All but const-time; `cached` only where features are to be kept, or layers are frozen from the start."""
+    cached = base.cache is not None or base.start_frozen
+    return [kind for kind in KINDS if kind != "const-time" and (kind != "cached" or cached)]
+
+
+def make_arms(
+    kinds: Iterable[str], t_0s: Iterable[float], how_scales: Iterable[str | float], parts: Iterable[float] = ()
+) -> list[Arm]:
+    """The arms of `kinds`, one for each (how_scale, t_0); what a matched arm is matched to is added.
+
+    Args:
+        parts: of full training's steps, in (0, 1); each adds full training on a cosine of that length.
+    """
+    parts = sorted(set(parts), reverse=True)
+    for part in parts:
+        if not 0 < part < 1:
+            raise ValueError(f"shorter must be parts in (0, 1), got {part}")
+    kinds = list(dict.fromkeys([*kinds, *["full"] * bool(parts)]))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"arms must be of {', '.join(KINDS)}, got {kind!r}")
+    if any(kind in MATCHED for kind in kinds):
+        kinds += ["full"] + [kind for kind in ("freezeout",) if "const-time" in kinds or "cached" not in kinds]
+    variants = list(dict.fromkeys((t_0, how_scale) for how_scale in how_scales for t_0 in t_0s))
+    arms = []
+    for kind in KINDS:
+        if kind in kinds:
+            if kind == "short":
+                arms += [Arm(kind, *variant, of=of) for of in RATED if of in kinds for variant in variants]
+            else:
+                arms += [Arm(kind)] if kind == "full" else [Arm(kind, *variant) for variant in variants]
+            arms += [Arm("full", part=part) for part in parts] if kind == "full" else []
+    return arms

@@ -1,0 +1,60 @@
+"""The task and the config that the arguments of a command name."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..tasks import Task, built_in, load_task
+from .config import OWN_MODEL, TrainConfig
+from .reporters import Progress
+
+
+def own_task(args: argparse.Namespace) -> Task | None:
+    """The task of the user's file, where one is named."""
+    if args.task is None:
+        return None
+    for name in ("data", "model", "image_size", "weights", "data_dir", "augment"):
+        if getattr(args, name, None) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for the built-in tasks, {args.task} brings its own")
+    return load_task(args.task)
+
+
+def task_of(args: argparse.Namespace, config: TrainConfig) -> Task:
+    """The built-in task of a resolved config."""
+    return built_in(
+        config.data,
+        config.model,
+        data_dir=args.data_dir,
+        download=args.download,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        device=config.device,
+        augment=config.augment,
+        image_size=config.image_size,
+        weights=config.weights,
+        workers=args.workers,
+        skip_broken=args.skip_broken,
+        on_progress=Progress("trying all images"),
+    )
+
+
+def given(args: argparse.Namespace) -> dict:
+    """The config's fields that were given on the command line."""
+    names = {field.name for field in fields(TrainConfig)}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def base_config(own: Task | None, args: argparse.Namespace) -> TrainConfig:
+    """The config that is changed by what is given."""
+    if own is not None:
+        return TrainConfig.of_task(own)
+    # A pretrained net wants a smaller rate than a fresh one, and fewer epochs.
+    pretrained: dict[str, Any] = {"optimizer": "adamw", "weight_decay": 0.01, "epochs": 10, "batch_size": 50}
+    return TrainConfig(**(pretrained if getattr(args, "weights", None) else {}))
+
+
+def folder_name(config: TrainConfig) -> str:
+    """Of the folder in runs/ that a command writes to where none is named."""
+    name = Path(config.data).stem if config.model == OWN_MODEL else f"{config.data}-{config.model}"
+    return name.replace("/", "-")
