@@ -222,20 +222,23 @@ def test_a_known_choice_is_not_measured_again() -> None:
     assert known > 10 and engine.ways == ways
 
 
+@pytest.mark.cuda
 def test_a_capture_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does it make operands for that: a generator cannot be seeded in it."""
 
     def operands(*_):
         raise AssertionError("operands were made")
 
-    module = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
-    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    module = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False).cuda()
+    x = torch.randn(2, 8, 4, 4, device="cuda").contiguous(memory_format=torch.channels_last)
     constants = Constants.of(module.weight, module.bias, torch.float32)
+    # No batch of the other tests: what was measured for one of them is known.
     call = ConvCall(kernels, module, x, (2, 8, 4, 4), constants, None, None, True, None, None, False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch, "Generator", operands)
-    with pytest.raises(RuntimeError, match="must be run once before a CUDA graph is captured"):
+    with (
+        pytest.raises(RuntimeError, match="must be run once before a CUDA graph is captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         call.way()
 
 
@@ -437,46 +440,33 @@ def test_outputs_are_copies() -> None:
     assert found.data_ptr() != raw.data_ptr() and torch.equal(found, raw)
 
 
-class FakeGraph:
-    def replay(self) -> None: ...
-
-
-def test_when_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.cuda
+def test_when_a_graph_is_captured() -> None:
     """The second call in a row of one shape; four shapes at most; never again a shape that was refused."""
-    monkeypatch.setattr(graphs, "on_gpu", lambda inputs: True)
-    captured, prepared = [], []
+    captured = []
 
-    def capture(self, inputs, prepare):
-        captured.append(inputs[0].shape[0])
-        prepare()
-        if inputs[0].shape[0] == 9:
-            raise RuntimeError("waits for the device")
-        return FakeGraph(), [x.clone() for x in inputs], (inputs[0].shape[0],)
+    def function(x: Tensor) -> tuple:
+        return (x + (x.sum().item() if len(x) == 9 else 1),)
 
-    monkeypatch.setattr(graphs.Graphs, "_capture", capture)
-    held = graphs.Graphs(lambda x: (x,))
+    held = graphs.Graphs(function)
 
-    def call(n: int) -> tuple | None:
-        return held((torch.full((n, 2), float(n)),), prepare=lambda: prepared.append(n))
+    def call(n: int) -> bool:
+        x = torch.full((n, 2), float(n), device="cuda")
+        found = held((x,), prepare=lambda: captured.append(n))
+        assert found is None or torch.equal(found[0], x + 1)
+        return found is not None
 
-    assert [call(n) for n in (8, 8, 8, 3, 8, 3, 8)] == [None, (8,), (8,), None, (8,), None, (8,)]
-    assert captured == prepared == [8]
-    assert call(9) is None and call(9) is None and call(9) is None and captured.count(9) == 1
-    assert list(held.refused.values()) == ["RuntimeError: waits for the device"]
+    assert [call(n) for n in (8, 8, 8, 3, 8, 3, 8)] == [False, True, True, False, True, False, True]
+    assert captured == [8]
+    assert not call(9) and not call(9) and not call(9) and captured == [8, 9]
+    assert list(held.refused.values()) == ["RuntimeError: the prefix waits for the device (.item(), a copy to the CPU)"]
     for n in (20, 21, 22, 23):
         call(n), call(n)
-    assert len(held._held) == graphs.MOST_GRAPHS
+    assert held.count == graphs.MOST_GRAPHS
 
 
-def test_inputs_are_copied_to_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "on_gpu", lambda inputs: True)
+def test_another_layout_or_dtype_of_the_same_shape_is_another_graph() -> None:
     mine = torch.zeros(2, 3)
-    monkeypatch.setattr(graphs.Graphs, "_capture", lambda self, inputs, prepare: (FakeGraph(), [mine], (mine,)))
-    held = graphs.Graphs(lambda x: (x,))
-    held((torch.ones(2, 3),))
-    (out,) = held((torch.full((2, 3), 5.0),))
-    assert torch.equal(out, torch.full((2, 3), 5.0))
-    # Another layout or dtype of the same shape is another graph.
     assert graphs.shape_key((mine,)) != graphs.shape_key((mine.t().contiguous().t(),))
     assert graphs.shape_key((mine,)) != graphs.shape_key((mine.half(),))
 
