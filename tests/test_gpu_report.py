@@ -40,6 +40,7 @@ def test_training_step(benchmark, net, frozen):
 
 @pytest.fixture(scope="module")
 def report():
+    load_script(BENCH / "gpu_targets.py")
     return load_script(BENCH / "gpu_report.py")
 
 
