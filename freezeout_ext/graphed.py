@@ -125,10 +125,11 @@ class GraphedStep:
 
     def __call__(self, inputs: Batch, targets: Batch) -> Result:
         """One optimizer step on one batch. Returns (loss, outputs), detached, in memory of their own."""
-        if self._rates.step != self.step_count:  # FreezeOut's state was loaded
+        if self._rates.step != self.step_count:  # FreezeOut's state was loaded, or the last step raised
             self._forget()
             self._rates.set(self.step_count)
         self._rates.prepare()
+        self._rates.step = None
         if self._capturing is None:
             result = self._step(inputs, targets)
             self.eager_steps += 1

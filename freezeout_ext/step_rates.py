@@ -19,11 +19,11 @@ class Rates:
         cosine: of all layers, or None.
 
     Attributes:
-        step: the step that the rates are set for.
+        step: the step that the rates are set for; None while a step runs.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, freezeout: FreezeOut | None, cosine: Schedule | None) -> None:
-        self.step = -1
+        self.step: int | None = None
         self._optimizer, self._freezeout, self._cosine = optimizer, freezeout, cosine
         self._bases = [group.get("base_lr", float(group["lr"])) for group in optimizer.param_groups]
 
@@ -96,6 +96,7 @@ class ScheduledRates(Rates):
     def prepare(self) -> None:
         groups = self._fused.param_groups
         if not self._prepared:
+            assert self.step is not None  # set before each step
             self.counter.fill_(self.step)
             scheduled = [self._scheduled(group, base) for group, base in zip(groups, self._bases, strict=True)]
             self._fused.set_device_schedule(self.counter, scheduled)

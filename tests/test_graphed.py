@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from freezeout_ext import FreezeOut, FusedSGD, Schedule, graphed, native
 from freezeout_ext.cuda_graphs import STREAMS, own_stream
-from freezeout_ext.graphed import MAX_SHAPES, MOST_UNSETTLED_STEPS, WARM_UP_STEPS
+from freezeout_ext.graphed import MAX_SHAPES, MOST_UNSETTLED_STEPS, WARM_UP_STEPS, GraphedStep
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix, judge
 
@@ -403,6 +403,53 @@ def test_what_cannot_be_captured_is_refused_by_name():
     with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph; run it without: operation not perm"):
         for batch in batches():
             step(*batch)
+
+
+def test_what_does_not_belong_together_is_refused():
+    model, optimizer, freezeout = make()
+    other, others, _ = make(freeze=False)
+    with pytest.raises(ValueError, match="model must be freezeout's, or hold it, got another WideResNet"):
+        GraphedStep(other, functional.cross_entropy, optimizer, freezeout)
+    with pytest.raises(ValueError, match="optimizer must be one of freezeout's, got another SGD"):
+        GraphedStep(model, functional.cross_entropy, others, freezeout)
+    GraphedStep(nn.Sequential(model), functional.cross_entropy, optimizer, freezeout)
+    with pytest.raises(ValueError, match="model must have parameters, got a ReLU with none"):
+        GraphedStep(nn.ReLU(), functional.cross_entropy, others)
+
+
+def test_there_is_one_count_of_steps():
+    model, optimizer, freezeout = make()
+    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout)
+    for batch in batches(3):
+        step(*batch)
+    assert step.step_count == freezeout.step_count == 3
+    with pytest.raises(ValueError, match="step_count must be FreezeOut's, 3, got 5: load FreezeOut's own state"):
+        step.step_count = 5
+    freezeout.load_state_dict({**freezeout.state_dict(), "step": 20})
+    assert step.step_count == 20
+    step.step_count = 20
+
+
+@needs_native
+def test_a_transition_that_raises_leaves_the_devices_count_at_the_hosts():
+    model, optimizer, freezeout = make(FusedSGD)
+    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=HostGraphs())
+    allowed = []
+
+    def refuse(*_):
+        if not allowed:
+            raise RuntimeError("not now")
+
+    freezeout.register_transition_hook(refuse)
+    data = batches()
+    with pytest.raises(RuntimeError, match="not now"):
+        for batch in data:
+            step(*batch)
+    allowed.append(True)
+    done = step.step_count
+    assert done == freezeout.step_count < STEPS
+    step(*next(data))
+    assert step.step_count == freezeout.step_count == step._rates.counter.item() == done + 1
 
 
 def test_close_leaves_all_to_others():
