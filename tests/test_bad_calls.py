@@ -173,6 +173,13 @@ def found_layers() -> Case:
     return Case(find_layers, {"model": model}, model)
 
 
+def device_schedule() -> Case:
+    model = net()
+    optimizer = FusedSGD(model.parameters(), lr=0.1)
+    given = {"step": torch.tensor(0), "rates": [(0.1, 8, 0)]}
+    return Case(optimizer.set_device_schedule, given, model, optimizer, optimizer._device_schedule)
+
+
 def compiled_layers() -> Case:
     model, optimizer, freezeout = trained()
     return Case(CompiledLayers, {"freezeout": freezeout, "backend": "eager"}, model, optimizer)
@@ -223,6 +230,7 @@ CALLS: dict[str, Callable[[], Case]] = {
     "Layers": layer_list,
     "Layers.count_through": layers("count_through", last=1, argument="last"),
     "find_layers": found_layers,
+    "FusedSGD.set_device_schedule": device_schedule,
     "CompiledLayers": compiled_layers,
     "DDPFollower": ddp_follower,
     "plan": planned,
@@ -240,7 +248,8 @@ OPTIONAL = {f"{name}.{argument}": {"None": "the default"} for name, argument in 
     ("GraphedStep", "amp_dtype"), ("FeatureCache", "dtype"), ("FeatureCache", "limit"),
     ("FeatureCache.loader", "collate_fn"), ("FeatureCache.loader", "seed"), ("FeatureCache.loader", "rank"),
     ("FeatureCache.loader", "world_size"), ("FeatureCache.samples", "lengths"), ("Schedule", "max_transitions"),
-    ("Schedule", "milestones"), ("find_layers", "layers"), ("DDPFollower", "ddp"), ("plan", "max_transitions"),
+    ("Schedule", "milestones"), ("find_layers", "layers"), ("DDPFollower", "ddp"),
+    ("FusedSGD.set_device_schedule", "step"), ("plan", "max_transitions"),
     ("plan", "layers"), ("plan", "make_optimizer"), ("plan", "amp_dtype"), ("plan", "loader"),
 )}  # fmt: skip
 NUMBERS = {

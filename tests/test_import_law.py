@@ -23,7 +23,7 @@ LAW = {
     "attach": set(),
     "cuda_graphs": set(),
     "kernels": {"cuda_graphs"},
-    "fused": {"native"},
+    "fused": {"arguments", "native"},
     "prefix": {"kernels", "native", "attach", "cuda_graphs"},
     "param_groups": {"layers"},
     "memory": set(),

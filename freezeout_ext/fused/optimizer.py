@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from freezeout_ext import native
+from freezeout_ext.arguments import check_kind
 from freezeout_ext.fused import compiled
 
 # Another thread may change groups and states while a step is prepared; a step that never finds them still gives up.
@@ -141,8 +142,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 the rate is peak * (step + 1) / (warmup + 1).
 
         Raises:
-            ValueError: step is no int64 tensor of one element, or rates do not match the param groups.
+            TypeError, ValueError: step is no int64 tensor of one element, or rates do not match the param groups.
         """
+        check_kind("step", step, Tensor, "a tensor", optional=True)
+        check_kind("rates", rates, Sequence, "a sequence")
         self._prepared = None
         if step is None:
             self._device_schedule = None
@@ -151,7 +154,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"step must be an int64 tensor of one element, got {step.dtype} {tuple(step.shape)}")
         if len(rates) != len(self.param_groups):
             raise ValueError(f"rates must have one entry for each of {len(self.param_groups)} groups, got {len(rates)}")
-        self._device_schedule = (step, [(float(a), float(b), float(c)) for a, b, c in rates])
+        try:
+            numbers = [(float(a), float(b), float(c)) for a, b, c in rates]
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"rates must be (peak, milestone, warmup) for each group, got {rates!r}") from error
+        self._device_schedule = step, numbers
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
