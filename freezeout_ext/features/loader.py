@@ -27,7 +27,8 @@ class CacheLoader:
     What the dataset's items hold besides is yielded too, in its place before the keys. Of several processes each owns a
     fixed part of the samples and shuffles within it; samples that do not divide among them are left out of an epoch.
 
-    `epoch` is the number of the next epoch. It decides order and views, so that a run resumes by setting it.
+    `epoch` is the number of the next epoch. It decides order and views. `state_dict` says where in an epoch the next
+    batch is.
 
     Args:
         key_name: of the entry in batches that are dicts.
@@ -62,7 +63,8 @@ class CacheLoader:
             raise ValueError(f"{', '.join(sorted(taken))}: the cache makes its own; pass shuffle and batch_size")
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self.key_name = key_name
-        self.epoch = 0
+        self.epoch = self._first_step = 0
+        self._at = (-2, 0)  # epoch, and how many of its batches were handed out
         self._serving, self._seed, self._rank, self._world_size = serving, seed, rank, world_size
         views = serving.views
         self._collate = collate_fn or default_collate
@@ -86,23 +88,59 @@ class CacheLoader:
         return whole + bool(rest and not self.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self._first_step = epoch, 0
+
+    def state_dict(self) -> dict:
+        """Where the next batch is: its epoch, and how many batches of that were handed out."""
+        inside = self._at[0] == self.epoch - 1 and self._at[1] < len(self)
+        epoch, step = self._at if inside else (self.epoch, self._first_step)
+        return {"epoch": epoch, "step": step}
+
+    def load_state_dict(self, state_dict: Mapping) -> None:
+        """The next iteration goes on there.
+
+        Raises:
+            ValueError: an epoch below 0, or more batches than an epoch has; nothing was changed.
+        """
+        epoch, step = state_dict["epoch"], state_dict["step"]
+        if epoch < 0 or not 0 <= step <= len(self):
+            raise ValueError(f"state_dict must be of epochs of {len(self)} batches, got epoch {epoch}, step {step}")
+        self.epoch, self._first_step = epoch, step
 
     @property
     def sampler(self) -> "CacheLoader":
         """Itself: trainers call `loader.sampler.set_epoch`."""
         return self
 
+    # For who makes a DataLoader of these that begins within an epoch: accelerate.skip_first_batches.
+
+    prefetch_factor = None
+
+    @property
+    def dataset(self) -> "_Batches":
+        return _Batches(self)
+
+    @property
+    def batch_sampler(self) -> "_Numbers":
+        return _Numbers(self)
+
+    @staticmethod
+    def collate_fn(batches: list) -> Any:
+        (batch,) = batches
+        return batch
+
     def __iter__(self) -> Iterator:
         # At the first batch: trainers set the epoch after they have made the iterator.
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        yield from self.batches(epoch)
+        epoch, first_step = self.epoch, self._first_step
+        self.epoch, self._first_step = epoch + 1, 0
+        yield from self.batches(epoch, first_step)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator:
         """The batches of an epoch from `first_step` on."""
         self._serving.views.check()
-        for batch in self._loaded(epoch, first_step):
-            start = time.perf_counter()
+        for step, batch in enumerate(self._loaded(epoch, first_step), first_step + 1):
+            start, self._at = time.perf_counter(), (epoch, step)
             yield batch
             self._serving.paced(time.perf_counter() - start)
 
@@ -218,6 +256,38 @@ class _Requests:
 
     def __len__(self) -> int:
         return self.length
+
+
+class _Batches(Dataset):
+    """A loader's batches by number; its length is that of an epoch in samples."""
+
+    def __init__(self, loader: CacheLoader) -> None:
+        self._loader, self._made = loader, iter(())
+        self._next = -1
+
+    def __len__(self) -> int:
+        return self._loader.num_samples
+
+    def __getitem__(self, step: int) -> Any:
+        if step != self._next:
+            self._loader.load_state_dict({"epoch": self._loader.epoch, "step": step})
+            self._made = iter(self._loader)
+        self._next = step + 1
+        return next(self._made)
+
+
+class _Numbers:
+    """The numbers of a loader's batches, each a batch of its own."""
+
+    def __init__(self, loader: CacheLoader) -> None:
+        self._loader, self.set_epoch = loader, loader.set_epoch
+        self.batch_size, self.drop_last = loader.batch_size, loader.drop_last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([i] for i in range(len(self._loader)))
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
 
 class _Requested(Dataset):
