@@ -121,6 +121,12 @@ class Cache(Protocol):
     def detach(self) -> None:
         """Called by FreezeOut.close()."""
 
+    def state_dict(self) -> dict:
+        """What the kept outputs are of; what lies in a folder is on disk when this returns."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Raises ValueError where the state is of something else."""
+
     @property
     def takes_part(self) -> bool:
         """Whether a forward now would read or keep outputs. A GraphedStep asks."""

@@ -4,9 +4,13 @@ What needs no GPU runs on the CPU too.
 """
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from host_graphs import HostGraphs
+
+from freezeout_ext import graphed
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -73,6 +77,26 @@ def test_a_run_learns_the_digits(graph, prefix, device, digits, tmp_path):
     assert all(phase["memory_bytes"] > 0 for phase in phases)
     assert result["peak_memory_bytes"] == max(phase["memory_bytes"] for phase in phases)
     assert result["conditions"]["device"] == (torch.cuda.get_device_name() if device == "cuda" else "cpu")
+
+
+@pytest.mark.parametrize(("device", "store"), [("cpu", "host"), on_gpu("device"), on_gpu("host")])
+def test_a_captured_step_takes_kept_features_and_learns_what_the_eager_one_does(device, store, digits, tmp_path):
+    config = replace(CONFIG, device=device, method="no-anneal", start_frozen=2, t_0=0.9, how_scale="linear")
+    config, task = replace(config, cache=store, views=2), image_task(data_on(device, digits), config.model)
+    found = []
+    for graph in (False, True):
+        # Where there is no GPU a step is recorded on the host, and runs in each replay.
+        graphs = (lambda device: HostGraphs()) if device == "cpu" else graphed._graphs_of
+        with mock.patch.object(graphed, "_graphs_of", graphs):
+            run = Run.prepare(replace(config, graph=graph), tmp_path / str(graph), task=task)
+            result = run.train(Reporter())
+        features, step = result["features"], run.trainer.train_step
+        assert features["hits"] > features["misses"] and features["pushed"]
+        assert (step.replays > 20 and step.captures > 0) == graph
+        assert not [note for note in features["notes"] if "not kept" in note]
+        found.append(run.trainer.model.state_dict())
+    for (name, a), b in zip(found[0].items(), found[1].values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.cuda

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_features_auto import measuring
 from test_tasks_kinds import KINDS, classification, regression
 
 from freezeout_ext.tasks import load_task
@@ -98,6 +99,38 @@ def test_features_are_read_back_once_all_views_are_kept(tmp_path):
     assert features["views"] == 2 and features["where"] == "host" and features["hits"] > 0
     assert features["misses"] + features["hits"] + features["pushed"] == 6 * 40
     assert result["peak_memory_bytes"] >= features["bytes"] > 0
+
+
+@pytest.mark.parametrize("store", ["host", "folder"])
+def test_a_stopped_run_with_auto_views_ends_in_the_same_weights(store, tmp_path, monkeypatch):
+    known = measuring(monkeypatch, frozen=0.2)  # else the clock decides, in each run anew
+    options = {**OPTIONS, "epochs": 7, "start_frozen": 1, "t_0": 1.0, "method": "no-anneal", "views": "auto"}
+    where = [str(tmp_path / f"kept-{i}") if store == "folder" else store for i in range(2)]
+    whole = train(classification(), tmp_path / "whole", reporter=Reporter(), cache=where[0], **options)
+    steps = whole["steps_per_epoch"]
+    for last in (steps, 3 * steps):  # just before the decision, and behind it
+        with pytest.raises(Stop):
+            train(
+                classification(), tmp_path / "parts", reporter=StopAt(last + 1), resume=True, cache=where[1], **options
+            )
+        known.clear()
+    parts = train(classification(), tmp_path / "parts", reporter=Reporter(), resume=True, cache=where[1], **options)
+    assert parts["features"]["views"] == whole["features"]["views"] > 1 and not known
+    found, expected = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    # In memory nothing outlives the process: what is computed anew is equal within rounding.
+    close = {"rtol": 0, "atol": 0} if store == "folder" else {"rtol": 1e-4, "atol": 1e-6}
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **close)
+
+
+def test_auto_views_are_refused_where_nothing_may_go_by_the_clock():
+    for options, words in (
+        ({"deterministic": True, "views": "auto"}, "views must be a number with deterministic"),
+        ({"views": "many"}, "views must be one of auto, got 'many'"),
+        ({"views": 0}, "views must be >= 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            TrainConfig(**options).resolved()
 
 
 def test_features_of_a_comparison_lie_in_a_folder_for_each_seed(tmp_path):

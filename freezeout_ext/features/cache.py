@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count, check_flag, check_kind
+from .auto import Choice
 from .forwards import Forwards
 from .generations import Generations
+from .keys import Keys, checked_keys
 from .loader import CacheLoader
 from .moves import Moves
 from .report import CacheReport
-from .spot import Schedule
-from .store import KEPT_DTYPES, Column, Store
+from .serving import Serving
+from .store import KEPT_DTYPES
 from .timing import Stopwatch
-from .views import Keys, Views
+from .views import Views
 from .watch import through
 from .worth import Left
 
@@ -50,7 +52,8 @@ class FeatureCache:
     Args:
         dataset: map-style; or a `BatchDataset`, which makes whole batches.
         views: K, how many fixed random views each sample has. They take turns; before the first freeze each epoch shows
-            a fresh one.
+            a fresh one. "auto": as many as memory, the epochs that are left and measured times make worth it, decided
+            once the first view of each sample is kept; see `report().notes`.
         store: "device" (where the model is), "host", or the path of a folder, whose rows outlive the process.
         dtype: of kept floating-point features: None as computed, torch.bfloat16, torch.float16, torch.int8 (with a
             scale for each channel and row).
@@ -70,7 +73,7 @@ class FeatureCache:
         self,
         dataset: Any,
         *,
-        views: int = 4,
+        views: int | str = 4,
         store: str | os.PathLike = "device",
         dtype: torch.dtype | None = None,
         limit: int | None = None,
@@ -87,20 +90,23 @@ class FeatureCache:
         self.views = Views(dataset, views, seed)
         self._notes: list[str] = []
         self._kept = Generations(self.views, os.fspath(store), dtype, limit, self._note)
-        self._loading = Stopwatch(torch.device("cpu"), calls=1)
-        moves = Moves(self._kept, self._left, self._loading.median) if measure else None
+        loading = Stopwatch(torch.device("cpu"), calls=1)
+        moves = Moves(self._kept, self._left, loading.median) if measure else None
         self._forwards = Forwards(self._kept, moves, note=self._note)
         self._freezeout: FreezeOutLike | None = None
         self._paused: Callable[[], AbstractContextManager] = nullcontext
         self._untraced: Callable | None = None
         self._closed = False
-        self._read = self._skipped = 0
-        self._whole_due = Schedule()
+        self._choice = Choice(self._kept, self._forwards, loading.median, self._note)
+        self._serving = Serving(self._kept, self._forwards, self._choice, loading, self._follow)
         if self._kept.folder is not None:
-            self._kept.claim_folder(self.state_dict() | {"sample": self.views.digest()})
+            self._kept.claim_folder(self._described() | {"sample": self.views.digest()})
+            if self.views.auto and (decided := self._kept.remembered()):
+                self._choice.load_state_dict(decided)
+                self._note(f"views: {self.views.count} of each sample, as was decided for {self._kept.folder}")
 
     def __repr__(self) -> str:
-        return f"FeatureCache({self.views.num_samples} samples, views={self.views.count}, store={self._kept.where!r})"
+        return f"FeatureCache({self.views.num_samples} samples, views={self.views.asked!r}, store={self._kept.where!r})"
 
     # For the user
 
@@ -128,8 +134,9 @@ class FeatureCache:
         world_size = (torch.distributed.get_world_size() if spread else 1) if world_size is None else world_size
         self._kept.rank, self._kept.world_size = rank, world_size
         return CacheLoader(
-            self, batch_size, shuffle=shuffle, drop_last=drop_last, seed=self.views.seed if seed is None else seed,
-            collate_fn=collate_fn, rank=rank, world_size=world_size, key_name=key_name, arguments=arguments,
+            self._serving, batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate_fn, rank=rank,
+            world_size=world_size, key_name=key_name, arguments=arguments,
+            seed=self.views.seed if seed is None else seed,
         )  # fmt: skip
 
     @contextmanager
@@ -149,7 +156,7 @@ class FeatureCache:
         if self._freezeout is None:
             raise RuntimeError("samples() needs a model: pass the cache to FreezeOut(cache=...)")
         forwards = self._forwards
-        forwards.keys, forwards.lengths, before = self._checked(keys), lengths, forwards.count
+        forwards.keys, forwards.lengths, before = checked_keys(keys, self.views, self._note), lengths, forwards.count
         self._follow()
         try:
             # The frozen prefix must not watch a forward that its modules take no part in.
@@ -177,8 +184,8 @@ class FeatureCache:
             hits=forwards.hits,
             pushed=forwards.pushed,
             misses=forwards.misses,
-            samples_read=self._read,
-            samples_skipped=self._skipped,
+            samples_read=self._serving.read,
+            samples_skipped=self._serving.skipped,
             seconds_saved=saved,
             gather_ms=None if gather is None else 1e3 * gather,
             prefix_ms=None if prefix is None else 1e3 * prefix,
@@ -198,9 +205,10 @@ class FeatureCache:
         self._closed = True
 
     def state_dict(self) -> dict:
-        """What the views are of; what lies in a folder is on disk when this returns."""
+        """What the views are of, and how many there are; what lies in a folder is on disk when this returns."""
         self._kept.commit()
-        return {"samples": self.views.num_samples, "views": self.views.count, "seed": self.views.seed}
+        auto = self._choice.state_dict(self._freezeout) if self.views.auto and self._freezeout is not None else None
+        return self._described() | ({"auto": auto} if auto else {})
 
     def load_state_dict(self, state_dict: dict) -> None:
         """
@@ -208,9 +216,12 @@ class FeatureCache:
             ValueError: the state is of other views; nothing was changed.
         """
         check_kind("state_dict", state_dict, Mapping, "a dict")
-        here = self.state_dict()
-        if dict(state_dict) != here:
-            raise ValueError(f"state_dict must be of the same views, got {dict(state_dict)}, here {here}")
+        state, here = dict(state_dict), self._described()
+        auto = state.pop("auto", None)
+        if state != here:
+            raise ValueError(f"state_dict must be of the same views, got {state}, here {here}")
+        if auto is not None:
+            self._choice.load_state_dict(auto)
 
     # For FreezeOut
 
@@ -259,17 +270,21 @@ class FeatureCache:
             self._untraced = torch.compiler.disable(self._forwards.run)
         return self._untraced or self._forwards.run
 
-    def _follow(self) -> None:
-        """Notices that layers were frozen or thawed."""
+    def _described(self) -> dict:
+        return {"samples": self.views.num_samples, "views": self.views.asked, "seed": self.views.seed}
+
+    def _follow(self) -> FreezeOutLike | None:
+        """Notices that layers were frozen or thawed. Returns the FreezeOut."""
         freezeout = self._freezeout
         if freezeout is None or self._closed:
-            return
+            return None
         num_frozen = len(freezeout.layers.given) + freezeout.num_frozen
         if num_frozen != self._forwards.num_frozen:
             self._kept.thaw_to(num_frozen)
             layers = [*freezeout.layers.given, *freezeout.layers][:num_frozen]
             self._forwards.moved(num_frozen, {name: m for layer in layers for name, m in layer.modules.items()})
-            self._whole_due.restart()
+            self._serving.whole_due.restart()
+        return freezeout
 
     def _left(self) -> tuple[int, Left] | None:
         """-> the step, and how many steps are left."""
@@ -285,70 +300,11 @@ class FeatureCache:
         following = end if milestone is None else min(milestone, end)
         return step, Left(max(following - step, 0), max(end - step, 0))
 
-    # For the loader
-
-    def keys(self, samples: Tensor, epoch: int) -> Tensor:
-        """-> keys of the views that this epoch shows: fresh ones as long as none can be kept."""
-        self._follow()
-        hopeless = self._forwards.gave_up or (self._forwards.refused is not None and self._kept.latest is None)
-        return self.views.keys(samples, epoch) if self._forwards.num_frozen and not hopeless else -1 - samples
-
-    def skippable(self, keys: Tensor) -> Tensor:
-        self._follow()
-        now, found = self._kept.latest, torch.zeros(len(keys), dtype=torch.bool, device="cpu")
-        if now is None or self._forwards.gave_up or now.guard.changed() is not None:
-            return found
-        for generation in self._kept:
-            found |= generation.store.has(keys)
-        # Where something that trains runs in front of the frontier, a batch is computed whole or not at all.
-        return found if now.frontier.sliceable or bool(now.store.has(keys).all()) else torch.zeros_like(found)
-
-    def needless(self) -> Callable[[Any], bool] | None:
-        now = self._kept.latest
-        return None if now is None or self._forwards.gave_up else now.frontier.needless
-
-    def planned(self) -> bool:
-        due = self._whole_due.due()
-        self._whole_due.pass_on(done=due)
-        return due
-
-    def delivered(self, keys: Tensor, skipped: Tensor, samples_read: int, seconds: float) -> None:
-        kept = keys >= 0
-        self._loading.add(seconds, samples_read)
-        self._forwards.absent[keys[kept]] = skipped[kept]
-        self._read += samples_read
-        self._skipped += int(skipped.sum())
-
-    def item_store(self, columns: list[Column], keys: int) -> Store | None:
-        return self._kept.open_items(columns, keys)
-
     # Checks
 
     def _check_open(self, name: str) -> None:
         if self._closed:
             raise RuntimeError(f"{name}() must not be called after close()")
-
-    def _checked(self, keys: Keys | Tensor | Sequence[int]) -> Tensor:
-        if isinstance(keys, Keys):
-            keys = keys.tensor
-        if isinstance(keys, Tensor) and keys.device.type != "cpu":
-            self._note("keys were on the device: a synchronisation at every step; hand over the loader's own")
-        try:
-            keys = torch.as_tensor(keys, dtype=torch.int64, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"keys must be the loader's, or int64 of a batch, got a {type(keys).__name__}") from error
-        if keys.dim() != 1 or not len(keys):
-            raise ValueError(f"keys must be one for each sample of a batch, got shape {tuple(keys.shape)}")
-        if len(keys.unique()) != len(keys):
-            twice, count = keys.unique(return_counts=True)
-            raise ValueError(f"keys must be different in a batch, got {twice[count > 1].tolist()[:5]} more than once")
-        least, most = int(keys.min()), int(keys.max())
-        if least < -self.views.num_samples or most >= self.views.num_keys:
-            raise ValueError(
-                f"keys must be of this cache's data set, in {-self.views.num_samples}..{self.views.num_keys - 1}, "
-                f"got {least if least < -self.views.num_samples else most}"
-            )
-        return keys
 
     def _note(self, text: str) -> None:
         if text not in self._notes:

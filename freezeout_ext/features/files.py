@@ -39,12 +39,13 @@ class Files:
         except OSError as error:
             self._lock.close()
             raise ValueError(f"store must not be open elsewhere, another process holds {self.folder}") from error
-        said = {"fingerprint": fingerprint, "layout": [[list(shape), str(dtype)] for shape, dtype in layout]}
+        self._fingerprint = fingerprint
+        said = self._described(layout)
         described = self.folder / "store.json"
         found = json.loads(described.read_text()) if described.exists() else None
         # None: nothing was there.
-        self.was_emptied: bool | None = None if found is None else found != said
-        if found != said:
+        self.was_emptied: bool | None = None if found is None else not _holds(found, said)
+        if found is None or self.was_emptied:
             for path in self.folder.iterdir():
                 if path.name != "lock":
                     path.unlink()
@@ -58,7 +59,7 @@ class Files:
             self._lock.close()
             raise
         if found != said:
-            _write_whole(described, json.dumps(said))
+            write_whole(described, json.dumps(said))
         scales = self.folder / "scales.json"
         self.scales: dict = json.loads(scales.read_text()) if scales.exists() else {}
         self._journal = open(self.folder / "rows", "ab")  # noqa: SIM115
@@ -75,7 +76,7 @@ class Files:
     def save_scales(self, scales: dict) -> None:
         """Brings the scales to disk; they must be there before any row that needs them."""
         if scales != self.scales:
-            _write_whole(self.folder / "scales.json", json.dumps(scales))
+            write_whole(self.folder / "scales.json", json.dumps(scales))
             self.scales = scales
 
     def commit(self) -> None:
@@ -99,11 +100,27 @@ class Files:
         os.fsync(self._journal.fileno())
         (self.folder / "scales.json").unlink(missing_ok=True)
 
+    def grow(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
+        """Files of these shapes, longer than they are, with the same tensors in front.
+
+        Raises:
+            OSError: there is not enough room on the disk; nothing was changed.
+        """
+        self.commit()
+        self._make_room(layout)
+        self.tensors, self._maps = [], []
+        for i, (shape, dtype) in enumerate(layout):
+            self._map(i, shape, dtype)
+        write_whole(self.folder / "store.json", json.dumps(self._described(layout)))
+
     def close(self) -> None:
         """Unmaps the files and lets others open them."""
         self.tensors, self._maps = [], []  # unmapped with the last tensor that looks into them
         self._journal.close()
         self._lock.close()
+
+    def _described(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> dict:
+        return {"fingerprint": self._fingerprint, "layout": [[list(shape), str(dtype)] for shape, dtype in layout]}
 
     def _make_room(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
         needed = present = 0
@@ -147,6 +164,13 @@ class Files:
         return torch.tensor(entries, dtype=torch.int64, device="cpu").view(-1, 4)
 
 
+def _holds(found: dict, said: dict) -> bool:
+    """Whether files as `found` become those that are `said` by growing."""
+    longer = [one[0][:1] <= two[0][:1] for one, two in zip(found["layout"], said["layout"], strict=False)]
+    units = [[[layout[0][1:], layout[1]] for layout in each["layout"]] for each in (found, said)]
+    return found["fingerprint"] == said["fingerprint"] and units[0] == units[1] and all(longer)
+
+
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     count = dtype.itemsize
     for size in shape:
@@ -154,7 +178,7 @@ def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return count
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
     fresh = path.with_suffix(".new")
     with open(fresh, "w") as file:

@@ -311,8 +311,11 @@ class Forwards:
     def _spot_check(self, now: Generation, original, args, kwargs, keys: Tensor) -> None:
         if not now.frontier.sliceable:
             return
+        watch = self._watch("prefix")
         try:
+            watch.start()
             self.difference = max(self.difference, spot_check(self._kept, now, original, args, kwargs, keys))
+            watch.stop(len(keys))
         except RuntimeError:
             if self._kept.latest is None:
                 self.num_frozen = 0

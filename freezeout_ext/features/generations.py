@@ -10,14 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .files import write_whole
 from .frontier import Frontier
 from .guard import Guard, fingerprint
 from .probe import padded_length
 from .room import ensure_room, room_for
-from .store import Column, Store
-from .views import Views
+from .store import Column, Store, row_bytes_of
+from .views import MOST_VIEWS, Views
 
 logger = logging.getLogger("freezeout_ext")
+
+# In a folder, where the number of views was decided.
+DECISION = "decided.json"
 
 
 @dataclass
@@ -128,7 +132,7 @@ class Generations:
             MemoryError, OSError: there is no room for all views, and no limit that says how many to keep.
         """
         length = frontier.length or 0
-        row_bytes = sum(column.row_bytes(length) for column in frontier.columns)
+        row_bytes = row_bytes_of(frontier.columns, length)
         rows = self._rows(row_bytes)
         guard = Guard(frontier.modules, {name: _place(self.attached, name) for name in frontier.states})
         folder = None if self.folder is None else self.part() / f"frozen-{frontier.num_frozen}"
@@ -148,6 +152,26 @@ class Generations:
             ", ".join(frontier.names), f"{row_bytes:,}", f"{rows * row_bytes:,}", f"{rows:,}", self.where,
         )  # fmt: skip
         return self._all[-1]
+
+    def fit(self) -> int:
+        """How many views of all samples there is room for, those that are kept included; at least one."""
+        now = self.latest
+        assert now is not None  # asked once something is kept
+        stores = [now.store] if self.items is None else [now.store, self.items]
+        per_row = row_bytes_of(now.store.columns, now.frontier.length or 0)
+        per_row += 0 if self.items is None else row_bytes_of(self.items.columns)
+        one = self.owned // self.views.count * per_row
+        # In memory the old rows stay until they have been copied.
+        here = 0 if self.folder is None else sum(store.bytes_taken for store in stores)
+        return max(1, (self._room(MOST_VIEWS * one) + here) // max(1, one))
+
+    def grow(self) -> None:
+        """Makes room for as many views as there are now, of what is kept behind the last layers."""
+        now = self.latest
+        assert now is not None  # see `fit`
+        now.store.grow(self.owned, self.owned * (now.frontier.length or 0))
+        if self.items is not None:
+            self.items.grow(self.owned)
 
     def retire(self) -> None:
         """Frees generations whose rows are all in the latest one."""
@@ -177,7 +201,7 @@ class Generations:
         if self.items is not None:
             self.items.close()
             self.items = None
-        needed = self.owned * sum(column.row_bytes() for column in columns)
+        needed = self.owned * row_bytes_of(columns)
         if self.limit is not None and needed > self.limit // 4:
             self._note(f"targets take {needed:,} bytes, too much beside the features: all samples are read")
             return None
@@ -221,10 +245,10 @@ class Generations:
             self._note("what was kept behind fewer layers was dropped to make room, and is computed from inputs again")
             self.drop_all()
             room = self._room(wanted)
-        if self.limit is None:
+        if self.limit is None and not (self.views.auto and self.views.decided):
             ensure_room(wanted, room, self._store_device(), self.folder, f"{self.views.num_samples} samples' features")
         elif room < wanted:
-            self._note(f"limit: {room // row_bytes:,} of {self.owned:,} views fit, {wanted:,} bytes would hold all")
+            self._note(f"room: {room // row_bytes:,} of {self.owned:,} views fit, {wanted:,} bytes would hold all")
         return min(self.owned, room // row_bytes)
 
     def _room(self, wanted: int) -> int:
@@ -258,6 +282,17 @@ class Generations:
                 f"here {described}"
             )
         path.write_text(json.dumps(described))
+
+    def remembered(self) -> dict | None:
+        """-> what was decided for the folder's rows, None where nothing was."""
+        path = None if self.folder is None else self.folder / DECISION
+        return json.loads(path.read_text()) if path is not None and path.exists() else None
+
+    def remember(self) -> None:
+        """Writes the number of views that was decided beside the folder's rows."""
+        if self.folder is not None and self.rank == 0:
+            decision = {"count": self.views.count, "first_epoch": self.views.first_epoch, "measured": None}
+            write_whole(self.folder / DECISION, json.dumps(decision))
 
 
 def _place(model: nn.Module, name: str) -> tuple[dict, str]:

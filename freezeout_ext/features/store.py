@@ -1,7 +1,7 @@
 """Store: rows of kept tensors by key, on a device, in host memory or in files; what is kept is known on the host."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -92,17 +92,14 @@ class Store:
         self._rounding = [
             Rounding(c.unit, channel_first=not c.padded) if c.kept is torch.int8 else None for c in columns
         ]
-        sizes = [(positions if c.padded else rows, *c.unit) for c in columns]
         self.files: Files | None = None
         if folder is None:
-            self._buffers = [torch.empty(s, dtype=c.stored, device=device) for s, c in zip(sizes, columns, strict=True)]
-            self._factors = [torch.empty(rows if r else 0, device=device) for r in self._rounding]
+            found = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._layout()]
         else:
-            factors = [((rows if r else 0,), torch.float32) for r in self._rounding]
-            self.files = Files(
-                folder, [*((s, c.stored) for s, c in zip(sizes, columns, strict=True)), *factors], fingerprint
-            )
-            self._buffers, self._factors = self.files.tensors[: len(columns)], self.files.tensors[len(columns) :]
+            self.files = Files(folder, self._layout(), fingerprint)
+            found = self.files.tensors
+        self._buffers, self._factors = found[: len(columns)], found[len(columns) :]
+        if self.files is not None:
             self._restore()
 
     def __len__(self) -> int:
@@ -126,6 +123,19 @@ class Store:
     def keys(self) -> Tensor:
         """-> all keys that are kept."""
         return (self._row_of >= 0).nonzero().squeeze(1)
+
+    def grow(self, rows: int, positions: int = 0) -> None:
+        """Room for so many rows, at least as many as now; what is kept stays as it is."""
+        self.rows, self.positions = rows, positions
+        self._spans = _longer(self._spans, rows if self._padded else 0)
+        count = len(self.columns)
+        if self.files is None:
+            sizes = [shape[0] for shape, _ in self._layout()]
+            self._buffers = [_longer(t, size) for t, size in zip(self._buffers, sizes[:count], strict=True)]
+            self._factors = [_longer(t, size) for t, size in zip(self._factors, sizes[count:], strict=True)]
+        else:
+            self.files.grow(self._layout())
+            self._buffers, self._factors = self.files.tensors[:count], self.files.tensors[count:]
 
     def put(self, keys: Tensor, batches: Sequence[Tensor], lengths: Tensor | None = None) -> int:
         """Keeps the rows of keys that are new, as far as there is room. Returns how many.
@@ -232,6 +242,11 @@ class Store:
         if self.files is not None:
             self.files.close()
 
+    def _layout(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """-> shape and dtype of each column, and of each column's factors."""
+        columns = [((self.positions if c.padded else self.rows, *c.unit), c.stored) for c in self.columns]
+        return [*columns, *(((self.rows if r else 0,), torch.float32) for r in self._rounding)]
+
     # One column
 
     def _write(self, i: int, column: Column, batch: Tensor, new: Tensor, rows: Tensor, lengths: Tensor | None) -> None:
@@ -317,5 +332,12 @@ class Store:
             self._used_positions = int(entries[:, 2:].sum(1).max())
 
 
-def with_kept(columns: Sequence[Column], kept: torch.dtype | None) -> list[Column]:
-    return [replace(column, kept=kept if column.dtype.is_floating_point else None) for column in columns]
+def row_bytes_of(columns: Sequence[Column], length: int = 1) -> int:
+    """-> bytes of a row of all columns, of this length where rows differ in it."""
+    return sum(column.row_bytes(length) for column in columns)
+
+
+def _longer(tensor: Tensor, size: int) -> Tensor:
+    longer = tensor.new_empty((size, *tensor.shape[1:]))
+    longer[: len(tensor)] = tensor
+    return longer

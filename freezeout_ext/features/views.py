@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,9 @@ try:
     import numpy
 except ImportError:  # an extra of the package
     numpy = None  # type: ignore[assignment]  # None is its absence
+
+# With "auto": more have not been measured to bring anything.
+MOST_VIEWS = 8
 
 
 @runtime_checkable
@@ -36,52 +39,23 @@ class BatchDataset(Protocol):
         """-> the targets of the samples [B], which no augmentation changes."""
 
 
-class Keys:
-    """The keys of a batch's views: `tensor` is int64 [B] on the CPU.
-
-    No tensor itself, so that whatever moves batches to a device leaves the keys on the host.
-    """
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __len__(self) -> int:
-        return len(self.tensor)
-
-    def __repr__(self) -> str:
-        return f"Keys({self.tensor.tolist()})"
-
-    def tolist(self) -> list[int]:
-        return self.tensor.tolist()
-
-
-def keys_in(batch: Any) -> Keys:
-    """-> the keys of a batch that a cache's loader made.
-
-    Raises:
-        ValueError: there are none.
-    """
-    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    found = [entry for entry in entries if isinstance(entry, Keys)]
-    if len(found) != 1:
-        raise ValueError("batches must hold the keys of their views: take them from cache.loader(...)")
-    return found[0]
-
-
 class Views:
     """Which views there are, which one an epoch shows, and what each one is drawn from.
 
-    key = sample * count + view for one of the views; -1 - sample for a fresh view, which is never kept.
+    key = sample * stride + view for one of the views; -1 - sample for a fresh view, which is never kept.
 
     Args:
         dataset: map-style, or a `BatchDataset`.
-        count: views of each sample, K.
+        views: of each sample, K; "auto": 1 until `decide` was called.
         seed: of all views.
+
+    Attributes:
+        count: K.
+        stride: between the keys of two samples, which no decision changes.
+        first_epoch: the one that kept the first views, where K is to be decided.
     """
 
-    def __init__(self, dataset: Any, count: int, seed: int) -> None:
+    def __init__(self, dataset: Any, views: int | str, seed: int) -> None:
         if isinstance(dataset, IterableDataset | type) or not hasattr(dataset, "__len__"):
             raise TypeError(
                 "dataset must be map-style (dataset[i] and len(dataset)): features are kept by sample, and iterable "
@@ -90,26 +64,46 @@ class Views:
         self.batched = isinstance(dataset, BatchDataset)
         if not self.batched and not hasattr(dataset, "__getitem__"):
             raise TypeError(f"dataset must have __getitem__, got a {type(dataset).__name__}")
-        check_count("views", count, 1, 2**62 // max(len(dataset), 1))  # keys are int64
-        self.dataset, self.count, self.seed = dataset, count, seed
+        self.auto = isinstance(views, str)
+        if not isinstance(views, str):
+            check_count("views", views, 1, 2**62 // max(len(dataset), 1))  # keys are int64
+        elif views != "auto":
+            raise ValueError(f"views must be a whole number or 'auto', got {views!r}")
+        self.dataset, self.seed = dataset, seed
+        self.count, self.stride = (1, MOST_VIEWS) if isinstance(views, str) else (views, views)
+        self.decided = not self.auto
+        self.first_epoch: int | None = None
         self.num_samples = len(dataset)
         self._checked = False
 
     @property
     def num_keys(self) -> int:
-        return self.num_samples * self.count
+        return self.num_samples * self.stride
+
+    @property
+    def asked(self) -> int | str:
+        """What was asked for: K, or "auto"."""
+        return "auto" if self.auto else self.count
+
+    def decide(self, count: int) -> None:
+        """K = count from now on."""
+        self.count, self.decided = count, True
 
     def keys(self, samples: Tensor, epoch: int) -> Tensor:
-        """key of the view of each sample that this epoch shows: views take turns and differ among samples."""
-        return samples * self.count + (samples + epoch) % self.count
+        """key of the view of each sample that this epoch shows: views take turns and differ among samples.
+
+        With "auto" an epoch shows the same number of each, so that the first views are among any K.
+        """
+        turn = epoch - (self.first_epoch or 0) if self.auto else samples + epoch
+        return samples * self.stride + turn % self.count
 
     def samples(self, keys: Tensor) -> Tensor:
         """-> the samples of keys, fresh ones too."""
-        return torch.where(keys < 0, -1 - keys, keys.div(self.count, rounding_mode="floor"))
+        return torch.where(keys < 0, -1 - keys, keys.div(self.stride, rounding_mode="floor"))
 
     def seeds(self, keys: Tensor, epoch: int) -> Tensor:
         """seeds[b] = hash(seed, sample, view); a fresh view is numbered by its epoch, behind all kept ones."""
-        views = torch.where(keys < 0, self.count + epoch, keys % self.count)
+        views = torch.where(keys < 0, self.stride + epoch, keys % self.stride)
         return _mix(_mix(_mix(torch.full_like(keys, self.seed)) ^ self.samples(keys)) ^ views) & (2**63 - 1)
 
     def load(self, sample: int, seed: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..arguments import check_kind
-from ..features import keys_in
+from ..features import CacheLoader, keys_in
 from ..freezeout import FreezeOut
 from . import follow_if_distributed
 
@@ -17,6 +17,10 @@ except ImportError as error:
     raise ImportError(
         "freezeout_ext.integrations.lightning needs Lightning: pip install freezeout_ext[lightning]"
     ) from error
+
+
+# The states of the cache and its loader, among FreezeOut's.
+CACHE = "cache"
 
 
 class FreezeOutCallback(Callback):
@@ -49,6 +53,8 @@ class FreezeOutCallback(Callback):
         self._state: dict | None = None
         self._samples = ExitStack()
         self._global_step = 0  # at the last look
+        self._loader: CacheLoader | None = None
+        self._at: dict | None = None  # where the loader is to go on
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The optimizers exist and their state is not yet loaded, which needs the split groups.
@@ -64,11 +70,20 @@ class FreezeOutCallback(Callback):
         self.freezeout = FreezeOut(self._target(pl_module), trainer.optimizers, **arguments)
         if self._state is not None:
             self.freezeout.load_state_dict(self._state)
+            if self.freezeout.cache is not None and CACHE in self._state:
+                self.freezeout.cache.load_state_dict(self._state[CACHE]["features"])
+                self._at = self._state[CACHE]["loader"]
             self._state = None
         follow_if_distributed(self.freezeout)
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self._global_step = trainer.global_step
+        loader = trainer.train_dataloader
+        self._loader = loader if isinstance(loader, CacheLoader) else None
+        if self._loader is not None and self._at is not None:
+            # Lightning does it too, but for loaders that it has made before it loads states.
+            self._loader.load_state_dict(self._at)
+        self._at = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
         if "cache" in self._arguments:
@@ -86,7 +101,12 @@ class FreezeOutCallback(Callback):
             self.freezeout.step()
 
     def state_dict(self) -> dict:
-        return self.freezeout.state_dict() if self.freezeout else {}
+        if self.freezeout is None:
+            return {}
+        state, cache = self.freezeout.state_dict(), self.freezeout.cache
+        if cache is not None and self._loader is not None:
+            state[CACHE] = {"features": cache.state_dict(), "loader": self._loader.state_dict()}
+        return state
 
     def load_state_dict(self, state_dict: dict) -> None:
         self._state = state_dict or None

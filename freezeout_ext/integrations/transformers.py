@@ -17,7 +17,7 @@ except ImportError as error:
 
 
 # FreezeOut's state in the Trainer's trainer_state.json, among those of its callbacks.
-STATE = "freezeout"
+STATE, CACHE = "freezeout", "freezeout_cache"
 
 
 class FreezeOutCallback(TrainerCallback):
@@ -34,12 +34,26 @@ class FreezeOutCallback(TrainerCallback):
             # Saved by an earlier release: what is frozen is then a function of the step alone.
             saved = saved_by.get(STATE) or {**freezeout.state_dict(), "step": state.global_step}
             freezeout.load_state_dict(saved)
+            if freezeout.cache is not None and CACHE in saved_by:
+                freezeout.cache.load_state_dict(saved_by[CACHE])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         freezeout = self._made()
         while freezeout.step_count < state.global_step:
             freezeout.step()
         _saved_by(state)[STATE] = freezeout.state_dict()
+        self._keep(state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._keep(state, control)
+
+    def _keep(self, state: TrainerState, control: TrainerControl) -> None:
+        """Brings what the cache keeps to disk where a checkpoint follows."""
+        cache = self._made().cache
+        if cache is not None and control.should_save:
+            _saved_by(state)[CACHE] = cache.state_dict()
 
     def _made(self) -> FreezeOut:
         assert self.freezeout is not None  # made with the scheduler, before training begins

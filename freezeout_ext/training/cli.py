@@ -286,7 +286,9 @@ def _add_prefix_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", nargs="?", const="device", metavar="device|host|DIR", help="keep what the frozen layers give (off)"
     )
-    parser.add_argument("--views", type=int, metavar="K", help=f"of each sample, that are kept ({TrainConfig.views})")
+    parser.add_argument(
+        "--views", type=_count_or_name, metavar="K|auto", help=f"of each sample, that are kept ({TrainConfig.views})"
+    )
     dtypes = [name for name in CACHE_DTYPES if name]
     parser.add_argument("--cache-dtype", choices=dtypes, help="of what is kept (as computed)")
 

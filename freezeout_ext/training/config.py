@@ -68,11 +68,12 @@ class TrainConfig:
         thaw_to: "LAYER@PART", such as "blocks.2@0.8" or "0@0.8": from that part of the steps on only this layer and all
             before it, or so many, stay frozen; no further layer freezes. None thaws nothing.
         cache: where the frozen layers' outputs are kept: "device", "host" or a folder; None runs the layers each time.
-        views: of each sample, see `FeatureCache`.
+        views: of each sample, or "auto", see `FeatureCache`. What "auto" takes goes by the clock, but where a run
+            resumes.
         cache_dtype: of what is kept: "bf16", "fp16", "int8"; None: as computed.
         prefix: how the frozen layers run, see `FreezeOut`.
         deterministic: nothing is chosen by the clock, and CUDA's kernels add in a fixed order; slower.
-        graph: the step as a CUDA graph, see `GraphedStep`; eager on CPU.
+        graph: the step as a CUDA graph, see `GraphedStep`; eager on CPU. With `cache` what is kept is its input.
         compile: torch.compile layer by layer, see `CompiledLayers`.
         threads: torch's intra-op threads.
     """
@@ -100,7 +101,7 @@ class TrainConfig:
     start_frozen: int | str = 0
     thaw_to: str | None = None
     cache: str | None = None
-    views: int = 4
+    views: int | str = 4
     cache_dtype: str | None = None
     prefix: str | None = None
     graph: bool = False
@@ -214,10 +215,14 @@ def _check(config: TrainConfig) -> None:
         parsed_thaw(config.thaw_to)
         if config.method == "full":
             raise ValueError("thaw_to must be None where no layer freezes, method is full")
-    if config.cache is not None and config.graph:
-        raise ValueError("cache must be None with graph: the captured step would run the frozen layers")
-    for name, least in (("epochs", 1), ("batch_size", 1), ("views", 1), ("warmup_steps", 0), ("seed", 0)):
+    for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_steps", 0), ("seed", 0)):
         _check_least(name, getattr(config, name), least)
+    if isinstance(config.views, str):
+        _check_choice("views", config.views, ("auto",))
+        if config.deterministic:
+            raise ValueError("views must be a number with deterministic, auto goes by measured times")
+    else:
+        _check_least("views", config.views, 1)
     for name in ("steps", "threads", "max_transitions", "image_size"):
         if getattr(config, name) is not None:
             _check_least(name, getattr(config, name), 1)

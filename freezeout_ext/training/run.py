@@ -76,6 +76,8 @@ class Run:
         except LostRank as error:
             raise TrainingFailed(f"{error}: add --resume") from error
         finally:
+            if trainer.feed.cache is not None:
+                trainer.feed.cache.close()
             self.folder.unlock()
 
     def _train_other(self) -> dict:

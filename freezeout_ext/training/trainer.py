@@ -174,6 +174,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "freezeout": self.freezeout.state_dict() if self.freezeout else None,
             "scaler": self.scaler.state_dict(),
+            "cache": self.feed.cache.state_dict() if self.feed.cache else None,
             "train_seconds": self.train_seconds,
             "phases": [phase.to_dict() for phase in self.phases],
         }
@@ -196,6 +197,8 @@ class Trainer:
                     raise ValueError(f"FreezeOut's step is {self.freezeout.step_count}, the run's {step}")
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
+            if self.feed.cache and state.get("cache"):  # earlier versions saved none
+                self.feed.cache.load_state_dict(state["cache"])
             self.train_seconds = float(state["train_seconds"])
             self.phases = [Phase(**phase) for phase in state["phases"]]
             if sum(phase.steps for phase in self.phases) != step:

@@ -268,8 +268,6 @@ class Tuning:
             return run.train(reporter)
         finally:
             reporter.close()
-            if run.trainer.feed.cache is not None:
-                run.trainer.feed.cache.close()
 
     def _steps_within(self, setting: Setting, seconds: float) -> int:
         changes = dict(setting.changes)

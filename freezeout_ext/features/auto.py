@@ -1,0 +1,215 @@
+"""Auto: how many views of each sample are worth keeping, by measured times and by what repeated views cost."""
+
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import log
+from typing import Any
+
+import torch
+
+from .forwards import Forwards
+from .generations import Generations
+from .timing import seconds_of
+from .views import MOST_VIEWS
+
+# What views that are shown 8 times each cost in accuracy against fresh ones, in training time: ln of how much shorter
+# a cosine loses as much. By the part of the layers that is frozen; docs/measured.md, "Fine-tuning between classes".
+PRICES = (4 / 9, 0.46), (6 / 9, 0.12)
+SHOWN = 8
+LEAST_BATCHES = 4
+TRIALS = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a run whose first views are kept. Times are seconds a sample.
+
+    prefix: of the frozen layers.
+    wait: for the loader, where nothing is kept.
+    rest: of the step.
+    gather: of reading what is kept.
+    before: epochs before anything was kept.
+    epochs: from then on to the run's end; `left`: of these, what is to come.
+    frozen: part of the layers.
+    fit: views that there is room for.
+    """
+
+    prefix: float
+    wait: float
+    rest: float
+    gather: float
+    before: float
+    epochs: float
+    left: float
+    frozen: float
+    fit: int
+
+
+def best_views(m: Measured) -> int:
+    """-> the K with the least ln(seconds(K)) + price * (times that each view is shown - 1) / (SHOWN - 1).
+
+    0: nothing is kept, and each epoch shows fresh views. K is at most `fit`, `epochs` and MOST_VIEWS.
+    """
+    return min(range(min(m.fit, int(m.epochs), MOST_VIEWS) + 1), key=lambda views: score(m, views))
+
+
+def score(m: Measured, views: int) -> float:
+    """-> ln of the run's seconds, those added that would make up for repeated views; see `best_views`."""
+    price = _price(m.frozen) * (m.epochs / views - 1) / (SHOWN - 1) if views else 0.0
+    return log(seconds(m, views)) + price
+
+
+def seconds(m: Measured, views: int) -> float:
+    """-> seconds a sample of the whole run: an epoch fills one view, all further ones read. Backward is 2x forward."""
+    filling = min(views, m.epochs) if views else m.epochs
+    before = m.before * (m.wait + 3 * m.prefix + m.rest)
+    return before + filling * (m.wait + m.prefix) + (m.epochs - filling) * m.gather + m.epochs * m.rest
+
+
+def _price(frozen: float) -> float:
+    (few, high), (most, low) = PRICES
+    part = min(1.0, max(0.0, (frozen - few) / (most - few)))
+    return high + part * (low - high)
+
+
+class Choice:
+    """Decides the number of views at the first batch of the epoch behind the one that has kept the first views.
+
+    Until then one view of each sample is kept. Where too little was measured by then, the next epoch decides.
+
+    Args:
+        kept: what is kept, whose views these are.
+        forwards: which measure the frozen layers.
+        loading: -> seconds in which a step waits for a sample that is read.
+        note: takes the decision, for the report.
+    """
+
+    def __init__(
+        self,
+        kept: Generations,
+        forwards: Forwards,
+        loading: Callable[[], float | None],
+        note: Callable[[str], None],
+    ) -> None:
+        self._kept, self._forwards, self._loading, self._note = kept, forwards, loading, note
+        self._views = kept.views
+        self._tried: int | None = None
+        self._paces: deque[float] = deque(maxlen=512)  # seconds of a sample's step
+        self._steps_before: int | None = None
+        self._samples = self._batch = 0
+        self._fills = False
+        self._measured: Measured | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._views.auto and not self._views.decided
+
+    def handed_out(self, samples: int, step_count: int, *, fills: bool) -> None:
+        """Notes a batch; `fills`: none of it was kept before."""
+        self._steps_before = step_count if self._steps_before is None else self._steps_before
+        self._samples += samples
+        self._batch, self._fills = samples, fills
+
+    def paced(self, seconds: float) -> None:
+        """Notes what the step took of the batch that was handed out last."""
+        if self._fills:
+            self._paces.append(seconds / self._batch)
+
+    def at(self, epoch: int, freezeout: Any) -> None:
+        """Decides, where it can be decided; every process calls this at the same batch."""
+        if self._views.first_epoch is None:
+            self._views.first_epoch = epoch
+        if epoch in (self._views.first_epoch, self._tried):
+            return
+        self._tried = epoch
+        measured = _of_all(self.measured(freezeout), self._kept.world_size)
+        if measured is None:
+            return
+        views = best_views(measured)
+        said = (
+            f"{measured.left:.1f} epochs were left; a sample takes {1e6 * (measured.prefix + measured.wait):.0f} us to "
+            f"load and compute, {1e6 * measured.gather:.0f} us to read, {1e6 * measured.rest:.0f} us for the rest of "
+            f"its step; {measured.fit} views would fit"
+        )
+        if not views:
+            self._measured = None
+            self._note(f"views: none are worth keeping until the next freeze: {said}")
+            if self._kept.latest is not None:
+                self._kept.latest.given_up = True
+            return
+        self._views.decide(views)
+        self._views.first_epoch = epoch - 1  # later than at first where nothing was kept then
+        self._note(f"views: {views} of each sample: {said}")
+        if self._kept.latest is not None and self._kept.latest.frontier.num_frozen == self._forwards.num_frozen:
+            self._kept.grow()
+        self._kept.remember()
+
+    def measured(self, freezeout: Any) -> Measured | None:
+        """What is known, once it is; from then on the same, so that a run that resumes decides as this one does."""
+        if self._measured is None and self.is_open:
+            self._measured = self._measure(freezeout)
+        return self._measured
+
+    def state_dict(self, freezeout: Any) -> dict:
+        measured = self.measured(freezeout)
+        return {
+            "count": self._views.count if self._views.decided else None,
+            "first_epoch": self._views.first_epoch,
+            "measured": None if measured is None else asdict(measured),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self._views.first_epoch = state["first_epoch"]
+        self._measured = None if state["measured"] is None else Measured(**state["measured"])
+        if state["count"] is not None:
+            self._views.decide(state["count"])
+
+    def _measure(self, freezeout: Any) -> Measured | None:
+        now, prefix, began = self._kept.latest, self._forwards.seconds("prefix"), self._steps_before
+        if now is None or prefix is None or began is None or len(self._paces) < LEAST_BATCHES or not len(now.store):
+            return None
+        steps = freezeout.step_count - began
+        if steps <= 0:
+            return None
+        # Without the slowest tenth: the step that was watched, an evaluation in between.
+        whole = sorted(self._paces)[: -(-9 * len(self._paces) // 10)]
+        mine = self._kept.views.num_samples // self._kept.world_size
+        steps_per_epoch = steps / self._samples * mine
+        left = max(0.0, (freezeout.schedule.total_steps - freezeout.step_count) / steps_per_epoch)
+        return Measured(
+            prefix=prefix,
+            wait=self._loading() or 0.0,
+            rest=max(0.0, statistics.fmean(whole) - prefix),
+            gather=self._gather_seconds(),
+            before=began / steps_per_epoch,
+            epochs=left + len(now.store) / mine,
+            left=left,
+            frozen=self._forwards.num_frozen / (len(freezeout.layers.given) + len(freezeout.layers)),
+            fit=self._kept.fit(),
+        )
+
+    def _gather_seconds(self) -> float:
+        """-> seconds a sample, the median of some batches of rows in a random order."""
+        now, device, waits = self._kept.latest, self._kept.device, self._kept.folder is not None
+        assert now is not None  # `_measure` asks
+        keys = now.store.keys()
+        order = torch.randperm(len(keys), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        taken = []
+        for some in (order[: TRIALS * self._batch]).split(self._batch):
+            taken.append(seconds_of(partial(now.store.gather, keys[some], device), device, waits=waits) / len(some))
+        return statistics.median(taken)
+
+
+def _of_all(measured: Measured | None, processes: int) -> Measured | None:
+    """-> what the first process has measured, with the least room of all."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() != processes or processes == 1:
+        return measured
+    found: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(found, measured)
+    if found[0] is None:
+        return None
+    return Measured(**{**asdict(found[0]), "fit": min(each.fit for each in found if each is not None)})

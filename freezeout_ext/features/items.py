@@ -1,0 +1,96 @@
+"""Items: the entries of batches that a forward from kept features needs all the same: targets, labels, masks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .poison import poison
+from .serving import Serving
+from .store import Column, Store
+
+
+class Items:
+    """The entries of batches that are needed although the features are kept: targets, labels, masks."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.template: Any = None
+        self._serving = serving
+        self._store: Store | None = None
+        self._kept: list[int] = []  # leaves that are kept; the others are needless
+        self._off = False
+
+    def has(self, keys: Tensor) -> Tensor:
+        needless = self._needless()
+        if self._store is None or needless is None or not needless <= self._without(self._kept):
+            return torch.zeros(len(keys), dtype=torch.bool, device="cpu")
+        return self._store.has(keys)
+
+    def learn(self, keys: Tensor, batch: Any) -> None:
+        """Keeps what later batches will need of these views."""
+        if self._off or bool((keys < 0).all()):
+            return
+        leaves, spec = tree_flatten(batch)
+        if not leaves or not all(isinstance(x, Tensor) and x.dim() and len(x) == len(keys) for x in leaves):
+            self._off = True  # nothing to take rows of
+            return
+        if self.template is None:
+            self.template = [x[0].detach().clone() for x in leaves], spec
+        elif self.template[1] != spec or any(
+            x.shape[1:] != like.shape for x, like in zip(leaves, self.template[0], strict=True)
+        ):
+            # Padded batches and the like: nothing says what a sample that is not read would be padded to.
+            self._store, self._off = None, True
+            return
+        needless = self._needless()
+        if needless is None:
+            return
+        if self._store is None or not needless <= self._without(self._kept):
+            self._kept = [i for i in range(len(leaves)) if i not in needless]
+            columns = [Column.like(leaves[i]) for i in self._kept]
+            self._store = self._serving.item_store(columns, self._serving.views.num_keys)
+            self._off = self._store is None
+        if self._store is not None:
+            kept = keys >= 0
+            self._store.put(keys[kept], [leaves[i][kept] for i in self._kept])
+
+    def merge(self, keys: Tensor, skipped: Tensor, found: Any) -> Any | None:
+        """What was found, kept entries and poison for the rest, as one batch; None where their shapes differ."""
+        template, spec = self.template
+        assert self._store is not None  # which has what was skipped
+        leaves: list[Any] = [None] * len(template)
+        if found is not None:
+            leaves, found_spec = tree_flatten(found)
+            if found_spec != spec or not all(isinstance(x, Tensor) for x in leaves):
+                return None
+        rows = dict(zip(self._kept, self._store.gather(keys[skipped]), strict=True))
+        whole = []
+        for i, (like, some) in enumerate(zip(template, leaves, strict=True)):
+            if some is None:
+                whole.append(rows[i] if i in rows else poison((len(keys), *like.shape), like.dtype, like.device))
+                continue
+            if i in rows and some.shape[1:] != like.shape:
+                return None
+            full = poison((len(keys), *some.shape[1:]), some.dtype, some.device).clone()
+            full[~skipped] = some
+            if i in rows:
+                full[skipped] = rows[i]
+            whole.append(full)
+        return tree_unflatten(whole, spec)
+
+    def _needless(self) -> set[int] | None:
+        """-> the leaves that no forward needs."""
+        is_needless = self._serving.needless()
+        if self.template is None or is_needless is None:
+            return None
+        leaves, spec = self.template
+        tree = tree_unflatten(list(range(len(leaves))), spec)
+        entries = (
+            tree.items() if isinstance(tree, Mapping) else enumerate(tree if isinstance(tree, tuple | list) else ())
+        )
+        return {leaf for place, entry in entries if is_needless(place) for leaf in tree_flatten(entry)[0]}
+
+    def _without(self, kept: list[int]) -> set[int]:
+        return set(range(len(self.template[0]))) - set(kept)

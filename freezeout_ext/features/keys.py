@@ -1,0 +1,71 @@
+"""Keys: the numbers of a batch's views, as a loader hands them out and as `samples()` takes them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .views import Views
+
+
+class Keys:
+    """The keys of a batch's views: `tensor` is int64 [B] on the CPU.
+
+    No tensor itself, so that whatever moves batches to a device leaves the keys on the host.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __repr__(self) -> str:
+        return f"Keys({self.tensor.tolist()})"
+
+    def tolist(self) -> list[int]:
+        return self.tensor.tolist()
+
+
+def keys_in(batch: Any) -> Keys:
+    """-> the keys of a batch that a cache's loader made.
+
+    Raises:
+        ValueError: there are none.
+    """
+    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    found = [entry for entry in entries if isinstance(entry, Keys)]
+    if len(found) != 1:
+        raise ValueError("batches must hold the keys of their views: take them from cache.loader(...)")
+    return found[0]
+
+
+def checked_keys(keys: Keys | Tensor | Sequence[int], views: Views, note: Callable[[str], None]) -> Tensor:
+    """-> keys as int64 [B] on the CPU.
+
+    Raises:
+        TypeError, ValueError: they are not one each, different, and of these views.
+    """
+    if isinstance(keys, Keys):
+        keys = keys.tensor
+    if isinstance(keys, Tensor) and keys.device.type != "cpu":
+        note("keys were on the device: a synchronisation at every step; hand over the loader's own")
+    try:
+        keys = torch.as_tensor(keys, dtype=torch.int64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"keys must be the loader's, or int64 of a batch, got a {type(keys).__name__}") from error
+    if keys.dim() != 1 or not len(keys):
+        raise ValueError(f"keys must be one for each sample of a batch, got shape {tuple(keys.shape)}")
+    if len(keys.unique()) != len(keys):
+        twice, count = keys.unique(return_counts=True)
+        raise ValueError(f"keys must be different in a batch, got {twice[count > 1].tolist()[:5]} more than once")
+    least, most = int(keys.min()), int(keys.max())
+    if least < -views.num_samples or most >= views.num_keys:
+        raise ValueError(
+            f"keys must be of this cache's data set, in {-views.num_samples}..{views.num_keys - 1}, "
+            f"got {least if least < -views.num_samples else most}"
+        )
+    return keys
