@@ -22,7 +22,7 @@ from torch.nn import functional
 from freezeout_ext import FreezeOut, FusedSGD
 from freezeout_ext.models import build_model
 from freezeout_ext.planner import median_error
-from freezeout_ext.planner.measuring import LayerBench, cpu_clock
+from freezeout_ext.planner.layer_bench import LayerBench, cpu_clock
 from freezeout_ext.text import table
 from freezeout_ext.training.engagement import judged
 from freezeout_ext.training.malloc import keep_freed_memory

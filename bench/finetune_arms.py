@@ -69,19 +69,30 @@ CLASSES = {
     **{f"{name}, paid, norms adapted": replace(RULES[name], adapt=1) for name in ("first 4", "first 6")},
     "full, norms adapted": Arm(adapt=1),
 }
+# Whose tail thaws: from a part of the run on all layers train, at what is left of the one cosine.
+TAILED = {
+    "12 blocks, 6 epochs, K=2": Arm(length=6 / 4, start=13, views=2, kept=BF16),
+    "12 blocks, 8 epochs, K=2": Arm(length=8 / 4, start=13, views=2, kept=BF16),
+    "6 blocks, 6 epochs, K=2": Arm(length=6 / 4, start=7, views=2, kept=BF16),
+}
 # Of EfficientNet-Lite0's 19 layers: the stem and 6 or 12 of the 16 blocks.
 PRETRAINED = {
     **{f"full {epochs} epochs": Arm(length=epochs / 4) for epochs in (1, 2, 4, 6, 8)},
     "6 blocks, 2 epochs, K=1": Arm(length=2 / 4, start=7, views=1, kept=BF16),
     "6 blocks, 4 epochs, K=2": Arm(length=4 / 4, start=7, views=2, kept=BF16),
     "12 blocks, 4 epochs, K=1": Arm(length=4 / 4, start=13, views=1, kept=BF16),
-    "12 blocks, 8 epochs, K=2": Arm(length=8 / 4, start=13, views=2, kept=BF16),
+    **TAILED,
     "12 blocks, 16 epochs, K=4": Arm(length=16 / 4, start=13, views=4, kept=BF16),
     "6 blocks, 8 epochs, K=4": Arm(length=8 / 4, start=7, views=4, kept=BF16),
     "12 blocks, 10 epochs, K=2, all thawed for 2": Arm(length=10 / 4, start=13, views=2, kept=BF16, thaw=(0.8, 0, 3.0)),
     "12 blocks, 10 epochs, K=2, thawed to 6 for 3": Arm(
         length=10 / 4, start=13, views=2, kept=BF16, thaw=(0.7, 7, 2.0)
     ),
+    **{
+        f"{name}, all thawed at {part:g}": replace(arm, thaw=(part, 0, 1.0))
+        for name, arm in TAILED.items()
+        for part in (0.67, 0.8)
+    },
     "6 blocks, 2 epochs, K=1, norms adapted": Arm(length=2 / 4, start=7, views=1, kept=BF16, adapt=1),
     "12 blocks, 4 epochs, K=1, norms adapted": Arm(length=4 / 4, start=13, views=1, kept=BF16, adapt=1),
 }
@@ -119,6 +130,7 @@ PAIRS = {
     "pretrained": [
         ("6 blocks, 2 epochs, K=1, norms adapted", "6 blocks, 2 epochs, K=1"),
         ("12 blocks, 4 epochs, K=1, norms adapted", "12 blocks, 4 epochs, K=1"),
+        *((f"{name}, all thawed at {part:g}", name) for name in TAILED for part in (0.67, 0.8)),
     ],
     "scratch-vgg": SCRATCH_PAIRS,
     "scratch-wrn": SCRATCH_PAIRS,

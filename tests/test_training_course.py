@@ -10,7 +10,7 @@ from freezeout_ext.tasks import Task
 from freezeout_ext.tasks.device_data import DeviceData
 from freezeout_ext.training.arms import Arm
 from freezeout_ext.training.config import BadInput, TrainConfig, parsed_thaw
-from freezeout_ext.training.course import Length, Tail, freezing_options, tail_of
+from freezeout_ext.training.course import Length, Tail, freezing_options, has_whole_steps, tail_of
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run import Run
 from freezeout_ext.training.tables import run_summary, transition_line
@@ -131,6 +131,11 @@ def test_a_run_with_a_tail_resumes(tmp_path, part, cache):
     assert (started["num_frozen"], thawed["num_frozen"], thawed["step"]) == (2, 1, round(part * 20))
     assert "thawed: 1.0" in run_summary(result)
     assert transition_line(thawed, 4).startswith(f"step {thawed['step']}: thawed 1.0 (still frozen: 1 of 4 layers; 42 ")
+
+
+def test_steps_with_nothing_frozen_are_there_before_the_first_freeze_or_in_a_tail():
+    assert has_whole_steps(BASE) and not has_whole_steps(HALF) and not has_whole_steps(replace(HALF, start_frozen="b"))
+    assert has_whole_steps(replace(HALF, thaw_to="0@0.5")) and not has_whole_steps(replace(HALF, thaw_to="1@0.5"))
 
 
 def test_a_tail_of_another_run_is_not_resumed(tmp_path):

@@ -14,7 +14,8 @@ from ..layers import Layers, find_layers
 from ..schedule import POWERS, Schedule
 from ..text import duration, table
 from .costs import Prediction, StepCosts, Suggestion, Tail, predict, suggest_t_0
-from .measuring import MakeOptimizer, measure_costs, measure_loader
+from .layer_bench import MakeOptimizer
+from .measuring import measure_costs, measure_loader
 
 T_0S = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

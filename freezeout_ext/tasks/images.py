@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from .batches import check_counts, generator
 from .device_data import uniform
-from .nets import TIMM, find_net
+from .nets import find_net, is_papers
 from .task import Task
 
 DIGITS_TEST_IMAGES = 450
@@ -151,10 +151,9 @@ def image_task(
         statistics: dict[str, Any] = {} if net.mean is None else {"mean": net.mean, "std": net.std}
         return replace(split, augmented=augmented, size=image_size, channels=net.channels, **statistics)
 
-    fresh = not (net.notes or model.startswith(TIMM))
     return Task(
         make_model=net.make,
-        make_optimizer=_papers_optimizer if fresh else None,
+        make_optimizer=_papers_optimizer if is_papers(model) and weights is None else None,
         epochs=30,
         batch_size=64,
         train=prepared(data.train, augment),

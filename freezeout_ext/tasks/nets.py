@@ -1,8 +1,10 @@
 """Nets by name: the paper's, timm's as timm/NAME, and EfficientNet-Lite0."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -43,6 +45,11 @@ def net_names() -> list[str]:
     return [*model_names(), "timm/NAME: any net of timm", f"{LITE}: EfficientNet-Lite0, from its package"]
 
 
+def is_papers(name: str) -> bool:
+    """Whether the net called `name` is one of the paper's, of `models`."""
+    return not name.startswith(TIMM) and name != LITE
+
+
 def find_net(
     name: str, num_classes: int, *, in_channels: int = 3, image_size: int = 32, weights: str | None = None
 ) -> Net:
@@ -80,8 +87,30 @@ def find_net(
     else:
         state, source = read_weights(Path(weights)), Path(weights).name
     with torch.random.fork_rng([]):
-        state, line = fitted(net.make(), state, source)
-    return replace(net, make=_with_weights(net.make, state), notes=(line,))
+        made = net.make()
+        state, resampled = _of_its_size(made, state) if name.startswith(TIMM) else (state, ())
+        state, line = fitted(made, state, source)
+    return replace(net, make=_with_weights(net.make, state), notes=(line, *resampled))
+
+
+def _of_its_size(net: nn.Module, state: State) -> tuple[State, tuple[str, ...]]:
+    """Weights of a net of timm with the position embeddings of this net's image size, and a line where they differed.
+
+    Shapes: pos_embed [1, tokens, channels].
+    """
+    there, here = state.get("pos_embed"), getattr(net, "pos_embed", None)
+    grid = getattr(getattr(net, "patch_embed", None), "grid_size", None)
+    if there is None or here is None or grid is None or there.dim() != 3 or there.shape[1] == here.shape[1]:
+        return state, ()
+    from timm.layers import resample_abs_pos_embed
+
+    prefix = here.shape[1] - grid[0] * grid[1]
+    side = math.isqrt(there.shape[1] - prefix)
+    if side * side + prefix != there.shape[1] or there.shape[2] != here.shape[2]:
+        return state, ()  # `fitted` refuses it
+    found = resample_abs_pos_embed(there, list(grid), [side, side], num_prefix_tokens=prefix)
+    line = f"position embeddings resampled from {side}x{side} to {grid[0]}x{grid[1]} patches"
+    return {**state, "pos_embed": found}, (line,)
 
 
 def _with_weights(make: Callable[[], nn.Module], state: State) -> Callable[[], nn.Module]:
@@ -108,7 +137,7 @@ def _papers_net(name: str, num_classes: int, in_channels: int, image_size: int) 
 def _timm_net(name: str, num_classes: int, image_size: int) -> Net:
     timm, short = _timm(name), name.removeprefix(TIMM)
     if not timm.is_model(short):
-        near = ", ".join(timm.list_models(f"*{short.partition('_')[0]}*")[:5])
+        near = ", ".join(get_close_matches(short, timm.list_models(), 5))
         near = f"; near: {near}" if near else ""
         raise ValueError(f"model must be timm/NAME with a name of timm, got {name!r}{near}")
     config = timm.get_pretrained_cfg(short)
@@ -138,6 +167,11 @@ def _timm(name: str):
         import timm
     except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises the latter
         reason = " ".join(str(error).split())
+        if "torchvision" in reason:
+            raise ModuleNotFoundError(
+                f"{name} needs timm, which imports torchvision: install the torchvision that fits torch"
+                f" {torch.__version__} ({reason})"
+            ) from None
         raise ModuleNotFoundError(f"{name} needs timm, pip install 'freezeout_ext[timm]': {reason}") from None
     return timm
 

@@ -29,7 +29,8 @@ def read_weights(path: Path) -> State:
     except ImportError:
         raise ValueError(f"weights in {path} need safetensors: pip install safetensors") from None
     except Exception as error:  # a broken file raises whatever the operation it breaks at raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's own sentences go on with how to load what may run code.
+        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
         raise ValueError(f"weights must be a state dict of torch or safetensors, {path} is none: {reason}") from None
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):

@@ -12,6 +12,7 @@ from .arms import default_kinds, make_arms
 from .compare import Comparison
 from .config import TrainConfig, faults_of_input
 from .costing import kept_costs, plan_of, training_costs
+from .course import has_whole_steps
 from .reporters import LineReporter, Reporter, StepReporter
 from .run import Run
 from .summary import curves
@@ -33,7 +34,7 @@ def train(task: Task, out: str | Path, *, resume: bool = False, reporter: Report
     config = _config(task, options)
     run = Run.prepare(config, out, task=task, resume=resume)
     costs = None
-    if run.trainer.freezeout:
+    if run.trainer.freezeout and has_whole_steps(config):
         costs = kept_costs(Path(out) / "costs.json", run.trainer.config, task, run.trainer.layer_names)
     reporter = reporter or LineReporter()
     try:

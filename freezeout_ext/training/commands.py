@@ -17,6 +17,7 @@ from .chosen import base_config, folder_name, given, own_task, task_of
 from .compare import Comparison
 from .config import OWN_MODEL, TrainConfig, faults_of_input
 from .costing import kept_costs
+from .course import has_whole_steps
 from .html import write_report
 from .ranks import Ranks, ranks_of_torchrun
 from .reporters import (
@@ -64,7 +65,8 @@ def _train_as(args: argparse.Namespace, ranks: Ranks) -> None:
         print(*task.notes, sep="\n", flush=True)
     reporter = Reporters(*reporters)
     costs = None
-    if run.trainer.freezeout and ranks.world == 1:  # the costs of one process know no communication
+    # The costs of one process know no communication.
+    if run.trainer.freezeout and ranks.world == 1 and has_whole_steps(config):
         with faults_of_input():
             costs = kept_costs(out / "costs.json", run.trainer.config, task, run.trainer.layer_names)
     try:

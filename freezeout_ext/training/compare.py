@@ -13,7 +13,7 @@ from ..tasks import Task, faults_of
 from .arms import Arm
 from .config import TrainConfig, faults_of_input
 from .costing import kept_costs
-from .course import Length
+from .course import Length, has_whole_steps
 from .engagement import with_engagement
 from .measure import conditions
 from .reporters import Reporter, say
@@ -23,7 +23,7 @@ from .summary import arm_summary, run_folder, time_to_metric, undisturbed_second
 from .trainer import Trainer
 from .values import in_percent, metric_text
 
-WARMUP_STEPS = 20
+WARMUP_STEPS = 5
 
 
 class Comparison:
@@ -86,10 +86,10 @@ class Comparison:
         results: dict[Arm, dict[int, dict]] = {arm: {} for arm in self.arms}
         if not all(self._folder(arm, seed).result_path.exists() for arm in self.arms for seed in self.seeds):
             self._warm_up()
-        freezes = any(arm.freezes for arm in self.arms)
+        engages = has_whole_steps(self.base) and any(arm.freezes for arm in self.arms)
         runs = len(self.arms) * len(self.seeds)
         costs = None
-        if freezes:
+        if engages:
             costs = kept_costs(self.out / "costs.json", self.base, self.task, self._layers, runs=runs)
         for stage in (measured, matched):
             steps = {arm: self._matched_steps(arm, results) for arm in stage}

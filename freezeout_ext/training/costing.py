@@ -71,7 +71,7 @@ def training_costs(trainer: Trainer, *, rounds: int, max_seconds: float) -> Step
         max_seconds=max_seconds,
         loader=loader,
         loader_ahead=trainer.feed.works_ahead,
-        on_round=Progress("measuring the layers, rounds"),
+        on_progress=Progress("measuring the layers"),
     )
 
 

@@ -60,6 +60,11 @@ def tail_of(config: TrainConfig, length: Length, layers: Sequence[str]) -> Tail 
     return Tail(step, count_through(layer, layers, "thaw_to"))
 
 
+def has_whole_steps(config: TrainConfig) -> bool:
+    """Whether a run has steps with nothing frozen, against which its others are held."""
+    return config.start_frozen == 0 or (config.thaw_to is not None and parsed_thaw(config.thaw_to)[0] == 0)
+
+
 def count_through(layer: int | str, layers: Sequence[str], argument: str) -> int:
     """How many layers `layer` and all before it are; a count is itself."""
     if isinstance(layer, int):

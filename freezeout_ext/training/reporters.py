@@ -43,8 +43,6 @@ class Progress:
 
     def __init__(self, what: str, say: Callable[[str], None] = say) -> None:
         self._what, self._say = what, say
-        self._began = time.perf_counter()
-        self._next = self._began + FIRST_SECONDS
         self._first: int | None = None
 
     def __call__(self, done: int, total: int) -> None:
@@ -52,6 +50,7 @@ class Progress:
         now = time.perf_counter()
         if self._first is None:
             self._first, self._began = done, now  # a resumed run does not begin at 0
+            self._next = now + FIRST_SECONDS
         if now < self._next or done == total:
             return
         self._next = now + SILENT_SECONDS

@@ -1,0 +1,220 @@
+"""LayerBench: whole training steps of copies of a model, in which every layer is timed."""
+
+import copy
+import time
+from collections.abc import Callable
+from itertools import chain
+from statistics import median
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch, call, detached
+from ..fused import FusedSGD
+from ..layers import Layers, find_layers
+from ..memory import SavedBytes
+from .costs import StepCosts
+from .marks import LayerMarks
+from .median_error import median_error
+
+WARM_UP_STEPS = 2  # of each copy
+FULL_STEPS = 3  # whole steps a round, with instruments and without
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+class LayerBench:
+    """Copies of a model in training, and what their steps took: each part once or more a round."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        targets: Batch,
+        criterion: Callable[..., Tensor],
+        *,
+        layers: Layers | None = None,
+        make_optimizer: MakeOptimizer | None = None,
+        amp_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.clock = cpu_clock()  # CUDA has events
+        self._original = model, layers or find_layers(model)
+        self._make_optimizer = make_optimizer or _make_optimizer
+        self.inputs, self.targets, self.criterion = detached(inputs), targets, criterion
+        self.amp_dtype, self.device = amp_dtype, next(model.parameters()).device
+        self._copy()
+        self.forget()
+
+    def _copy(self) -> None:
+        for name in ("model", "layers", "optimizer"):
+            self.__dict__.pop(name, None)  # the old ones go first
+        self.model, self.layers = copy.deepcopy(self._original)
+        for p in self.model.parameters():
+            p.grad = None
+        self.optimizer = self._make_optimizer([{"params": list(layer.parameters.values())} for layer in self.layers])
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] * 0
+
+    def forget(self) -> None:
+        self.rounds = 0
+        self.savings: list[list[float]] = []  # of each round
+        count = len(self.layers)
+        self.forward: list[list[float]] = [[] for _ in range(count)]
+        self.frozen_forward: list[list[float]] = [[] for _ in range(count)]
+        self.backward: list[list[float]] = [[] for _ in range(count)]
+        self.backward_first: list[list[float]] = [[] for _ in range(count)]
+        self.optimizer_step: list[list[float]] = [[] for _ in range(count)]
+        self.loss: list[float] = []
+        self.whole: list[float] = []
+
+    def round(self, on_layer: Callable[[int], None] = lambda done: None) -> None:
+        """Every part of a step once or more; calls on_layer(layers done in all rounds) before each layer."""
+        done = self.rounds * len(self.layers)
+        on_layer(done)
+        self._copy()
+        for _ in range(WARM_UP_STEPS):
+            self.whole_step(skip=True)
+        starts = [len(values) for values in self._lists()]
+        for _ in range(FULL_STEPS):
+            self.whole_step()
+            self.step(0)
+        for k in range(1, len(self.layers)):
+            on_layer(done + k)
+            # The update of the first step after a change prepares its tables anew: the second one counts.
+            self.step(k, skip_optimizer=True)
+            self.step(k)
+        self.rounds += 1
+        costs = StepCosts(**self._medians([values[n:] for values, n in zip(self._lists(), starts, strict=True)]))
+        self.savings.append([costs.saving(k) for k in range(len(self.layers))])
+
+    def whole_step(self, *, skip: bool = False) -> None:
+        self._freeze(0)
+        start = self._now()
+        self._loss().backward()
+        self._update()
+        if not skip:
+            self.whole.append(self._seconds(start, self._now()))
+
+    def step(self, k: int, *, skip_optimizer: bool = False) -> None:
+        """One step with layers 0 .. k-1 frozen, its parts into the lists."""
+        self._freeze(k)
+        with LayerMarks(self.model, self.layers, self._now, self._difference) as marks:
+            start = self._now()
+            with self._autocast():
+                outputs = call(self.model, self.inputs)
+                called = self._now()
+                loss = self.criterion(outputs, self.targets)
+            forwarded = self._now()
+            loss.backward()
+            backwarded = self._now()
+            self._update()
+            end = self._now()
+        self._synchronize()
+        for i, seconds in enumerate(marks.forward_intervals(start, called)):
+            (self.forward if i >= k else self.frozen_forward)[i].append(seconds)
+        self.loss.append(self._difference(forwarded, called))
+        first, *rest = marks.backward_intervals(forwarded, backwarded, k)
+        self.backward_first[k].append(first)
+        for i, seconds in enumerate(rest, k + 1):
+            self.backward[i].append(seconds)
+        if not skip_optimizer:
+            self.optimizer_step[k].append(self._difference(end, backwarded))
+
+    def costs(self, **others) -> StepCosts:
+        """The medians over all rounds; `others`: further fields of StepCosts."""
+        error = None
+        if self.rounds > 1:
+            # Of two values or more there is one.
+            error = tuple(cast("float", median_error(values)) for values in zip(*self.savings, strict=True))
+        return StepCosts(**self._medians(self._lists()), saving_error=error, **others)
+
+    def _lists(self) -> list[list[float]]:
+        by_layer = self.forward, self.frozen_forward, self.backward, self.backward_first, self.optimizer_step
+        return [*chain.from_iterable(by_layer), self.loss, self.whole]
+
+    def _medians(self, lists: list[list[float]]) -> dict:
+        """lists: as _lists() gives them, or parts of these."""
+        values = [median(each) if each else 0.0 for each in lists]
+        count = len(self.layers)
+        forward, frozen_forward, backward, first, optimizer = (
+            tuple(values[count * j : count * (j + 1)]) for j in range(5)
+        )
+        return {
+            "layers": tuple(layer.name for layer in self.layers),
+            "forward": forward,
+            # The last layer never freezes.
+            "frozen_forward": (*frozen_forward[:-1], forward[-1]),
+            # Layer 0 never has its input's gradient.
+            "backward": (first[0], *backward[1:]),
+            "backward_first": first,
+            "optimizer": optimizer,
+            "loss": values[-2],
+            "whole_step": values[-1],
+        }
+
+    def memory(self) -> tuple[int, ...]:
+        """Bytes with k layers frozen, counted: what a storage holds counts to the last layer that saved it."""
+        self._freeze(0)
+        held = sum(_bytes(t) for t in (*self.model.parameters(), *self.model.buffers()))
+        with LayerMarks(self.model, self.layers, lambda: 0) as marks:
+            watched = SavedBytes(self.model, lambda: marks.current)
+            with watched.watch():
+                loss = self._loss()
+        del loss
+        saved = [watched.by_owner.get(i, 0) for i in range(len(self.layers))]
+        for i, layer in enumerate(self.layers):
+            for p in layer.parameters.values():
+                state = self.optimizer.state.get(p, {}).values()
+                saved[i] += _bytes(p) + sum(_bytes(v) for v in state if isinstance(v, Tensor) and v.dim())
+        return tuple(held + sum(saved[k:]) for k in range(len(saved)))
+
+    def _freeze(self, k: int) -> None:
+        self.model.train()
+        for i, layer in enumerate(self.layers):
+            for p in layer.parameters.values():
+                p.requires_grad_(i >= k)
+            for module in layer.submodules:
+                module.training = i >= k
+
+    def _loss(self) -> Tensor:
+        with self._autocast():
+            return self.criterion(call(self.model, self.inputs), self.targets)
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def _now(self):
+        if self.device.type != "cuda":
+            return self.clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _difference(self, later, earlier) -> float:
+        return earlier.elapsed_time(later) / 1000 if self.device.type == "cuda" else later - earlier
+
+    def _seconds(self, start, end) -> float:
+        self._synchronize()
+        return self._difference(end, start)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def cpu_clock() -> Callable[[], float]:
+    """CPU time of this thread where it does all the work (a CPU graph's backward runs in the thread that calls it)."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _make_optimizer(groups: list[dict]) -> torch.optim.Optimizer:
+    return FusedSGD(groups, lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
