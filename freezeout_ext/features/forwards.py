@@ -32,7 +32,6 @@ class Forwards:
     Attributes:
         frozen: name -> module of what is frozen, and how many layers these are.
         keys, lengths: of the present batch.
-        absent: bool [keys], of which views the last batch brought no input.
         given: rows that the next forward runs on, whatever its keys are; see FeatureCache.given.
         refused: why nothing is kept behind the present number of layers.
         hits, pushed, misses, checks, difference: see CacheReport.
@@ -44,7 +43,9 @@ class Forwards:
         self.num_frozen = 0
         self.keys: Tensor | None = None
         self.lengths: Tensor | None = None
-        self.absent = torch.zeros(generations.views.num_keys, dtype=torch.bool, device="cpu")
+        # Of which views the last batch brought no input.
+        self._absent = torch.zeros(generations.views.num_keys, dtype=torch.bool, device="cpu")
+        self._any_absent = False
         self.given: tuple[Tensor, ...] | None = None
         self.refused: str | None = None
         self.hits = self.pushed = self.misses = self.checks = self.count = 0
@@ -88,7 +89,7 @@ class Forwards:
             return self._from_given(original, args, kwargs)
         keys = self.keys
         assert keys is not None  # forwards go through here inside samples()
-        absent = self.absent[keys.clamp(min=0)] & (keys >= 0)
+        absent = self._absent_of(keys)
         if self._moves is not None and self._moves.count(len(keys)) and self._postponed:
             self.refused, self._postponed = None, False
         if not self.num_frozen:
@@ -141,11 +142,17 @@ class Forwards:
         self._kept.drop_changed()
         if now not in self._kept or not bool(now.store.has(keys).all()) or now.frontier.length is not None:
             return None
-        if self._checks_due.due() and not bool(self.absent[keys].any()):
+        if self._checks_due.due() and not bool(self._absent_of(keys).any()):
             return None
         self._checks_due.pass_on(done=False)
         self.hits += len(keys)
         return tuple(now.store.gather(keys, self._kept.device))
+
+    def note_absent(self, keys: Tensor, absent: Tensor) -> None:
+        """The inputs of some samples of the batch that comes next were not read."""
+        if self._any_absent or bool(absent.any()):
+            self._any_absent, kept = True, keys >= 0
+            self._absent[keys[kept]] = absent[kept]
 
     def needs_inputs(self, absent: Tensor) -> None:
         """
@@ -290,6 +297,11 @@ class Forwards:
         self._note(f"not kept behind {self.num_frozen} layers: {reason}")
 
     # Parts of these
+
+    def _absent_of(self, keys: Tensor) -> Tensor:
+        if not self._any_absent:
+            return torch.zeros(len(keys), dtype=torch.bool, device="cpu")
+        return self._absent[keys.clamp(min=0)] & (keys >= 0)
 
     def _keep(self, now, keys: Tensor, rows: list[Tensor], kwargs: Mapping, part: Tensor | None = None) -> None:
         lengths = None

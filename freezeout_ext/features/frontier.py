@@ -47,6 +47,7 @@ class Frontier:
     batch_size: int
     length: int | None
     dense: set[tuple[int, int]] = field(default_factory=set)
+    _poisons: dict[tuple, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -117,9 +118,10 @@ class Frontier:
                 raise RuntimeError(f"{name} is called again in one forward, unlike in the one that was watched")
             met.add(i)
             leaves = [
-                given.get((i, j), self._poison(i, j, batch_size, length, device) if isinstance(x, Tensor) else x)
+                given[i, j] if (i, j) in given
+                else self._poison(i, j, batch_size, length, device) if isinstance(x, Tensor) else x
                 for j, x in enumerate(self.leaves[i])
-            ]
+            ]  # fmt: skip
             return tree_unflatten(leaves, self.specs[i])
 
         with through(self.modules, call):
@@ -170,14 +172,17 @@ class Frontier:
         return rows
 
     def _poison(self, call: int, leaf: int, batch_size: int, length: int | None, device: torch.device) -> Tensor:
-        like = self.leaves[call][leaf]
-        shape = list(like.shape)
-        if shape and shape[0] == self.batch_size:
-            shape[0] = batch_size
-        if self.length is not None:
-            shape[1:] = [length if size == self.length else size for size in shape[1:]]
-        made = poison(shape, like.dtype, device)
-        return made.clone() if (call, leaf) in self.dense else made
+        key = call, leaf, batch_size, length, device
+        made = self._poisons.get(key)
+        if made is None:
+            like = self.leaves[call][leaf]
+            shape = list(like.shape)
+            if shape and shape[0] == self.batch_size:
+                shape[0] = batch_size
+            if self.length is not None:
+                shape[1:] = [length if size == self.length else size for size in shape[1:]]
+            made = self._poisons[key] = poison(shape, like.dtype, device)
+        return made.clone() if (call, leaf) in self.dense else made.detach()
 
 
 def sliced(tree: Any, rows: Tensor, batch_size: int) -> Any:

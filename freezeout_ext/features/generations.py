@@ -62,6 +62,7 @@ class Generations:
         self.rank, self.world_size = 0, 1
         self.items: Store | None = None
         self.model: nn.Module | None = None
+        self._first: tuple[nn.Module, Tensor] | None = None
         self._all: list[Generation] = []
 
     def __iter__(self) -> Iterator[Generation]:
@@ -83,7 +84,10 @@ class Generations:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(iter(self.attached.parameters())).device
+        model = self.attached
+        if self._first is None or self._first[0] is not model:  # to look for a parameter takes as long as a small layer
+            self._first = model, next(iter(model.parameters()))
+        return self._first[1].device
 
     @property
     def owned(self) -> int:
@@ -214,6 +218,7 @@ class Generations:
             store.commit()
 
     def close(self) -> None:
+        self._first = None
         for generation in self:
             self._drop(generation)
         if self.items is not None:

@@ -64,9 +64,11 @@ class Guard:
                 yield name, t
 
     def _now(self) -> tuple[list, list]:
-        tensors = [_state(t) for _, table in self._tables for t in table.values() if t is not None]
-        tensors += [_state(table[key]) for table, key in self._states.values()]
-        return tensors, [id(module) for links in self._links for module in links.values()]
+        # At every step: the fewer calls the better.
+        tensors = [t for _, table in self._tables for t in table.values() if t is not None]
+        tensors += [table[key] for table, key in self._states.values()]
+        states = [(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
+        return states, [id(module) for links in self._links for module in links.values()]
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -75,10 +77,6 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, t in tensors:
         digest.update(f"{name} {t.dtype} {tuple(t.shape)} {_checksum(t).tolist()}".encode())
     return digest.hexdigest()
-
-
-def _state(t: Tensor) -> tuple:
-    return id(t), t.data_ptr(), -1 if t.is_inference() else t._version
 
 
 def _checksum(t: Tensor) -> Tensor:

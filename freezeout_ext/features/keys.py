@@ -59,10 +59,11 @@ def checked_keys(keys: Keys | Tensor | Sequence[int], views: Views, note: Callab
         raise TypeError(f"keys must be the loader's, or int64 of a batch, got a {type(keys).__name__}") from error
     if keys.dim() != 1 or not len(keys):
         raise ValueError(f"keys must be one for each sample of a batch, got shape {tuple(keys.shape)}")
-    if len(keys.unique()) != len(keys):
+    numbers = keys.tolist()
+    if len(set(numbers)) != len(numbers):
         twice, count = keys.unique(return_counts=True)
         raise ValueError(f"keys must be different in a batch, got {twice[count > 1].tolist()[:5]} more than once")
-    least, most = int(keys.min()), int(keys.max())
+    least, most = min(numbers), max(numbers)
     if least < -views.num_samples or most >= views.num_keys:
         raise ValueError(
             f"keys must be of this cache's data set, in {-views.num_samples}..{views.num_keys - 1}, "

@@ -76,14 +76,13 @@ class Serving:
 
     def delivered(self, keys: Tensor, skipped: Tensor, samples_read: int, seconds: float) -> None:
         """Notes which inputs a batch lacks, before it is handed out, and how long it was waited for."""
-        kept = keys >= 0
         self._loading.add(seconds, samples_read)
-        self._forwards.absent[keys[kept]] = skipped[kept]
+        self._forwards.note_absent(keys, skipped)
         self.read += samples_read
         self.skipped += int(skipped.sum())
         freezeout = self._follow()
         if self._choice.is_open and self._forwards.num_frozen and freezeout is not None:
-            fills = bool(kept.all()) and not any(bool(g.store.has(keys).any()) for g in self._kept)
+            fills = bool((keys >= 0).all()) and not any(bool(g.store.has(keys).any()) for g in self._kept)
             self._choice.handed_out(len(keys), freezeout.step_count, fills=fills)
 
     def paced(self, seconds: float) -> None:
