@@ -35,6 +35,7 @@ class Forwards:
         given: rows that the next forward runs on, whatever its keys are; see FeatureCache.given.
         refused: why nothing is kept behind the present number of layers.
         hits, pushed, misses, checks, difference: see CacheReport.
+        watches: forwards that were watched.
     """
 
     def __init__(self, generations: Generations, moves: Moves | None, *, note: Callable[[str], None]) -> None:
@@ -48,7 +49,7 @@ class Forwards:
         self._any_absent = False
         self.given: tuple[Tensor, ...] | None = None
         self.refused: str | None = None
-        self.hits = self.pushed = self.misses = self.checks = self.count = 0
+        self.hits = self.pushed = self.misses = self.checks = self.count = self.watches = 0
         self.difference = 0.0
         self._aliases = self._postponed = False
         self._checks_due = Schedule()
@@ -267,6 +268,7 @@ class Forwards:
         forward = Forward(
             self._kept.attached, original, args, kwargs, self.frozen, len(keys), self._lengths_of(kwargs), under
         )
+        self.watches += 1
         found: list = []
         seconds = seconds_of(
             lambda: found.extend(forward.watched(self.num_frozen, self._kept.dtype, aliases=self._aliases)),
