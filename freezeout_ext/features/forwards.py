@@ -1,7 +1,7 @@
 """Forwards: how one forward over known keys runs: from what is kept, filling it, watched, or as ever."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .eligible import unwatchable
-from .frontier import sliced
+from .frontier import merged, sliced
 from .generations import Generation, Generations
 from .moves import Moves
 from .probe import Forward, Seen, autocast_state, lengths_of, right_padded
@@ -230,13 +230,13 @@ class Forwards:
                 computed = frontier.computed(original, *some)
                 watch.stop(len(places) if base is None else 0)
             self._counted(base, len(places))
-            self._keep(now, keys[places], computed, some[1], places)
+            self._keep(now, base, keys[places], computed, some[1], places)
             parts.append((places, computed))
         if bool(have.any()):
             here = have.nonzero().squeeze(1)
             parts.insert(0, (here, now.store.gather(keys[here], self._kept.device, length=length)))
             self.hits += len(here)
-        rows = [_merged(len(keys), [(places, of[i]) for places, of in parts]) for i in range(len(frontier.columns))]
+        rows = [merged(len(keys), [(places, of[i]) for places, of in parts]) for i in range(len(frontier.columns))]
         with frontier.replaced(rows, length):
             return original(*args, **kwargs)
 
@@ -251,7 +251,7 @@ class Forwards:
                 output = original(*args, **kwargs)
         self._counted(base, len(keys))
         if rows:
-            self._keep(now, keys, rows, kwargs)
+            self._keep(now, base, keys, rows, kwargs)
         return output
 
     def _watched(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
@@ -284,7 +284,7 @@ class Forwards:
             if self._moves is not None:
                 self._moves.watch_seconds, begun.layers_seconds = seconds, self._moves.layers_seconds
             self._watches.clear()
-            self._keep(begun, keys, forward.rows, kwargs)
+            self._keep(begun, base, keys, forward.rows, kwargs)
             self._counted(base, len(keys))
         return output
 
@@ -305,7 +305,10 @@ class Forwards:
             return torch.zeros(len(keys), dtype=torch.bool, device="cpu")
         return self._absent[keys.clamp(min=0)] & (keys >= 0)
 
-    def _keep(self, now, keys: Tensor, rows: list[Tensor], kwargs: Mapping, part: Tensor | None = None) -> None:
+    def _keep(
+        self, now: Generation, base: Generation | None, keys: Tensor, rows: list[Tensor], kwargs: Mapping,
+        part: Tensor | None = None,
+    ) -> None:  # fmt: skip
         lengths = None
         if now.frontier.length is not None:
             lengths = self._lengths_of(kwargs)
@@ -317,7 +320,7 @@ class Forwards:
                 right_padded(kwargs, lengths)
             except Refused as reason:
                 return self._note(f"a batch was not kept: {reason}")
-        kept = now.store.put(keys, rows, lengths)
+        kept = now.store.put(keys, rows, lengths, now.origin(base, keys))
         if not kept and len(now.store) < now.store.rows:
             self._note("a batch was not kept: its samples have another shape or dtype than those of the first one")
         self._kept.retire()
@@ -325,16 +328,14 @@ class Forwards:
     def _spot_check(self, now: Generation, original, args, kwargs, keys: Tensor) -> None:
         if not now.frontier.sliceable:
             return
-        watch = self._watch("prefix")
         try:
-            watch.start()
-            self.difference = max(self.difference, spot_check(self._kept, now, original, args, kwargs, keys))
-            watch.stop(len(keys))
+            difference = spot_check(self._kept, now, original, args, kwargs, keys, self._watch("prefix"))
         except RuntimeError:
             if self._kept.latest is None:
                 self.num_frozen = 0
             raise
-        self.checks += 1
+        if difference is not None:
+            self.difference, self.checks = max(self.difference, difference), self.checks + 1
 
     def _counted(self, base: Generation | None, samples: int) -> None:
         if base is None:
@@ -364,14 +365,3 @@ class Forwards:
         sizes = {len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()}
         if sizes and len(keys) not in sizes:
             raise ValueError(f"keys must be one for each sample, got {len(keys)} for a batch of {min(sizes)}")
-
-
-def _merged(batch_size: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """One batch of rows from parts (places [b], rows [b, ...]), with the strides of the first."""
-    like = parts[0][1]
-    order = sorted(range(1, like.dim()), key=lambda d: -like.stride()[d])
-    whole = like.new_empty((batch_size, *(like.shape[d] for d in order)))
-    whole = whole.permute(0, *(1 + order.index(d) for d in range(1, like.dim())))
-    for places, rows in parts:
-        whole[places.to(whole.device)] = rows
-    return whole

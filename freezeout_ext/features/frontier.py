@@ -192,6 +192,17 @@ def sliced(tree: Any, rows: Tensor, batch_size: int) -> Any:
     )
 
 
+def merged(batch_size: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """One batch of rows from parts (places [b], rows [b, ...]), with the strides of the first."""
+    like = parts[0][1]
+    order = sorted(range(1, like.dim()), key=lambda d: -like.stride()[d])
+    whole = like.new_empty((batch_size, *(like.shape[d] for d in order)))
+    whole = whole.permute(0, *(1 + order.index(d) for d in range(1, like.dim())))
+    for places, rows in parts:
+        whole[places.to(whole.device)] = rows
+    return whole
+
+
 def _names(inputs: tuple | Mapping) -> list[Any]:
     places = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
     return [place for place, value in places for _ in tree_flatten(value)[0]]

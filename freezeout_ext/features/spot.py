@@ -1,10 +1,13 @@
 """Spot checks: cached batches that are computed anew now and then, and compared."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
+from .frontier import merged, sliced
 from .generations import Generation, Generations
+from .timing import Stopwatch
 
 # Cached batches between two spot checks: 1, 2, 4, ... and no more than this.
 MOST_UNCHECKED = 256
@@ -29,14 +32,35 @@ class Schedule:
         self._next = self.count
 
 
-def spot_check(kept: Generations, now: Generation, forward: Callable, args: tuple, kwargs: dict, keys: Tensor) -> float:
+def spot_check(
+    kept: Generations, now: Generation, forward: Callable, args: tuple, kwargs: dict, keys: Tensor, watch: Stopwatch
+) -> float | None:
     """-> the largest difference of kept rows from the same ones computed anew, over what rounding explains.
+
+    Rows that were computed from rounded rows of fewer layers are computed anew in the same way, rounded wherever they
+    were. How far that is from computing without rounding is allowed besides: a value between two rounded ones may fall
+    to the other side. None: nobody knows any more how a row was computed.
+
+    Args:
+        watch: takes the time of the frozen layers.
 
     Raises:
         RuntimeError: it is above 1. Nothing is kept any more.
     """
+    origin, inputs, exact = now.store.origin(keys), (args, kwargs), None
+    if bool((origin < 0).any()):
+        return None
+    watch.start()
     computed = now.frontier.computed(forward, args, kwargs)
-    worst, place = now.store.compare(keys, computed, now.length(args, kwargs))
+    watch.stop(len(keys))
+    if bool(origin.any()):
+        exact, parts = computed, []
+        for number in origin.unique().tolist():
+            places = (origin == number).nonzero().squeeze(1)
+            some = inputs if len(places) == len(keys) else sliced(inputs, places, len(keys))
+            parts.append((places, _passed(now.origins[number], now, forward, some, keys[places])))
+        computed = [merged(len(keys), [(places, rows[i]) for places, rows in parts]) for i in range(len(exact))]
+    worst, place = now.store.compare(keys, computed, now.length(args, kwargs), exact)
     if not worst <= 1:
         sample = int(kept.views.samples(keys[place]))
         kept.close()
@@ -47,3 +71,19 @@ def spot_check(kept: Generations, now: Generation, forward: Callable, args: tupl
             "of their input. The cache is closed"
         )
     return worst
+
+
+def _passed(
+    through: tuple[Generation, ...], now: Generation, forward: Callable, inputs: tuple[tuple, dict], keys: Tensor
+) -> list[Tensor]:
+    """-> rows behind `now`, computed from inputs and rounded behind each generation that they passed through."""
+    args, kwargs = inputs
+    lengths = None if now.frontier.length is None else now.store.lengths(keys)
+    standing_in: AbstractContextManager = nullcontext()
+    for generation in through:
+        with standing_in:
+            rows = generation.frontier.computed(forward, args, kwargs)
+        rows = generation.store.rounded(rows, lengths)
+        standing_in = generation.frontier.replaced(rows, generation.length(args, kwargs), whole=False)
+    with standing_in:
+        return now.frontier.computed(forward, args, kwargs)

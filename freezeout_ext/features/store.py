@@ -10,6 +10,8 @@ from torch import Tensor
 from .files import Files
 from .rounding import BOUNDS, Rounding
 
+# Of a row's number in the journal: set where the row was computed from earlier rows.
+ORIGIN_BIT = 48
 KEPT_DTYPES = (None, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -85,6 +87,9 @@ class Store:
         self.columns, self.rows, self.positions = tuple(columns), rows, positions
         self.device = torch.device(device)
         self._row_of = torch.full((keys,), -1, dtype=torch.int32, device="cpu")
+        # Of each key: which earlier rows its row was computed from, a number that only the caller understands; 0 is
+        # none, -1 is unknown.
+        self._origin = torch.zeros(keys, dtype=torch.int16, device="cpu")
         self._padded = any(column.padded for column in columns)
         # Of each row: where its positions start, and how many there are.
         self._spans = torch.zeros((rows if self._padded else 0, 2), dtype=torch.int64, device="cpu")
@@ -137,10 +142,13 @@ class Store:
             self.files.grow(self._layout())
             self._buffers, self._factors = self.files.tensors[:count], self.files.tensors[count:]
 
-    def put(self, keys: Tensor, batches: Sequence[Tensor], lengths: Tensor | None = None) -> int:
+    def put(
+        self, keys: Tensor, batches: Sequence[Tensor], lengths: Tensor | None = None, origin: Tensor | None = None
+    ) -> int:
         """Keeps the rows of keys that are new, as far as there is room. Returns how many.
 
-        Shapes: keys int64 [B], batches [B, ...] a column, lengths int64 [B] on the CPU where rows differ in length.
+        Shapes: keys int64 [B], batches [B, ...] a column, lengths int64 [B] on the CPU where rows differ in length,
+        origin int16 [B], see `origin`; None: 0.
         A batch whose rows have another shape or dtype than the column is not kept.
         """
         for column, batch in zip(self.columns, batches, strict=True):
@@ -163,9 +171,12 @@ class Store:
             self._write(i, column, batch.detach(), new, rows, lengths)
         self._used += len(new)
         self._row_of[keys[new]] = rows.to(torch.int32)
+        if origin is not None:
+            self._origin[keys[new]] = origin[new]
         if self.files is not None:
             spans = self._spans[rows] if self._padded else torch.zeros((len(rows), 2), dtype=torch.int64, device="cpu")
-            self.files.wrote(torch.cat([keys[new][:, None], rows[:, None], spans], 1))
+            marked = rows | (self._origin[keys[new]] != 0).to(torch.int64) << ORIGIN_BIT
+            self.files.wrote(torch.cat([keys[new][:, None], marked[:, None], spans], 1))
         return len(new)
 
     def gather(
@@ -183,21 +194,59 @@ class Store:
         places = self._places(rows, length) if self._padded else None
         return [self._read(i, column, index, places, device) for i, column in enumerate(self.columns)]
 
+    def origin(self, keys: Tensor) -> Tensor:
+        """-> int16 [B]: what `put` was given; -1 where that was lost with the process that wrote the file."""
+        return self._origin[keys]
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether rows are rounded."""
+        return any(c.stored != c.dtype for c in self.columns)
+
+    def rounded(self, batches: Sequence[Tensor], lengths: Tensor | None = None) -> list[Tensor]:
+        """-> the rows of these batches [B, ...] as they would be read back, had they been put."""
+        found = []
+        for column, batch, rounding in zip(self.columns, batches, self._rounding, strict=True):
+            if column.padded:
+                assert lengths is not None  # of rows that differ in length
+                valid = torch.arange(batch.shape[1], device="cpu") < lengths[:, None]
+                batch = batch.masked_fill(~valid.to(batch.device).view(*valid.shape, *[1] * (batch.dim() - 2)), 0)
+            if rounding is None:
+                found.append(batch.to(column.stored).to(column.dtype))
+                continue
+            here = batch.flatten(0, 1) if column.padded else batch.permute(0, *(d + 1 for d in column.order))
+            row_of = None
+            if column.padded:
+                row_of = torch.arange(len(batch), device=batch.device).repeat_interleave(batch.shape[1])
+            q, factors = rounding.encode(here, row_of, len(batch))
+            here = rounding.decode(q, factors if row_of is None else factors[row_of], column.dtype)
+            back = sorted(range(len(column.order)), key=column.order.__getitem__)
+            found.append(here.view(batch.shape) if column.padded else here.permute(0, *(d + 1 for d in back)))
+        return found
+
     def lengths(self, keys: Tensor) -> Tensor:
         """-> int64 [B], of rows that differ in length."""
         return self._spans[self._row_of[keys].to(torch.int64), 1]
 
-    def compare(self, keys: Tensor, batches: Sequence[Tensor], length: int | None = None) -> tuple[float, int]:
-        """-> the largest difference between kept rows and computed ones over what rounding explains, and its place."""
+    def compare(
+        self, keys: Tensor, batches: Sequence[Tensor], length: int | None = None, others: Sequence[Tensor] | None = None
+    ) -> tuple[float, int]:
+        """-> the largest difference between kept rows and computed ones over what rounding explains, and its place.
+
+        others: the same rows computed otherwise; how far they are from `batches` is explained too.
+        """
         kept, worst, place = self.gather(keys, batches[0].device, length=length), 0.0, 0
-        for column, a, b, allowed in zip(self.columns, kept, batches, self.allowed(keys, batches), strict=True):
+        explained = self.allowed(keys, batches)
+        for i, (column, a, b) in enumerate(zip(self.columns, kept, batches, strict=True)):
+            valid = None
             if column.padded:
                 valid = torch.arange(b.shape[1], device="cpu") < self.lengths(keys)[:, None]
-                b = b.masked_fill(~valid.to(b.device).view(*valid.shape, *[1] * (b.dim() - 2)), 0)
-            apart = (
-                (a.double() - b.double()).abs().flatten(1).amax(1) if b.dim() > 1 else (a.double() - b.double()).abs()
-            )
-            over = apart / allowed.double().clamp(min=torch.finfo(torch.float64).tiny)
+                valid = valid.to(b.device).view(*valid.shape, *[1] * (b.dim() - 2))
+            allowed = explained[i].double()
+            if others is not None:
+                allowed = allowed + _apart(others[i], b, valid)
+            apart = _apart(a, b, valid)
+            over = apart / allowed.clamp(min=torch.finfo(torch.float64).tiny)
             over = over.where(apart != 0, 0).nan_to_num(torch.inf, torch.inf)
             if float(over.max()) > worst:
                 worst, place = float(over.max()), int(over.argmax())
@@ -226,6 +275,7 @@ class Store:
     def clear(self) -> None:
         """Empties the store; its memory stays."""
         self._row_of.fill_(-1)
+        self._origin.zero_()
         self._used = self._used_positions = 0
         for rounding in self._rounding:
             if rounding is not None:
@@ -238,7 +288,7 @@ class Store:
         if self.files is not None:
             self.commit()
         self._buffers, self._factors, self._used = [], [], 0
-        self._row_of = self._row_of[:0]
+        self._row_of, self._spans = self._row_of[:0], self._spans[:0]
         if self.files is not None:
             self.files.close()
 
@@ -324,11 +374,13 @@ class Store:
         entries = self.files.entries
         if not len(entries):
             return
-        self._row_of[entries[:, 0]] = entries[:, 1].to(torch.int32)
+        rows = entries[:, 1] & ((1 << ORIGIN_BIT) - 1)
+        self._row_of[entries[:, 0]] = rows.to(torch.int32)
+        self._origin[entries[:, 0]] = -(entries[:, 1] >> ORIGIN_BIT).to(torch.int16)
         # Rows that were written and never committed lie behind these, and are written again.
-        self._used = int(entries[:, 1].max()) + 1
+        self._used = int(rows.max()) + 1
         if self._padded:
-            self._spans[entries[:, 1]] = entries[:, 2:]
+            self._spans[rows] = entries[:, 2:]
             self._used_positions = int(entries[:, 2:].sum(1).max())
 
 
@@ -341,3 +393,11 @@ def _longer(tensor: Tensor, size: int) -> Tensor:
     longer = tensor.new_empty((size, *tensor.shape[1:]))
     longer[: len(tensor)] = tensor
     return longer
+
+
+def _apart(a: Tensor, b: Tensor, valid: Tensor | None) -> Tensor:
+    """-> float64 [B], the largest difference in each row, where it is valid."""
+    difference = (a.double() - b.double()).abs()
+    if valid is not None:
+        difference = difference.where(valid, 0.0)
+    return difference.flatten(1).amax(1) if difference.dim() > 1 else difference
