@@ -235,8 +235,8 @@ def test_compare_end_to_end(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "kinds"),
     [
-        ("", {"full", "freezeout", "no-anneal", "short"}),
-        ("--const-time", {"full", "freezeout", "no-anneal", "short", "const-time"}),
+        ("", {"full", "freezeout", "no-anneal", "cached", "short"}),
+        ("--const-time", {"full", "freezeout", "no-anneal", "cached", "short", "const-time"}),
         ("--const-time --arms full freezeout", {"full", "freezeout", "const-time"}),
         ("--arms const-time", {"full", "freezeout", "const-time"}),
     ],

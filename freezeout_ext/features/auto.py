@@ -1,6 +1,7 @@
 """Auto: how many views of each sample are worth keeping, by measured times and by what repeated views cost."""
 
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -100,7 +101,7 @@ class Choice:
         self._paces: deque[float] = deque(maxlen=512)  # seconds of a sample's step
         self._steps_before: int | None = None
         self._samples = self._batch = 0
-        self._fills = False
+        self._fills, self._clock, self._began = False, time.perf_counter, 0.0
         self._measured: Measured | None = None
 
     @property
@@ -112,11 +113,14 @@ class Choice:
         self._steps_before = step_count if self._steps_before is None else self._steps_before
         self._samples += samples
         self._batch, self._fills = samples, fills
+        # The clock that the frozen layers are timed with, see `Stopwatch`.
+        self._clock = time.thread_time if self._kept.device.type == "cpu" else time.perf_counter
+        self._began = self._clock()
 
-    def paced(self, seconds: float) -> None:
-        """Notes what the step took of the batch that was handed out last."""
+    def step_ended(self) -> None:
+        """Notes what the step took on the batch that was handed out last."""
         if self._fills:
-            self._paces.append(seconds / self._batch)
+            self._paces.append((self._clock() - self._began) / self._batch)
 
     def at(self, epoch: int, freezeout: Any) -> None:
         """Decides, where it can be decided; every process calls this at the same batch."""

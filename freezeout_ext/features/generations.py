@@ -267,7 +267,7 @@ class Generations:
             self._note("what was kept behind fewer layers was dropped to make room, and is computed from inputs again")
             self.drop_all()
             room = self._room(wanted)
-        if self.limit is None and not (self.views.auto and self.views.decided):
+        if self.limit is None and not self.views.auto:
             ensure_room(wanted, room, self._store_device(), self.folder, f"{self.views.num_samples} samples' features")
         elif room < wanted:
             self._note(f"room: {room // row_bytes:,} of {self.owned:,} views fit, {wanted:,} bytes would hold all")

@@ -85,10 +85,10 @@ class Serving:
             fills = bool((keys >= 0).all()) and not any(bool(g.store.has(keys).any()) for g in self._kept)
             self._choice.handed_out(len(keys), freezeout.step_count, fills=fills)
 
-    def paced(self, seconds: float) -> None:
-        """Notes how long something was done with the batch that was handed out last."""
+    def taken_back(self) -> None:
+        """The loader goes on: the step on the batch that was handed out last is over."""
         if self._choice.is_open and self._forwards.num_frozen:
-            self._choice.paced(seconds)
+            self._choice.step_ended()
 
     def item_store(self, columns: list[Column], keys: int) -> Store | None:
         """-> where the entries that are still needed are kept, None where there is no room."""

@@ -11,7 +11,7 @@ from . import plot
 from .arms import default_kinds, make_arms
 from .compare import Comparison
 from .config import TrainConfig, faults_of_input
-from .costing import kept_costs, plan_of, training_costs
+from .costing import kept_costs, plan_of, training_costs, unfrozen
 from .course import has_whole_steps
 from .reporters import LineReporter, Reporter, StepReporter
 from .run import Run
@@ -60,7 +60,7 @@ def plan(
         options: fields of `TrainConfig`.
     """
     config = _config(task, options).resolved()
-    trainer = Trainer(config, task)
+    trainer = Trainer(unfrozen(config), task)
     costs = training_costs(trainer, rounds=rounds, max_seconds=max_seconds)
     return plan_of(config, trainer.length, costs, t_0s, how_scales)
 
@@ -93,7 +93,7 @@ def compare(
         if seeds < 1:
             raise ValueError(f"seeds must be >= 1, got {seeds}")
         base = _config(task, options).resolved()
-        kinds = default_kinds(base) if kinds is None else kinds
+        kinds = default_kinds() if kinds is None else kinds
         arms = make_arms(kinds, t_0s or [base.t_0], how_scales or [base.how_scale], shorter)
     comparison = Comparison(base, out, arms=arms, seeds=range(seeds), task=task, resume=resume, accuracies=accuracies)
     summary = comparison.run(StepReporter)

@@ -59,6 +59,8 @@ class Arm:
             # What lies in a folder is of one seed and one way of freezing.
             in_memory = kept in ("device", "host")
             config = replace(config, cache=kept if in_memory else str(Path(kept) / self.name / f"seed-{seed}"))
+            if base.cache is None and base.views == TrainConfig.views and not base.deterministic:
+                config = replace(config, views="auto")  # nobody has chosen: never more than fits
         if method == "full":
             config = replace(config, start_frozen=0, thaw_to=None)
         else:
@@ -67,10 +69,9 @@ class Arm:
         return config.resolved()
 
 
-def default_kinds(base: TrainConfig) -> list[str]:
-    """All but const-time; `cached` only where features are to be kept, or layers are frozen from the start."""
-    cached = base.cache is not None or base.start_frozen
-    return [kind for kind in KINDS if kind != "const-time" and (kind != "cached" or cached)]
+def default_kinds() -> list[str]:
+    """All but const-time."""
+    return [kind for kind in KINDS if kind != "const-time"]
 
 
 def make_arms(

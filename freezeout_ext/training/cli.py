@@ -144,9 +144,9 @@ def _parser() -> Parser:
     )  # fmt: skip
     compare.add_argument(
         "--arms", nargs="+", default=None, choices=KINDS, metavar="ARM",
-        help=f"of {', '.join(KINDS)} (all but const-time; cached with --cache or --start-frozen); short: full"
-        " training on a cosine as short as the seconds of FreezeOut, or of cached; no-anneal: one cosine, layers freeze"
-        " all the same; cached: the same with kept features",
+        help=f"of {', '.join(KINDS)} (all but const-time); short: full training on a cosine as short as the seconds of"
+        " FreezeOut, or of cached; no-anneal: one cosine, layers freeze all the same; cached: the same with kept"
+        " features, with as many views as are worth it unless --cache or --views says more",
     )  # fmt: skip
     compare.add_argument(
         "--const-time", action="store_const", const=["const-time"], default=[],
@@ -167,6 +167,7 @@ def _parser() -> Parser:
     _add_run_options(plan, out=False)
     _add_freezeout_options(plan, lists=True)
     _add_when_options(plan)
+    _add_cache_options(plan)
     _add_plan_options(plan)
 
     tune = parts.add_parser(
@@ -283,6 +284,10 @@ def _add_when_options(parser: argparse.ArgumentParser) -> None:
 def _add_prefix_options(parser: argparse.ArgumentParser) -> None:
     """How the frozen layers run, or are kept."""
     parser.add_argument("--prefix", choices=MODES, help="how the frozen layers run")
+    _add_cache_options(parser)
+
+
+def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", nargs="?", const="device", metavar="device|host|DIR", help="keep what the frozen layers give (off)"
     )

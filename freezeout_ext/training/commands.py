@@ -100,7 +100,7 @@ def compare(args: argparse.Namespace) -> None:
             raise ValueError(f"seeds must be >= 1, got {args.seeds}")
         own = own_task(args)
         base = replace(base_config(own, args), **given(args)).resolved()
-        kinds = [*(args.arms or default_kinds(base)), *args.const_time]
+        kinds = [*(args.arms or default_kinds()), *args.const_time]
         arms = make_arms(kinds, args.t0s or [base.t_0], args.how_scales or [base.how_scale], args.shorter)
         task = own or task_of(args, base)
     out = args.out or Path("runs") / f"compare-{folder_name(base)}"

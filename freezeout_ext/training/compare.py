@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 
@@ -15,6 +15,7 @@ from .config import TrainConfig, faults_of_input
 from .costing import kept_costs
 from .course import Length, has_whole_steps
 from .engagement import with_engagement
+from .keeping import kept_saving
 from .measure import conditions
 from .reporters import Reporter, say
 from .run import Run
@@ -136,6 +137,12 @@ class Comparison:
         total = full[self.seeds[0]]["total_steps"]
         return max(1, round(total * ratio if arm.kind == "short" else total / ratio))
 
+    def _kept_saving(self, arm: Arm, results: dict[Arm, dict[int, dict]], costs: StepCosts) -> dict:
+        runs, full = results[arm], results[Arm("full")]
+        saved = [1 - undisturbed_seconds(runs[s]) / undisturbed_seconds(full[s]) for s in self.seeds]
+        config, views = arm.config(self.base, self.seeds[0]), runs[self.seeds[0]]["features"]["views"]
+        return kept_saving(config, self.task, costs, views, fmean(saved))
+
     @property
     def _judge(self) -> str:
         return f"test_{self.task.metric_name}"
@@ -149,6 +156,9 @@ class Comparison:
             else summary
             for arm, summary in zip(self.arms, arms, strict=True)
         ]
+        for arm, summary in zip(self.arms, arms, strict=True):
+            if summary["features"] and costs is not None and costs.unit == "s" and Arm("full") in results:
+                summary["kept_saving"] = self._kept_saving(arm, results, costs)
         accuracies = self.accuracies
         if not accuracies and in_percent(self.task.metric_name):
             reference = [summary for summary in arms if summary["name"] == "full"] or arms

@@ -48,13 +48,18 @@ def run_costs(config: TrainConfig, task: Task, *, runs: int = 1) -> StepCosts:
     The net that steps is another one than the run's; torch's generators are left as they are.
     """
     with torch.random.fork_rng([] if config.device == "cpu" else None):
-        trainer = Trainer(replace(config, method="full", compile=False), task)
+        trainer = Trainer(replace(unfrozen(config), compile=False), task)
         # A round steps eight times whole, and twice from each layer on, which takes about half.
         round_steps = 8 + len(trainer.layer_names)
         rounds = min(MAX_ROUNDS, int(LARGEST_SHARE * runs * trainer.total_steps / round_steps))
         if rounds:
             return training_costs(trainer, rounds=rounds, max_seconds=MAX_SECONDS)
         return flop_costs(trainer.model, _batch(trainer)[0], layers=find_layers(trainer.model, trainer.task.layers))
+
+
+def unfrozen(config: TrainConfig) -> TrainConfig:
+    """The config of full training: all layers of its net are there to be measured."""
+    return replace(config, method="full", start_frozen=0, thaw_to=None, cache=None)
 
 
 def training_costs(trainer: Trainer, *, rounds: int, max_seconds: float) -> StepCosts:

@@ -15,8 +15,9 @@ from ..tasks.nets import find_net
 from . import plot
 from .chosen import base_config, given, own_task, task_of
 from .config import TrainConfig, faults_of_input
-from .costing import plan_of, training_costs
+from .costing import plan_of, training_costs, unfrozen
 from .course import Length
+from .keeping import Keeping, Kept
 from .measure import conditions
 from .run_folder import check_file, make_folder, write_json
 from .trainer import Trainer
@@ -35,7 +36,10 @@ def plan(args: argparse.Namespace) -> None:
         raise ValueError(f"max_seconds must be >= 0, got {args.max_seconds}")
     own = own_task(args)
     config = replace(base_config(own, args), **given(args)).resolved()
-    plans = [_measured(args, config, own)] if args.measure else _counted(args, config, own)
+    if config.cache and not args.measure:
+        raise ValueError("--cache needs measured times: leave --no-measure out")
+    kept: list[Kept] = []
+    plans = [_measured(args, config, own, kept)] if args.measure else _counted(args, config, own)
     where = conditions(torch.device(config.device)) if args.measure else None
     print(f"{config.title}, batch {config.batch_size}, {plans[0].schedule['total_steps']} steps")
     suggestions = []
@@ -44,11 +48,14 @@ def plan(args: argparse.Namespace) -> None:
         if args.want is not None:
             suggestions.append(found.suggest(args.want))
             print(f"\n{suggestions_text(suggestions[-1])}")
+    if kept:
+        print(f"\n{Keeping.table(kept)}")
     if args.json is not None:
         values = {
             "config": config.to_dict(),
             "conditions": where,
             "plans": [found.to_dict() for found in plans],
+            "kept": [asdict(each) for each in kept],
             "suggestions": [[asdict(suggestion) for suggestion in found] for found in suggestions],
         }
         make_folder(args.json.parent)
@@ -60,7 +67,8 @@ def plan(args: argparse.Namespace) -> None:
         print(f"written: {args.png}")
 
 
-def _measured(args: argparse.Namespace, config: TrainConfig, own: Task | None) -> Plan:
+def _measured(args: argparse.Namespace, config: TrainConfig, own: Task | None, kept: list[Kept]) -> Plan:
+    """The plan; `kept` takes what keeping features would do, where they are to be kept."""
     length = None
     if own is not None or args.data_dir is not None or config.data not in SETS or config.data == "digits":
         task = _shown(own or task_of(args, config))
@@ -69,15 +77,18 @@ def _measured(args: argparse.Namespace, config: TrainConfig, own: Task | None) -
         data = random_images(config.data, 2 * config.batch_size, config.seed, config.device)
         task = image_task(data, config.model, image_size=config.image_size, weights=config.weights)
         length = Length.of(config, SETS[config.data].train_images)
-    trainer = Trainer(config, task)
+    trainer = Trainer(unfrozen(config), task)
     costs = training_costs(trainer, rounds=args.rounds, max_seconds=args.max_seconds)
-    return _plan(args, config, costs, length or trainer.length)
+    found = _plan(args, config, costs, length or trainer.length)
+    if config.cache is not None:
+        kept += Keeping(trainer, config, found, length or trainer.length).predicted()
+    return found
 
 
 def _counted(args: argparse.Namespace, config: TrainConfig, own: Task | None) -> list[Plan]:
     """One plan for each of BACKWARDS; a built-in set need not be there."""
     if own is not None or config.data not in SETS:
-        trainer = Trainer(config, _shown(own or task_of(args, config)))
+        trainer = Trainer(unfrozen(config), _shown(own or task_of(args, config)))
         model, length, layers = trainer.model, trainer.length, find_layers(trainer.model, trainer.task.layers)
         inputs, _ = next(iter(trainer.train_batches()))
     else:

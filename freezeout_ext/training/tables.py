@@ -18,7 +18,7 @@ def comparison_tables(summary: dict) -> str:
     ]
     for arm in summary["arms"]:
         if arm.get("features"):
-            parts.append(f"{arm['name']}:\n{arm['features']['text']}")
+            parts.append("\n".join(filter(None, (f"{arm['name']}:", arm["features"]["text"], kept_text(arm)))))
         if arm["kind"] == "freezeout" and arm["transitions"]:
             rows = phases_rows(arm["phases"], arm["transitions"], arm["num_layers"])
             text = "\n".join(filter(None, (graphs_text(arm), engagement_text(arm))))
@@ -30,6 +30,18 @@ def comparison_tables(summary: dict) -> str:
     )
     parts.append(verdict(summary))
     return "\n\n".join(parts)
+
+
+def kept_text(arm: dict) -> str:
+    """One line on what the kept features of an arm have saved; empty where it cannot be said."""
+    found = arm.get("kept_saving")
+    if not found:
+        return ""
+    ratio = "" if found["engagement"] is None else f"; engagement {found['engagement']:.2f}"
+    return (
+        f"saves {100 * found['measured_saving']:.1f} % of full training's time, filling counted, "
+        f"{100 * found['predicted_saving']:.1f} % predicted{ratio}"
+    )
 
 
 def what_was_trained(config: dict) -> str:

@@ -13,7 +13,7 @@ from ..schedule import Schedule
 from ..tasks import Task, faults_of
 from ..text import duration, table
 from .config import BadInput, TrainConfig, faults_of_input
-from .costing import kept_costs
+from .costing import kept_costs, unfrozen
 from .course import count_through
 from .reporters import Reporter, say
 from .run import Run
@@ -130,7 +130,7 @@ class Tuning:
         if not resume:
             check_empty(self.out)
         with faults_of(task.file):
-            trainer = Trainer(replace(self.base, method="full", cache=None, start_frozen=0), task)
+            trainer = Trainer(unfrozen(self.base), task)
         self._layers, self._length = trainer.layer_names, trainer.length
         self._settings = settings(self._layers)
         make_folder(self.out)

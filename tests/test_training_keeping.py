@@ -1,0 +1,118 @@
+"""What freezeout plan says of kept features: against the same run added up step by step, and what is really kept."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_tasks_kinds import classification
+
+from freezeout_ext.planner import StepCosts
+from freezeout_ext.planner.planning import plan_from_costs
+from freezeout_ext.schedule import Schedule
+from freezeout_ext.training import cli, train
+from freezeout_ext.training.config import TrainConfig
+from freezeout_ext.training.course import Length
+from freezeout_ext.training.keeping import Keeping
+from freezeout_ext.training.reporters import Reporter
+from freezeout_ext.training.trainer import Trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:only 2 layers were found", "ignore:layer .* holds .* of the trainable")
+
+COSTS = StepCosts(
+    layers=("a", "b", "c", "d"), forward=(1.0, 2.0, 3.0, 4.0), frozen_forward=(0.9, 1.8, 2.7, 4.0),
+    backward=(2.0, 4.0, 6.0, 8.0), backward_first=(1.0, 2.0, 3.0, 4.0), optimizer=(0.4, 0.3, 0.2, 0.1), loss=0.5,
+    loader=0.25,
+)  # fmt: skip
+
+
+class Known(Keeping):
+    """Rows of 100, 200, ... bytes that are read in 0.001 s."""
+
+    def _row(self, k):
+        return 100.0 * k
+
+    def _gather(self, k):
+        return 0.001
+
+
+def keeping(views, *, start, length, batch_size=8, plan=None):
+    config = TrainConfig(cache="host", views=views, batch_size=batch_size)
+    options = {"total_steps": length.total_steps, "warmup_steps": 0, "max_transitions": None, "start_frozen": start}
+    return Known(None, config, plan or plan_from_costs(COSTS, options, [0.5], ["linear"]), length)
+
+
+def added_up(schedule, views, each):
+    """The run's seconds, step by step: rows are filled once, and pass each later frozen layer once."""
+    total, filled, before, read = 0.0, 0, 0, 0.001 * 8
+    for step in range(schedule.total_steps):
+        k = schedule.num_frozen(step)
+        if k > before:
+            total += min(filled, schedule.total_steps - step) * sum(COSTS.frozen_forward[before:k])
+            before = k
+        if k and filled == views * each:
+            total += COSTS.step(k, free_prefix=True) - COSTS.loader + read
+        else:
+            total += COSTS.step(k)
+            filled += bool(k)
+    return total
+
+
+@given(views=st.integers(1, 6), start=st.integers(0, 2), t_0=st.sampled_from([0.3, 0.6, 1.0]), each=st.integers(1, 7))
+def test_the_saving_is_that_of_the_steps(views, start, t_0, each):
+    length = Length(each, 5 * each, 0)
+    found = keeping(views, start=start, length=length).of(t_0, "linear")
+    schedule = Schedule(4, 5 * each, t_0=t_0, how_scale="linear", start_frozen=start)
+    if not schedule.num_frozen(5 * each - 1):
+        return
+    whole = 5 * each * COSTS.step(0)
+    assert found.saving == pytest.approx(1 - added_up(schedule, views, each) / whole)
+    assert found.bytes == views * 8 * each * 100 * schedule.num_frozen(5 * each - 1)
+
+
+def test_auto_takes_none_where_none_would_be_read_again_and_some_where_they_would():
+    paid = 1 - COSTS.step(2) / COSTS.step(0)
+    some = keeping("auto", start=2, length=Length(10, 40, 0)).of(1.0, "linear")
+    assert some.views and some.saving > paid
+    none = keeping("auto", start=2, length=Length(10, 10, 0)).of(1.0, "linear")
+    assert none.views == none.bytes == 0 and none.saving == pytest.approx(paid)
+
+
+@pytest.mark.parametrize("views", ["2", "auto"])
+def test_plan_says_what_would_be_kept(views, tmp_path, capsys):
+    flags = "--data digits --model wrn-10-1 --steps 60 --threads 1 --device cpu --rounds 1 --t0 1 --start-frozen 2"
+    path = tmp_path / "plan.json"
+    words = [*flags.split(), "--how-scale", "linear", "--cache", "--views", views, "--json", str(path)]
+    assert cli.main(["plan", *words]) == 0
+    assert "saving, kept" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    (kept,) = written["kept"]
+    # What never trains is there to be measured all the same.
+    assert written["plans"][0]["costs"]["layers"][0] == "stem" and written["plans"][0]["schedule"]["start_frozen"] == 2
+    assert kept["views"] == 2 if views == "2" else kept["views"] <= 8
+    assert cli.main(["plan", *words, "--no-measure"]) == 2
+    assert "--cache needs measured times" in capsys.readouterr().err
+
+
+def test_the_bytes_that_are_said_are_those_that_are_kept(tmp_path):
+    """But for samples that divide into no whole batch, of a data set that makes whole batches and keeps no targets."""
+    options = {"epochs": 6, "t_0": 1.0, "start_frozen": 1, "views": 2, "cache": "host", "threads": 1, "device": "cpu"}
+    task = classification()
+    features = train(task, tmp_path / "run", reporter=Reporter(), method="no-anneal", **options)["features"]
+    config = replace(TrainConfig.of_task(task), **options).resolved()
+    trainer = Trainer(replace(config, method="full", start_frozen=0, cache=None), task)
+    plan = plan_from_costs(
+        flat_costs(trainer.layer_names), {"total_steps": trainer.total_steps, "start_frozen": 1}, [1.0], ["linear"]
+    )
+    (kept,) = Keeping(trainer, config, plan, trainer.length).predicted()
+    samples = trainer.length.steps_per_epoch * config.batch_size
+    assert kept.bytes / (2 * samples) == features["bytes"] / features["rows"]
+    assert features["rows"] == features["of_rows"] > 0
+    torch.use_deterministic_algorithms(True)
+
+
+def flat_costs(layers):
+    ones = tuple(1.0 for _ in layers)
+    return StepCosts(tuple(layers), ones, ones, ones, ones, ones)
