@@ -19,9 +19,8 @@ demo: .venv/demo-ready
 FINETUNE_DATA ?= --data digits
 finetune: .venv/finetune-ready
 	.venv/bin/freezeout compare $(FINETUNE_DATA) --image-size 64 --model efficientnet-lite0 --weights pretrained --epochs 2 \
-	  --batch-size 50 --arms full no-anneal cached short --start-frozen _blocks.11 --t0 1 --views 1 --cache-dtype bf16 \
+	  --batch-size 64 --arms full no-anneal cached short --start-frozen _blocks.11 --t0 1 --views 1 --cache-dtype bf16 \
 	  --seeds 3 --threads 1 --out finetune-run --resume
-	.venv/bin/freezeout report finetune-run
 
 test: .venv/test-ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest

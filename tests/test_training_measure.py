@@ -1,5 +1,6 @@
 """What is said to be measured, against counts by hand."""
 
+import io
 import time
 from pathlib import Path
 
@@ -8,14 +9,21 @@ import torch
 from torch import nn
 
 from freezeout_ext.memory import SavedBytes, held_memory
+from freezeout_ext.tasks import built_in
 from freezeout_ext.training import measure
+from freezeout_ext.training import trainer as trainer_module
+from freezeout_ext.training.config import TrainConfig
 from freezeout_ext.training.measure import (
     Phase,
     StepTimer,
     conditions,
     steps_error,
+    swing,
+    threads_wait,
     transitions_measured,
 )
+from freezeout_ext.training.reporters import LineReporter
+from freezeout_ext.training.run import Run
 
 
 @pytest.fixture
@@ -144,3 +152,21 @@ def test_commit_is_that_of_the_checkout_alone(monkeypatch, tmp_path):
     assert measure._commit() == "abc+"
     answers["rev-parse --show-toplevel"] = str(tmp_path)
     assert measure._commit() is None
+
+
+def test_threads_that_wait_for_each_other_are_told_of():
+    quiet, busy = [0.070, 0.074, 0.090] * 7, [0.39, 1.4, 6.4] * 7
+    assert swing(quiet) == pytest.approx(0.090 / 0.070) and swing([*quiet, 3.0]) < 2  # one hiccup is none
+    assert threads_wait(quiet, 2) is None and threads_wait(busy, 1) is None and threads_wait(busy[:9], 2) is None
+    assert threads_wait(busy, 2).startswith("steps take from 390 to 6400 ms: the 2 threads wait for each other")
+
+
+def test_a_run_says_so_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "told_of_threads", False)
+    monkeypatch.setattr(trainer_module, "threads_wait", lambda seconds, threads: f"{len(seconds)} steps on {threads}")
+    stream = io.StringIO()
+    config = TrainConfig(model="wrn-10-1", epochs=2, batch_size=256, threads=1, device="cpu", method="full")
+    for name in ("a", "b"):
+        run = Run.prepare(config, tmp_path / name, task=built_in("digits", "wrn-10-1"))
+        run.train(LineReporter(stream))
+    assert stream.getvalue().count("note: 4 steps on 1\n") == 1

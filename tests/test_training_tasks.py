@@ -75,7 +75,8 @@ def test_any_task_can_be_compared_with_kept_features_too(kind, tmp_path):
     assert [arm["kind"] for arm in summary["arms"]] == ["full", "cached", "short"]
     full, cached, short = summary["arms"]
     assert cached["ahead_of_rival"]["rival"] == short["name"] == "short cached linear 0.5"
-    assert cached["features"]["misses"] > 0 and full["features"] is None
+    # Whether keeping pays in so few steps is up to the cache, by measured times.
+    assert cached["features"]["views"] == 2 and full["features"] is None
     text = comparison_tables(summary)
     assert verdict(summary) in text and f"test {task.metric_name}" in text and cached["features"]["text"] in text
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")

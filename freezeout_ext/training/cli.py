@@ -171,11 +171,14 @@ def _parser() -> Parser:
     _add_plan_options(plan)
 
     tune = parts.add_parser(
-        "tune", help="try few settings within given seconds, and print the best", argument_default=argparse.SUPPRESS
+        "tune",
+        help="try few settings, the best against full training in equal seconds",
+        argument_default=argparse.SUPPRESS,
     )
     tune.set_defaults(command=commands.tune)
     _add_run_options(tune)
-    tune.add_argument("--seed", type=int, help="of weights, data order and augmentation (0)")
+    tune.add_argument("--seed", type=int, help="of weights, data order and augmentation; the first of several (0)")
+    tune.add_argument("--seeds", type=int, default=3, help="of the last round, against full training (3)")
     tune.add_argument("--seconds", type=float, default=None, help="of training that the run may take")
     tune.add_argument("--want", type=saving, default=None, metavar="SAVING", help="instead: of full training's seconds")
     tune.add_argument("--resume", action="store_true", default=False, help="keep what is done in --out and go on")

@@ -111,7 +111,8 @@ def compare(args: argparse.Namespace) -> None:
     summary = comparison.run(run_reporter)
     print("\n" + comparison_tables(summary))
     plot.save(_comparison_chart(out, summary), out / "compare.png")
-    print(f"\nwritten to {out}: compare.json, compare.png; a page: freezeout report {out}")
+    write_report([out], out / "report.html")
+    print(f"\nwritten to {out}: compare.json, compare.png, report.html")
 
 
 def tune(args: argparse.Namespace) -> None:
@@ -120,7 +121,7 @@ def tune(args: argparse.Namespace) -> None:
         base = replace(base_config(own, args), **given(args)).resolved()
         task = own or task_of(args, base)
     out = args.out or Path("runs") / f"tune-{folder_name(base)}"
-    tuning = Tuning(base, out, task=task, seconds=args.seconds, saving=args.want, resume=args.resume)
+    tuning = Tuning(base, out, task=task, seconds=args.seconds, saving=args.want, seeds=args.seeds, resume=args.resume)
     print(*task.notes, sep="\n", flush=True)
     try:
         tuning.run(run_reporter)

@@ -13,8 +13,8 @@ from ..tasks.batches import as_batch
 from .config import CACHE_DTYPES, TrainConfig
 from .ranks import Ranks
 
-# Whole sets are evaluated in batches of this size at least.
-EVALUATION_BATCH = 500
+# Whole sets are evaluated in batches of this size at least: of kernels too short for a GPU, or too large for a cache.
+EVALUATION_BATCH = {"cuda": 500, "cpu": 100}
 
 
 class Feed:
@@ -61,7 +61,9 @@ class Feed:
     def evaluation_batches(self, dataset: Any) -> Iterator[tuple[Batch, Batch]]:
         """All samples of a dataset of the task, in its order."""
         batch_size = self.config.batch_size
-        return self._batches(dataset, max(batch_size, EVALUATION_BATCH) if hasattr(dataset, "batches") else batch_size)
+        if hasattr(dataset, "batches"):
+            batch_size = max(batch_size, EVALUATION_BATCH[self.device.type])
+        return self._batches(dataset, batch_size)
 
     def _make_cache(self) -> FeatureCache:
         config, task = self.config, self.task

@@ -23,14 +23,18 @@ from .verdict import verdict
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Inches of a chart: as wide as a phone, so that its letters are as large there as the text.
+PHONE = 4.8
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid var(--line); padding-top: 1.5rem; }
+p { overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { background: var(--soft); }
-figure { margin: 1rem 0; } img { width: 100%; max-width: 46rem; background: white; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+th:not(:first-child) { background: var(--soft); }
+figure { margin: 1rem 0; } img { width: 100%; max-width: 36rem; background: white; }
 .verdict { font-size: 1.1rem; font-weight: 600; }
 @media (max-width: 40rem) { body { margin: .5rem; padding: 0; font-size: 14px; } th, td { padding: .2rem .4rem; } }
 .warning { border-left: 4px solid #d80; padding-left: .7rem; } .quiet { opacity: .75; }
@@ -71,7 +75,9 @@ def _run(folder: Path, rows: list[dict], config: dict, result: dict | None) -> s
         f"<p>Test {escape(metric)} <b>{metric_text(metric, last[f'test_{metric}'])}</b> after {last['step']:,} steps,"
         f" {last['train_seconds']:.1f} s of training{end}.</p>"
     )
-    parts.append(_chart(plot.plot_run(rows, folder.name), "loss, accuracy, learning rates, frozen layers, time"))
+    parts.append(
+        _chart(plot.plot_run(rows, folder.name, width=PHONE), "loss, accuracy, learning rates, frozen layers, time")
+    )
     if result:
         parts += [_where(result["conditions"]), _phases(result, len(result["layers"]))]
         parts.append(f'<p class="quiet">peak memory: {escape(result["memory_measured"])}</p>')
@@ -89,7 +95,7 @@ def _comparison(folder: Path, summary: dict) -> str:
         f"<p>Seeds {seeds}; mean ± sd over them.</p>",
         _where(summary["conditions"]),
         _chart(
-            plot.plot_comparison(curves(folder, summary), summary, what_was_trained(config)),
+            plot.plot_comparison(curves(folder, summary), summary, what_was_trained(config), width=PHONE),
             "above: the metric over seconds; below: the metric over the cost",
         ),
         _table(arms_rows(summary)),

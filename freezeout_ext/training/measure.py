@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from .malloc import malloc_in_use
 
 COUNTED_MEMORY = "parameters + buffers + gradients + optimizer state + tensors saved for backward, counted"
 STRETCHES = 10  # of a phase
+LEAST_STEPS, MOST_SWING = 10, 5.0
 CUDA_MEMORY = "torch.cuda.max_memory_allocated"
 
 
@@ -94,6 +96,27 @@ class StepTimer:
 
     def cpu_seconds(self) -> list[float]:
         return _differences(self._cpu_marks)
+
+
+def swing(seconds: Sequence[float]) -> float:
+    """The time that a tenth of the steps exceed, over the shortest: about 1 on a quiet machine."""
+    ordered = sorted(seconds)
+    return ordered[len(ordered) * 9 // 10] / ordered[0]
+
+
+def threads_wait(seconds: Sequence[float], threads: int) -> str | None:
+    """One line where a CPU's steps look as if its threads waited for each other; None where they do not.
+
+    OpenMP's threads wait for the slowest one at each operation, and spin meanwhile. Where something else has its core,
+    an operation of microseconds takes a time slice. WRN-16-1 on digits, 2 cores with 10 other processes: 70 ms a step
+    on one thread with a swing of 1.2 to 1.5; on two 1,300 to 4,400 ms, with a swing of 7 to 20.
+    """
+    if threads == 1 or len(seconds) < LEAST_STEPS or swing(seconds) < MOST_SWING:
+        return None
+    return (
+        f"steps take from {1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f} ms: the {threads} threads wait for each"
+        " other while other programs have the cores; --threads 1 may be many times faster"
+    )
 
 
 def _differences(marks: list[float]) -> list[float]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 150
+WIDE = 7  # inches
 # By the kind of an arm; its color says which FreezeOut it belongs to.
 LINES = {"full": "-", "freezeout": "-", "no-anneal": ":", "cached": "-", "short": "--", "const-time": "-."}
 FILLED = ("full", "freezeout", "cached")
@@ -79,23 +80,24 @@ def _plot_layers(ax, plan: Plan) -> None:
     ax.legend()
 
 
-def plot_run(rows: list[dict], title: str) -> "Figure":
+def plot_run(rows: list[dict], title: str, *, width: float = 8) -> "Figure":
     """Loss, accuracy, learning rate of each layer, layers frozen and milliseconds per step over a run's epochs."""
-    figure, axes = empty_figure(5, height=2.1, sharex=True)
+    figure, axes = empty_figure(5, height=2.1, width=width, sharex=True)
     loss, accuracy, rates, frozen, time = axes
     epochs = [row["epoch"] for row in rows]
+    dot = "o" if len(rows) == 1 else "-"  # a line of one point is none
     metric = metric_of(rows[0])
     factor, unit = _scale(metric)
     for split in ("train", "val", "test"):
         if f"{split}_loss" in rows[0]:
-            loss.plot(epochs, [row[f"{split}_loss"] for row in rows], label=split)
-            accuracy.plot(epochs, [factor * row[f"{split}_{metric}"] for row in rows], label=split)
+            loss.plot(epochs, [row[f"{split}_loss"] for row in rows], dot, label=split)
+            accuracy.plot(epochs, [factor * row[f"{split}_{metric}"] for row in rows], dot, label=split)
     last = len(rows[0]["learning_rates"]) - 1
     for i in range(last + 1):
-        rates.plot(epochs, [row["learning_rates"][i] for row in rows], color=_color(i / max(last, 1)), linewidth=1)
+        rates.plot(epochs, [row["learning_rates"][i] for row in rows], dot, color=_color(i / max(last, 1)), linewidth=1)
     _layer_colors(figure, rates, last)
-    frozen.step(epochs, [row["num_frozen"] for row in rows], where="post", color="black")
-    time.plot(epochs, [1000 * row["seconds_per_step"] for row in rows], color="black")
+    frozen.step(epochs, [row["num_frozen"] for row in rows], dot, where="post", color="black")
+    time.plot(epochs, [1000 * row["seconds_per_step"] for row in rows], dot, color="black")
     for ax, label in zip(axes, ("loss", metric + unit, "learning rate", "layers frozen", "ms per step"), strict=True):
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
@@ -109,7 +111,7 @@ def plot_run(rows: list[dict], title: str) -> "Figure":
     return figure
 
 
-def plot_comparison(curves: dict[str, list[list[dict]]], summary: dict, title: str) -> "Figure":
+def plot_comparison(curves: dict[str, list[list[dict]]], summary: dict, title: str, *, width: float = WIDE) -> "Figure":
     """Top: the metric over the seconds of each arm, see `plot_comparisons`. Bottom: the last metric over the cost.
 
     The cost is in seconds over full training's. The line goes through full training on shorter and shorter cosines:
@@ -118,11 +120,14 @@ def plot_comparison(curves: dict[str, list[list[dict]]], summary: dict, title: s
     Args:
         curves: for each arm, the rows of the log of each of its runs.
         summary: as compare.json holds it.
+        width: in inches; a narrow figure has higher panels and its legend in one column.
     """
-    figure, (over_time, by_cost) = empty_figure(2, height=4.6, width=7)
+    figure, (over_time, by_cost) = empty_figure(2, height=4.6 if width >= WIDE else 5.4, width=width)
     _draw_comparison(over_time, curves)
-    over_time.set_title(textwrap.fill(title, 64), fontsize=10)
-    over_time.set_xlabel("seconds of training; | layers freeze, band: one sd over the seeds")
+    over_time.set_title(textwrap.fill(title, round(9 * width)), fontsize=10)
+    over_time.set_xlabel(
+        textwrap.fill("seconds of training; | layers freeze, band: one sd over the seeds", round(10 * width))
+    )
     _draw_costs(by_cost, summary)
     return figure
 
@@ -132,7 +137,7 @@ def plot_comparisons(charts: dict[str, dict[str, list[list[dict]]]]) -> "Figure"
 
     Band: one sd. A tick where layers freeze.
     """
-    figure, axes = empty_figure(len(charts), height=4.6, width=7)
+    figure, axes = empty_figure(len(charts), height=4.6, width=WIDE)
     for ax, (title, curves) in zip(axes, charts.items(), strict=True):
         _draw_comparison(ax, curves)
         ax.set_title(title)
@@ -197,7 +202,8 @@ def _draw_costs(ax, summary: dict) -> None:
         )
     line.sort()
     ax.plot(*zip(*line, strict=True) if line else ([], []), "--", color="black", linewidth=1, zorder=0)
-    ax.set_xlabel("seconds over full training's; -- full training on shorter cosines, bars: standard error")
+    label = "seconds over full training's; -- full training on shorter cosines, bars: standard error"
+    ax.set_xlabel(textwrap.fill(label, round(10 * ax.figure.get_figwidth())))
     ax.set_ylabel(f"test {metric}{unit}")
     ax.set_xlim(left=0)
     _finish(ax)
@@ -205,7 +211,9 @@ def _draw_costs(ax, summary: dict) -> None:
 
 def _finish(ax) -> None:
     ax.grid(alpha=0.3)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8, frameon=False, ncols=2)
+    wide = ax.figure.get_figwidth() >= WIDE
+    below = -0.16 if wide else -0.2
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, below), fontsize=8, frameon=False, ncols=2 if wide else 1)
 
 
 def _scale(metric: str) -> tuple[float, str]:

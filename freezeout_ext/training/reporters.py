@@ -34,6 +34,9 @@ class Reporter:
     def epoch(self, row: dict) -> None:
         """An epoch is done and safe on disk; row is its line in the log."""
 
+    def note(self, text: str) -> None:
+        """Something about the run that a reader should know."""
+
     def close(self) -> None:
         """The run ended, in whatever way."""
 
@@ -73,6 +76,9 @@ class StepReporter(Reporter):
 
     def step(self, step: int) -> None:
         self._progress(step, self._total)
+
+    def note(self, text: str) -> None:
+        self.line(f"note: {text}")
 
     def line(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -185,6 +191,10 @@ class Reporters(Reporter):
     def epoch(self, row: dict) -> None:
         for reporter in self._reporters:
             reporter.epoch(row)
+
+    def note(self, text: str) -> None:
+        for reporter in self._reporters:
+            reporter.note(text)
 
     def close(self) -> None:
         for reporter in self._reporters:

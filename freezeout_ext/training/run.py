@@ -18,6 +18,8 @@ from .trainer import Trainer, TrainingFailed
 class Run:
     """One run in one folder. `prepare` finds every fault of the input and writes nothing; `train` does the rest."""
 
+    told_of_threads = False  # once a process
+
     def __init__(self, trainer: Trainer, folder: RunFolder) -> None:
         self.trainer, self.folder = trainer, folder
 
@@ -104,6 +106,9 @@ class Run:
             folder.append_log(row)
             folder.save_checkpoint(trainer.state_dict())
             reporter.epoch(row)
+            if trainer.threads_wait and not Run.told_of_threads:
+                Run.told_of_threads = True
+                reporter.note(trainer.threads_wait)
         result = self._result(folder.read_log()[-1])
         if costs is not None:
             result = with_engagement(result, costs, result["config"])

@@ -20,7 +20,7 @@ from .config import AMP_DTYPES, TrainConfig
 from .course import Length, freezing_options, tail_of
 from .feed import Feed
 from .malloc import keep_freed_memory
-from .measure import Phase, StepTimer, transitions_measured
+from .measure import Phase, StepTimer, threads_wait, transitions_measured
 from .optimizer import make_optimizer
 from .ranks import Ranks
 from .totals import Totals
@@ -84,6 +84,7 @@ class Trainer:
             graph=config.graph,
         )
         self.epoch = 0  # epochs done
+        self.threads_wait: str | None = None  # of the last epoch's steps, see `measure`
         self.train_seconds = 0.0
         self.phases: list[Phase] = []
 
@@ -141,6 +142,8 @@ class Trainer:
                     getattr(phase, name).append(duration)
         self.epoch += 1
         self.train_seconds += sum(seconds)
+        if self.device.type == "cpu":
+            self.threads_wait = threads_wait(seconds[1:], torch.get_num_threads())
         loss, metric = totals.means(samples, self.ranks)
         if not math.isfinite(loss):
             raise TrainingFailed(f"the loss became {loss} in epoch {self.epoch}: lower the learning rate")
