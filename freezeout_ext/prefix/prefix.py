@@ -66,6 +66,7 @@ class Prefix:
         self._recorder: Recorder | None = None
         self._sentinel: OwnForward | None = None
         self._paused = 0
+        self._suspects = False  # whether a chain was left because of a change
         self._begin(waits=False)
 
     def freeze(self, num_frozen: int) -> None:
@@ -264,7 +265,7 @@ class Prefix:
     def _begin(self, waits: bool, *, anew: bool = True) -> None:
         """Nothing is installed; `anew`: nor known of the modules."""
         self._waits, self._inside = waits, False
-        self._suspects: bool = False  # whether a chain was left because of a change
+        self._suspects = False
         self._fallbacks: list[str] = []
         self._errors: list[float] = []
         self._lost: list[Trial] = []
