@@ -176,7 +176,7 @@ def in_turns(rivals: dict) -> dict[str, float]:
 def prefix_rivals(net: nn.Sequential, x: Tensor) -> tuple[dict, CudaEngine]:
     """Eager in bfloat16 channels-last, launched from Python and in a CUDA graph, and the engine (which is a graph)."""
     half = copy.deepcopy(net).to(DTYPE, memory_format=torch.channels_last)
-    engine = CudaEngine(lower_units(*net), dtype=DTYPE, output_dtype=DTYPE, channels_last=True, weights={})
+    engine = CudaEngine(lower_units(*net), dtype=DTYPE, output_dtype=DTYPE, channels_last=True)
 
     def eager() -> Tensor:
         return half(x.to(DTYPE, memory_format=torch.channels_last))

@@ -92,9 +92,7 @@ def test_half_the_units(benchmark, name, mode):
     with torch.no_grad():
         expected = eager(x)
         start = time.perf_counter()
-        engine = CpuEngine(
-            lower_units(*units), dtype=HALF[mode], output_dtype=torch.float32, channels_last=False, weights={}
-        )
+        engine = CpuEngine(lower_units(*units), dtype=HALF[mode], output_dtype=torch.float32, channels_last=False)
         (found,) = engine(x)
         preparation = 1e3 * (time.perf_counter() - start)
         error = ((found - expected).abs().max() / expected.abs().max()).item()

@@ -123,7 +123,7 @@ def planned_prefix(name: str, fraction: float = 0.5, batch: int = BATCH) -> Cost
         chosen=lambda key: None, look_alike=kernels.look_alike, tolerance=kernels.tolerance,
     )  # fmt: skip
     engine = CudaEngine(
-        lower_units(*units_of(name, fraction)), dtype=DTYPE, output_dtype=DTYPE, channels_last=True, weights={},
+        lower_units(*units_of(name, fraction)), dtype=DTYPE, output_dtype=DTYPE, channels_last=True,
         ops=ops,
     )  # fmt: skip
     x = torch.randn(COUNTED, 3, IMAGE, IMAGE)

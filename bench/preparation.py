@@ -47,12 +47,12 @@ def prepared(net: str) -> tuple[int, list[int]]:
         conv1x1=conv, conv3x3=conv, configs=kernels.configs, choose=choose, chosen=lambda key: None,
         look_alike=lambda image: image, tolerance=kernels.tolerance,
     )  # fmt: skip
-    units, weights = floors.units_of(net, 1.0), {}
+    units = floors.units_of(net, 1.0)
     for count in range(1, len(units) + 1):
         timed.append(0)
         engine = CudaEngine(
             lower_units(*units[:count]), dtype=torch.bfloat16, output_dtype=torch.bfloat16,
-            channels_last=True, weights=weights, ops=ops,
+            channels_last=True, ops=ops,
         )  # fmt: skip
         engine.run_measured(torch.zeros(floors.COUNTED, 3, floors.IMAGE, floors.IMAGE))
     return len(variants), timed

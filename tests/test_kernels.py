@@ -362,7 +362,7 @@ def test_a_net_by_the_kernels(net: torch.nn.Module) -> None:
         **{**names, "choose": lambda key, candidates, **_: list(candidates)[-1], "chosen": lambda key: None}
     )
     engine = CudaEngine(
-        lower_units(*units), dtype=torch.float32, output_dtype=torch.float32, channels_last=False, weights={},
+        lower_units(*units), dtype=torch.float32, output_dtype=torch.float32, channels_last=False,
         ops=ops,
     )  # fmt: skip
     engine.tf32 = False

@@ -1,6 +1,8 @@
 """The ops of the prefix on a GPU: what is fused and placed, the kernels' references on the CPU, the rest there."""
 
 import copy
+import gc
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
@@ -107,7 +109,7 @@ def prefix_of(name: str, count: int | None = None) -> Units:
 
 def engine_of(net: Units, *, dtype: torch.dtype = torch.float32, ops: SimpleNamespace = kernels) -> cuda.CudaEngine:
     return cuda.CudaEngine(
-        lower_units(*net.units), dtype=dtype, output_dtype=torch.float32, channels_last=False, weights={},
+        lower_units(*net.units), dtype=dtype, output_dtype=torch.float32, channels_last=False,
         ops=ops,
     )  # fmt: skip
 
@@ -305,12 +307,11 @@ def test_engine_against_eager(name: str, way, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["densenet", "wrn"])
 def test_every_frontier(name: str) -> None:
     whole, x = prefix_of(name), images(2)
-    weights: dict = {}
     for count in range(1, len(whole.units) + 1):
         net = Units(list(whole.units)[:count])
         engine = cuda.CudaEngine(
             lower_units(*net.units), dtype=torch.float32, output_dtype=torch.float32, channels_last=True,
-            weights=weights, ops=references(last_way),
+            ops=references(last_way),
         )  # fmt: skip
         found = engine.finish(*engine.run_measured(x))
         assert found.is_contiguous(memory_format=torch.channels_last)
@@ -440,6 +441,19 @@ def test_outputs_are_copies() -> None:
     assert found.data_ptr() != raw.data_ptr() and torch.equal(found, raw)
 
 
+def test_an_engine_is_freed_without_the_garbage_collector() -> None:
+    gc.disable()
+    try:
+        engines = engine_of(prefix_of("wrn", 2), ops=references(last_way)), graphs.ExactEngine(lambda x: (x,))
+        for engine in engines:
+            engine(images())
+        gone = [weakref.ref(engine) for engine in engines]
+        del engine, engines
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.cuda
 def test_when_a_graph_is_captured() -> None:
     """The second call in a row of one shape; four shapes at most; never again a shape that was refused."""
@@ -448,11 +462,11 @@ def test_when_a_graph_is_captured() -> None:
     def function(x: Tensor) -> tuple:
         return (x + (x.sum().item() if len(x) == 9 else 1),)
 
-    held = graphs.Graphs(function)
+    held = graphs.Graphs()
 
     def call(n: int) -> bool:
         x = torch.full((n, 2), float(n), device="cuda")
-        found = held((x,), prepare=lambda: captured.append(n))
+        found = held(function, (x,), prepare=lambda: captured.append(n))
         assert found is None or torch.equal(found[0], x + 1)
         return found is not None
 

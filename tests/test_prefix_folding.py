@@ -13,7 +13,7 @@ from torch import nn
 from freezeout_ext import native
 from freezeout_ext.layers import find_layers
 from freezeout_ext.prefix import Prefix, cpu
-from freezeout_ext.prefix.cpu import Arena, CpuEngine
+from freezeout_ext.prefix.cpu import CpuEngine
 from freezeout_ext.prefix.lower import lower_units
 from freezeout_ext.prefix.program import Add, Affine, Call, Cat, Conv, Program, Ref, batch_norm_affine
 
@@ -34,7 +34,7 @@ def randomized(module: nn.Module) -> nn.Module:
 
 
 def engine(program: Program, dtype: torch.dtype = torch.float32, last: bool = False) -> CpuEngine:
-    return CpuEngine(program, dtype=dtype, output_dtype=torch.float32, channels_last=last, weights={})
+    return CpuEngine(program, dtype=dtype, output_dtype=torch.float32, channels_last=last)
 
 
 def kinds(program: Program) -> list[type]:
@@ -183,12 +183,9 @@ def test_a_dense_block_grows_in_one_buffer_and_outputs_are_fresh():
     assert len({block for block, _, _ in run.places.values()}) == 1
     with torch.no_grad():
         first = run(torch.randn(4, 3, 16, 16))[0]
-        kept, held = first.clone(), run.bytes_held
+        kept = first.clone()
         run(torch.randn(4, 3, 16, 16))
         assert torch.equal(first, kept)
-        assert run.bytes_held == held  # buffers are used again
-        run(torch.randn(2, 3, 16, 16))
-        assert run.bytes_held == held  # also by a smaller batch
         x = torch.randn(9, 3, 16, 16)
         torch.testing.assert_close(run(x)[0], model.blocks[:2](model.stem(x)), rtol=1e-4, atol=1e-4)
 
@@ -271,7 +268,7 @@ def test_a_module_that_is_not_written_as_ops_computes_in_half_precision_too(dtyp
         p.requires_grad_(False)
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
-        engine = CpuEngine(lower_units(unit), dtype=dtype, output_dtype=torch.float32, channels_last=False, weights={})
+        engine = CpuEngine(lower_units(unit), dtype=dtype, output_dtype=torch.float32, channels_last=False)
         (found,), expected = engine(x), unit(x)
     error = (found - expected).abs().max() / expected.abs().max()
     assert 0 < error < 2e-2
@@ -279,9 +276,7 @@ def test_a_module_that_is_not_written_as_ops_computes_in_half_precision_too(dtyp
 
 def test_double_precision_stays_double():
     units = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).double()
-    run = CpuEngine(
-        lower_units(units), dtype=torch.float64, output_dtype=torch.float64, channels_last=False, weights={}
-    )
+    run = CpuEngine(lower_units(units), dtype=torch.float64, output_dtype=torch.float64, channels_last=False)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(run(x)[0], units(x), rtol=1e-12, atol=1e-12)
@@ -297,21 +292,6 @@ def test_bfloat16_arithmetic_is_within_two_percent():
     assert found.dtype == torch.float32
     error = (found - expected).abs().max() / expected.abs().max()
     assert 1e-5 < error < 2e-2  # 8 bits of mantissa through 7 layers
-
-
-# The buffers
-
-
-def test_the_arena_gives_a_buffer_to_one_value_at_a_time():
-    arena = Arena()
-    a, b = arena.take(10, torch.float32), arena.take(10, torch.float32)
-    assert a.data_ptr() != b.data_ptr() and arena.bytes == 80
-    arena.give(a)
-    assert arena.take(8, torch.float32) is a and arena.bytes == 80
-    assert arena.take(8, torch.bfloat16).dtype == torch.bfloat16 and arena.bytes == 96
-    arena.give(a)
-    assert arena.take(100, torch.float32).numel() == 100
-    assert arena.bytes == 80 + 16 + 400 - 40  # what was sized for a smaller batch is given back
 
 
 # The C++ kernel

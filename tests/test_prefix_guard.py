@@ -147,7 +147,7 @@ CHANGES = {
 
 @settings(max_examples=15)
 @given(
-    st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), st.integers(0, 1)), min_size=1, max_size=2),
+    st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), st.integers(0, 1)), min_size=1, max_size=3, unique=True),
     st.sampled_from(["exact", "folded"]),
 )
 def test_whatever_changes_between_two_steps_the_modules_run_as_they_then_are(changes, mode):

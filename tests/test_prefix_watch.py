@@ -248,7 +248,7 @@ def test_dicts_keywords_and_options_in_and_out():
         for name, value in results[0].items():
             assert torch.equal(value, results[1][name]), (options, name)
     report = prefix.report()
-    assert report.route == "split" and report.calls == 10  # two pieces in all but the watched and the rehearsal
+    assert report.route == "split" and report.calls == 12  # two pieces in all but the watched forward
 
 
 # Hooks
@@ -348,6 +348,107 @@ def test_a_value_inside_a_chain_that_another_module_uses_is_right_and_cuts_the_c
     assert report.route == "split"
     assert report.units == 2
     assert [len(chain.links) for chain in prefix._chains] == [1, 1]
+
+
+class Looking(nn.Module):
+    """A model that looks at an inner value in some way between or behind the frozen units."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.one, self.act, self.two = nn.Conv2d(3, 6, 1), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 1)
+        self.drop, self.head, self.look = nn.Dropout(), nn.Linear(6, 10), look
+
+    def forward(self, x):
+        start, x = x, x.clone()
+        a = self.one(x)
+        b = self.act(a)
+        if self.look == "a value that the next unit wrote":
+            b = a + b
+        c = self.drop(self.two(b))
+        if self.look == "after the input changed":
+            x.zero_()
+            c = c + b
+        elif self.look == "at a value that shares memory with a later one":
+            b.add_(1)
+            c = c + a
+        elif self.look == "writes":
+            b.mul_(2)
+            c = c + b
+        elif self.look == "at two":
+            c = c + a + b
+        return self.head(c.mean((2, 3)) + start.mean())
+
+
+LOOKS = [
+    "a value that the next unit wrote", "after the input changed", "at a value that shares memory with a later one",
+    "writes", "at two",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["exact", "folded"])
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("since", [0, 4])
+def test_whoever_looks_at_an_inner_value_sees_that_of_eager(look, mode, since):
+    names = [["one", "act"], "two", "head"]
+    model = Looking(None if since else look).train()
+    plain = copy.deepcopy(model)
+    for net in (plain, model):
+        layers = find_layers(net, names)
+        freeze(net, 2, layers)
+    prefix = Prefix(model, layers, mode=mode, measure=False)
+    prefix.freeze(2)
+    for seed in range(8):
+        if seed == since:
+            plain.look = model.look = look
+        if since and look == "after the input changed" and seed == since:
+            with pytest.raises(RuntimeError, match="was looked at after the input of one was changed in place"):
+                one_step(model, seed)
+            one_step(plain, seed)
+            continue
+        expected, found = one_step(plain, seed), one_step(model, seed)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0 if mode == "exact" else 1e-4, atol=1e-6)
+    assert prefix.report().calls
+
+
+class Swapping(nn.Module):
+    """Changes the second frozen unit between the calls of the first and the second."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.one, self.two, self.head, self.how = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Linear(6, 10), how
+
+    def forward(self, x):
+        x = self.one(x)
+        with torch.no_grad():
+            if self.how == "data":
+                self.two.weight.data.mul_(1.01)
+            elif self.how == "version":
+                self.two.weight.mul_(1.01)
+            elif self.how == "attribute":
+                self.two.stride = (2, 2)
+        x = self.two(x)
+        if self.how == "attribute":
+            self.two.stride = (1, 1)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("mode", ["exact", "folded"])
+@pytest.mark.parametrize("how", ["data", "version", "attribute"])
+def test_a_unit_that_the_model_changes_in_its_forward_is_in_no_chain(how, mode):
+    model = Swapping(how).train()
+    plain = copy.deepcopy(model)
+    for net in (plain, model):
+        layers = find_layers(net, ["one", "two", "head"])
+        freeze(net, 2, layers)
+    prefix = Prefix(model, layers, mode=mode, measure=False)
+    prefix.freeze(2)
+    for seed in range(5):
+        expected, found = one_step(plain, seed), one_step(model, seed)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0 if mode == "exact" else 1e-4, atol=1e-6)
+    report = prefix.report()
+    assert report.units == 1 and report.calls and "two runs as it is: the model changes it" in str(report), report
 
 
 def test_shapes_of_a_value_inside_a_chain_are_its_own():
@@ -478,7 +579,7 @@ def test_a_capture_that_fails_leaves_the_modules_and_says_so(monkeypatch, caplog
     def broken(*args, **kwargs):
         raise RuntimeError("engine on fire")
 
-    monkeypatch.setattr("freezeout_ext.prefix.build._engine", broken)
+    monkeypatch.setattr("freezeout_ext.prefix.build.Builder._engine", broken)
     plain, model, prefix = pair(trained("wrn"), 3, "folded")
     assert_same_steps(plain, model)
     assert prefix.report().route == "eager"

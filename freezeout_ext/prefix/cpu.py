@@ -1,4 +1,4 @@
-"""Ops on the CPU: oneDNN's fused convolutions on packed weights, channels-last, buffers that stay.
+"""Ops on the CPU: oneDNN's fused convolutions on packed weights, channels-last.
 
 The fused convolutions are private to torch (torch._inductor uses them); where this torch lacks one, the plain
 convolution runs and `fallbacks` says so. Nothing is compiled at run time.
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from .engine import CHANNELS_LAST, Block, Engine, Run, is_rows, pixel_stride
-from .program import Affine, Call, Conv, Program, map_tree
+from .engine import CHANNELS_LAST, Engine, Run, is_rows, pixel_stride
+from .program import Affine, Call, Conv, Program
 
-# A dense block's buffer is read and written whole by every layer: of this many images it stays in the cache
-# (DenseNet-76-12, batch 64, one thread: 0.85 of the time, a quarter of the memory; other nets gain nothing).
+# A dense block's buffer is read and written whole by every layer: of this many images it stays in the cache, and below
+# the size from which malloc asks the system anew each time.
 DENSE_IMAGES = 16
 
 
@@ -43,42 +43,11 @@ def unsupported_dtype(dtype: torch.dtype) -> str | None:
     return None
 
 
-class Arena:
-    """Buffers that stay between calls: taken for a value, given back when it is dead."""
-
-    def __init__(self) -> None:
-        self.free: list[Tensor] = []
-        self.bytes = 0
-
-    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
-        fits = [b for b in self.free if b.dtype == dtype and b.numel() >= numel]
-        if fits:
-            best = min(fits, key=Tensor.numel)
-            self.free = [b for b in self.free if b is not best]
-            return best
-        # What is too small was sized for a smaller batch: give it back before asking for more.
-        small = [b for b in self.free if b.dtype == dtype and b.numel() < numel // 2]
-        for buffer in small:
-            self.bytes -= buffer.nbytes
-        self.free = [b for b in self.free if all(b is not s for s in small)]
-        buffer = torch.empty(numel, dtype=dtype)
-        self.bytes += buffer.nbytes
-        return buffer
-
-    def give(self, buffer: Tensor) -> None:
-        self.free.append(buffer)
-
-
 class CpuEngine(Engine):
-    """(y,) = program(*inputs) on the CPU; see Engine.
+    """(y,) = program(*inputs) on the CPU; see Engine."""
 
-    Args:
-        arena: the buffers, kept from frontier to frontier.
-    """
-
-    def __init__(self, program: Program, *, arena: Arena | None = None, **given: Any) -> None:
+    def __init__(self, program: Program, **given: Any) -> None:
         super().__init__(program, **given)
-        self.arena = arena or Arena()
         self._affine_op = getattr(native.C, "affine_relu", None)
         if self._affine_op is None and any(isinstance(op, Affine) for op in program.ops):
             self.notes.append(f"affines run in torch: {native.import_error or 'the compiled half has no affine_relu'}")
@@ -89,16 +58,6 @@ class CpuEngine(Engine):
         # One whose every image depends on that image alone, by the kinds of its ops.
         apart = all(not isinstance(op, Call) or op.any_layout for op in program.ops) and len(program.inputs) == 1
         self._in_parts = bool(self.joined) and apart
-        self._held: dict[int | Block, Tensor] = {}
-        self._members: dict[Block, set[int]] = {}
-        for value, (block, _, _) in self.places.items():
-            self._members.setdefault(block, set()).add(value)
-        self._left: dict[Block, set[int]] = {}  # the values of a block that are still needed, or still to come
-
-    @property
-    def bytes_held(self) -> int:
-        """Of buffers; the packed weights belong to all engines."""
-        return self.arena.bytes
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor]:
         if self._in_parts and inputs[0].dim() == 4 and len(inputs[0]) > DENSE_IMAGES:
@@ -107,30 +66,7 @@ class CpuEngine(Engine):
 
     def whole(self, *inputs: Tensor) -> Tensor:
         """-> y for a batch in one go."""
-        self._left = {block: set(values) for block, values in self._members.items()}
-        try:
-            return self.finish(*self.run(inputs))
-        finally:
-            for buffer in self._held.values():
-                self.arena.give(buffer)
-            self._held.clear()
-
-    # Memory
-
-    def empty(self, owner: int | Block, shape: tuple[int, ...], state: Run) -> Tensor:
-        n, c, h, w = shape
-        flat = self._held[owner] = self.arena.take(n * c * h * w, self.dtype)
-        return flat[: n * c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)
-
-    def release(self, value: int) -> None:
-        owner: int | Block = value
-        if value in self.places:
-            owner = self.places[value][0]
-            self._left[owner].discard(value)
-            if self._left[owner]:
-                return
-        if owner in self._held:
-            self.arena.give(self._held.pop(owner))
+        return self.finish(*self.run(inputs))
 
     # Ops
 
@@ -173,18 +109,8 @@ class CpuEngine(Engine):
         other = other.contiguous(memory_format=CHANNELS_LAST)
         return (ops._convolution_pointwise.binary(x, other, weight, bias, *geometry, "add", 1.0, relu, [], None),)
 
-    def call(self, op: Call, state: Run) -> tuple[Any]:
-        (result,) = super().call(op, state)
-        kept = {buffer.untyped_storage().data_ptr() for buffer in self._held.values()}
-        # A view of a buffer would not outlive the value.
-        return (
-            map_tree(
-                lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and _storage(leaf) in kept else leaf, result
-            ),
-        )
-
     def _packed(self, op: Conv, x: Tensor, *, packed: bool) -> tuple[Tensor, Tensor | None]:
-        key = (packed, x.dtype, tuple(x.shape[2:]) if packed else (), *map(id, op.key))
+        key = op.out, x.dtype, tuple(x.shape[2:]) if packed else None
         if key not in self.weights:
             weight, bias = op.folded()
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)

@@ -6,7 +6,7 @@ convolution, once in the process, and captures the graph. So an odd last batch c
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class CudaEngine(Engine):
         Refused: the kernels do not compute in this dtype.
     """
 
+    OPS: ClassVar = Engine.OPS | {FusedConv: "fused_conv", PooledAffine: "pooled_affine"}
     padding = 16  # each pixel then starts on a 16-byte boundary, for any dtype and any slice of 8 bytes
 
     def __init__(self, program: Program, *, dtype: torch.dtype, ops: Any = kernels, **given: Any) -> None:
@@ -70,15 +71,14 @@ class CudaEngine(Engine):
         self.tolerance = 2e-2 if self.tf32 else 0.0
         self.ways: dict[int, Hashable] = {}  # how each convolution ran the last time that Python ran it, by value
         self._measured: set[Hashable] = set()
-        self._graphs = Graphs(self.run_measured)
-        self.compute |= {FusedConv: self.fused_conv, PooledAffine: self.pooled_affine}
+        self._graphs = Graphs()
 
     def fuse(self, program: Program) -> list[Op]:
         return fuse(program)
 
     @property
     def bytes_held(self) -> int:
-        return self._graphs.bytes
+        return super().bytes_held + self._graphs.bytes
 
     @property
     def fallbacks(self) -> list[str]:
@@ -104,7 +104,7 @@ class CudaEngine(Engine):
         if capturing(inputs):  # of the whole training step, by the user
             measured = shape_key(inputs) in self._measured
             return (self.finish(*(self.run_measured if measured else self.run_plain)(*inputs)),)
-        outputs = self._graphs(inputs, prepare=lambda: self._prepare(inputs))
+        outputs = self._graphs(self.run_measured, inputs, prepare=lambda: self._prepare(inputs))
         return (self.finish(*(self.run_plain(*inputs) if outputs is None else outputs)),)
 
     def run_plain(self, *inputs: Tensor) -> tuple[Tensor]:
@@ -171,10 +171,9 @@ class CudaEngine(Engine):
         return self.linear(op, constants.weight, constants.bias_like, state)
 
     def _constants(self, op: Conv) -> Constants:
-        key = ("conv", self.dtype, *map(id, op.key))
-        if key not in self.weights:
-            self.weights[key] = Constants.of(*op.folded(), self.dtype)
-        return self.weights[key]
+        if op.out not in self.weights:
+            self.weights[op.out] = Constants.of(*op.folded(), self.dtype)
+        return self.weights[op.out]  # type: ignore[return-value]  # stored two lines above
 
 
 def fuse(program: Program) -> list[Op]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,24 +51,22 @@ class Engine:
         dtype: of images, weights and products.
         output_dtype: the wanted dtype of y.
         channels_last: whether y is wanted channels-last, as eager gives it.
-        weights: folded weights by op, shared by the engines of successive frontiers.
     """
 
+    OPS: ClassVar[dict[type[Op], str]] = {
+        Affine: "affine", Conv: "conv", Add: "add", Relu: "relu", Cat: "cat", Call: "call",
+    }  # fmt: skip
     padding = 1  # channels of a block's buffer are a multiple
     tolerance = 0.0  # the error against eager that the precision explains, 0 where the mode's own does
 
-    def __init__(
-        self, program: Program, *, dtype: torch.dtype, output_dtype: torch.dtype, channels_last: bool, weights: dict
-    ) -> None:
-        self.program, self.dtype, self.weights = program, dtype, weights
+    def __init__(self, program: Program, *, dtype: torch.dtype, output_dtype: torch.dtype, channels_last: bool) -> None:
+        self.program, self.dtype = program, dtype
+        self.weights: dict[Any, tuple] = {}  # folded, by op and what else they depend on
         self.output_dtype, self.channels_last = output_dtype, channels_last
         self.notes = list(program.notes)
         self.ops = self.fuse(program)
         self.places, self.joined = place(program, self.ops, self.padding)
         self.dead_after = last_uses(program, self.ops)
-        self.compute: dict[type[Op], Callable[[Any, Run], tuple]] = {
-            Affine: self.affine, Conv: self.conv, Add: self.add, Relu: self.relu, Cat: self.cat, Call: self.call,
-        }  # fmt: skip
 
     def fuse(self, program: Program) -> list[Op]:
         """-> the ops that run."""
@@ -76,7 +74,9 @@ class Engine:
 
     @property
     def bytes_held(self) -> int:
-        return 0
+        """Of folded weights."""
+        tensors = [t for constants in self.weights.values() for t in constants if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)  # a packed one has no nbytes
 
     @property
     def fallbacks(self) -> list[str]:
@@ -107,12 +107,11 @@ class Engine:
         state = Run(dict(zip(self.program.inputs, inputs, strict=True)), inputs[0].device, way=way)
         with torch.autocast(state.device.type, enabled=False):
             for op, state.dead in zip(self.ops, self.dead_after, strict=True):
-                results = self.compute[type(op)](op, state)
+                results = getattr(self, self.OPS[type(op)])(op, state)
                 for value, result in zip(op.outs(), results, strict=True):
                     state.values[value] = self._placed(value, result, state)
                 for value in state.dead:
                     state.values.pop(value, None)
-                    self.release(value)
         output = self.program.output
         return state.values[output], output in state.fresh
 
@@ -123,17 +122,14 @@ class Engine:
 
     # Memory
 
-    def empty(self, owner: int | Block, shape: tuple[int, ...], state: Run) -> Tensor:
-        """-> images [N, C, H, W] for a value or a block, unwritten."""
+    def empty(self, shape: tuple[int, ...], state: Run) -> Tensor:
+        """-> images [N, C, H, W], unwritten."""
         return torch.empty(tuple(shape), dtype=self.dtype, device=state.device, memory_format=CHANNELS_LAST)
-
-    def release(self, value: int) -> None:
-        """The value is not needed any more."""
 
     def target(self, value: int, shape: tuple[int, ...], state: Run) -> Tensor:
         """-> where the value is to be written: its slice of a block's buffer, or memory of its own."""
         placed = self.place_of(value, shape, state)
-        return self.empty(value, shape, state) if placed is None else placed
+        return self.empty(shape, state) if placed is None else placed
 
     def place_of(self, value: int, shape: tuple[int, ...], state: Run) -> Tensor | None:
         """The slice of a block's buffer where the value lies, None where it lies in no block."""
@@ -141,7 +137,7 @@ class Engine:
             return None
         block, first, channels = self.places[value]
         if block not in state.blocks:
-            state.blocks[block] = self.empty(block, (shape[0], block.channels, *shape[2:]), state)
+            state.blocks[block] = self.empty((shape[0], block.channels, *shape[2:]), state)
         return state.blocks[block][:, first : first + channels]
 
     def _placed(self, value: int, result: Any, state: Run) -> Any:
@@ -211,11 +207,10 @@ class Engine:
 
     def affine_constants(self, op: Affine) -> tuple[Tensor, Tensor]:
         """-> scale, shift in float32, for half precision too; float64 where the modules are."""
-        key = ("affine", *map(id, op.source), op.scale.numel())
-        if key not in self.weights:
+        if op.out not in self.weights:
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-            self.weights[key] = (op.scale.to(wide), op.shift.to(wide))
-        return self.weights[key]
+            self.weights[op.out] = (op.scale.to(wide), op.shift.to(wide))
+        return self.weights[op.out]
 
 
 def last_uses(program: Program, ops: list[Op]) -> list[list[int]]:

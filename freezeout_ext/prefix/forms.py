@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -30,7 +31,7 @@ class Form:
     leaves: tuple
 
     @classmethod
-    def of(cls, tree: Any, carried: Tensor, inputs: list[Tensor], new: Callable[[Tensor], object]) -> "Form":
+    def of(cls, tree: Any, carried: Tensor | None, inputs: list[Tensor], new: Callable[[Tensor], object]) -> "Form":
         """Of what was seen; `new` notes a tensor that is neither, as the next input, or raises.
 
         Raises:
@@ -51,9 +52,19 @@ class Form:
                 raise Refused(f"a {type(leaf).__name__}")
         return cls(spec, tuple(leaves))
 
+    @cached_property
+    def at(self) -> int:
+        """The place of the carried value among the leaves."""
+        return self.leaves.index(Carried)
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether a call is given the carried value and nothing else."""
+        return self.leaves == (Carried,) and self.spec == _ALONE
+
     def fill(self, carried: Any, inputs: tuple) -> Any:
         """-> the tree with values in it."""
-        if self.leaves == (Carried,) and self.spec.is_leaf():
+        if self.spec.is_leaf() and self.leaves == (Carried,):
             return carried
         values = [carried if a is Carried else inputs[a.index] if type(a) is Input else a for a in self.leaves]
         return tree_unflatten(values, self.spec)
@@ -64,8 +75,9 @@ class Form:
         if spec != self.spec:
             return None
         for leaf, known in zip(found, self.leaves, strict=True):
-            is_constant = known is not Carried and type(known) is not Input
-            if is_constant and not (leaf is known or (type(leaf) is type(known) and leaf == known)):
+            if known is leaf or known is Carried or type(known) is Input:
+                continue
+            if type(leaf) is not type(known) or leaf != known:
                 return None
         return found
 
@@ -74,3 +86,6 @@ def flatten(tree: Any) -> tuple[list, TreeSpec]:
     """Tuples and lists are opened, and the dict of keyword arguments; other objects, which may change, are leaves."""
     keywords = tree[1] if type(tree) is tuple and len(tree) == 2 and type(tree[1]) is dict else None
     return tree_flatten(tree, is_leaf=lambda node: type(node) not in (tuple, list) and node is not keywords)
+
+
+_ALONE = flatten(((None,), {}))[1]

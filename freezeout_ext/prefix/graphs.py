@@ -32,8 +32,7 @@ def shape_key(inputs: tuple) -> Hashable:
 class Graphs:
     """outputs = function(*inputs) from a CUDA graph for each shape seen twice in a row; else None."""
 
-    def __init__(self, function: Callable[..., tuple]) -> None:
-        self.function = function
+    def __init__(self) -> None:
         self.refused: dict[Hashable, str] = {}
         self.bytes = 0
         self._held: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor], tuple]] = {}
@@ -49,10 +48,13 @@ class Graphs:
     def fallbacks(self) -> list[str]:
         return [f"no CUDA graph: {reason}" for reason in dict.fromkeys(self.refused.values())]
 
-    def __call__(self, inputs: tuple, prepare: Callable[[], object] | None = None) -> tuple | None:
+    def __call__(
+        self, function: Callable[..., tuple], inputs: tuple, prepare: Callable[[], object] | None = None
+    ) -> tuple | None:
         """The outputs in the graph's own memory, overwritten by the next call; None: run the function yourself.
 
         Args:
+            function: always the same one.
             prepare: called once before a capture; raises where there must not be one.
         """
         if not on_gpu(inputs):
@@ -63,7 +65,7 @@ class Graphs:
             if not repeated or key in self.refused or len(self._held) == MOST_GRAPHS:
                 return None
             try:
-                self._held[key] = self._capture(inputs, prepare)
+                self._held[key] = self._capture(function, inputs, prepare)
             except Exception as error:  # a graph is a saving; a run must not end for it
                 self.refused[key] = first_line(error)
                 logger.warning("prefix: no CUDA graph for inputs %s: %s", [tuple(x.shape) for x in inputs], error)
@@ -74,22 +76,22 @@ class Graphs:
         graph.replay()
         return outputs
 
-    def _capture(self, inputs: tuple, prepare: Callable[[], object] | None) -> tuple:
+    def _capture(self, function: Callable[..., tuple], inputs: tuple, prepare: Callable[[], object] | None) -> tuple:
         with torch.cuda.device(inputs[0].device), _no_autocast_cache():
             if prepare is not None:
                 prepare()
             given = [torch.empty_like(x, memory_format=torch.preserve_format).copy_(x) for x in inputs]
             if self._stream is None:
                 self._stream = own_stream(self, torch.cuda.current_device())
-            self._rehearse(given, self._stream)
+            self._rehearse(function, given, self._stream)
             before = torch.cuda.memory_reserved()
             # Graphs of one engine never run at the same time and their outputs are copied: they share their memory.
-            graph, outputs = capture(lambda: self.function(*given), stream=self._stream, pool=self._pool)
+            graph, outputs = capture(lambda: function(*given), stream=self._stream, pool=self._pool)
             self._pool = graph.pool()
             self.bytes += torch.cuda.memory_reserved() - before + sum(x.nbytes for x in given)
             return graph, given, outputs
 
-    def _rehearse(self, given: list[Tensor], stream: torch.cuda.Stream) -> None:
+    def _rehearse(self, function: Callable[..., tuple], given: list[Tensor], stream: torch.cuda.Stream) -> None:
         """One run on the stream of the capture. What waits for the device would end a capture for good: refuse it."""
         current = torch.cuda.current_stream()
         stream.wait_stream(current)
@@ -99,7 +101,7 @@ class Graphs:
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 with torch.cuda.stream(stream):
-                    self.function(*given)
+                    function(*given)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         current.wait_stream(stream)
@@ -130,7 +132,7 @@ class ExactEngine:
 
     def __init__(self, originals: Callable[..., tuple]) -> None:
         self.originals = originals
-        self._graphs = Graphs(originals)
+        self._graphs = Graphs()
 
     @property
     def bytes_held(self) -> int:
@@ -144,5 +146,5 @@ class ExactEngine:
         return {"CUDA graph": self._graphs.count} if self._graphs.count else {}
 
     def __call__(self, *inputs: Tensor) -> tuple:
-        outputs = None if capturing(inputs) else self._graphs(inputs)
+        outputs = None if capturing(inputs) else self._graphs(self.originals, inputs)
         return self.originals(*inputs) if outputs is None else tuple(y.clone() for y in outputs)

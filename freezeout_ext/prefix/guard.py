@@ -2,155 +2,120 @@
 
 import ctypes
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .judge import Refused
-from .reads import PLAIN, read
+from .reads import HOOKS, PLAIN, read
 
 HOOKED = "a hook is registered on a frozen module"
 STALE = "a frozen parameter, buffer, attribute or submodule was changed"
 TRAINING = "a frozen module is in training mode"
 
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
 
 class Guard:
-    """The state of one frozen module: all that its forward can read.
+    """The state of one frozen module: all that its forward can read (see reads.py).
 
-    Compared are training flags and hooks; the class of each module and each attribute, containers by content, globals
-    and class attributes that the code names; of each tensor its identity, address, shape and requires_grad. Tensors are
-    compared by value too, once `keep_values` was called: an engine that has packed or folded them needs that, and
-    `p.data.copy_()` leaves no other trace.
+    Compared are the class of each module, training flags and hooks; attributes, globals and what containers hold, by
+    identity, immutable ones by value; of each tensor its address, shape, strides, dtype and requires_grad. Once
+    `keep_values` was called, tensors are compared byte by byte as well: an engine that has packed or folded them needs
+    that, and `p.data.copy_()` leaves no other trace.
 
     Raises:
-        Refused: the module writes, or reads what cannot be compared (see reads.py).
+        Refused: the module writes, or reads what cannot be compared, or is no constant function of its input.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        if reason := _inconstant(module):
+            raise Refused(reason)
         reads = read(module)
         self.modules = reads.modules
-        self._classes = [type(m) for m in self.modules]
-        named = {(id(table), keys): _Entries(table, keys) for table, keys in reads.tables}
-        self._read: list[_Entries | _Items] = [
-            *(_Entries(*attributes) for attributes in reads.attributes),
-            *named.values(),
-            *map(_Items, reads.containers),
-        ]
-        self._tensors = list({id(t): t for t in reads.tensors}.values())
-        self._state = [_state(t) for t in self._tensors]
-        self._versions = [version_of(t) for t in self._tensors]
-        self._kept: list[Tensor] | None = None
+        self._hooks = [getattr(m, name) for m in self.modules for name in HOOKS]
+        self._sources, self._sized, self._tensors = reads.sources, reads.sized, reads.tensors
+        self._entries, self._facts = self._entries_now(), self._facts_now()
+        self._versions = list(map(version_of, self._tensors))
+        self._values: list[tuple[Tensor, Tensor]] | None = None  # bytes of each tensor: where they are, as they were
 
     def broken(self, *, values: bool = True) -> str | None:
         """What keeps the captured prefix from running at this call, None if nothing does.
 
         Args:
-            values: compare tensors by value, where values were kept.
+            values: compare the bytes of tensors, where they were kept.
         """
-        for module in self.modules:
-            if module.training:
-                return TRAINING
-            if has_hooks(module):
-                return HOOKED
-        if list(map(type, self.modules)) != self._classes or list(map(_state, self._tensors)) != self._state:
-            return STALE
-        if any(read.changed() for read in self._read):
-            return STALE
-        return STALE if values and self._kept is not None and self._other_values() else None
+        if any(self._hooks) and any(map(has_hooks, self.modules)):
+            return HOOKED
+        if not self._changed() and not (values and self._values is not None and self._other_values()):
+            return None
+        return TRAINING if any(m.training for m in self.modules) else STALE
 
     def written(self) -> str | None:
-        """What has changed since the guard was made, counting each write into a tensor; for a forward that ran once."""
+        """What has changed since the guard was made, each write into a tensor counted."""
         if list(map(version_of, self._tensors)) != self._versions:
             return "a parameter or buffer"
         return "an attribute" if self.broken() == STALE else None
 
     def keep_values(self) -> None:
-        """From now on tensors are compared by value."""
-        if self._kept is None:
-            self._kept = [t.detach().clone() for t in self._tensors]
+        """From now on tensors are compared byte by byte."""
+        if self._values is None:
+            now = list(map(_bytes, self._tensors))
+            self._values = [(t, t.clone()) for t in now]
+            on_cpu = [(t.data_ptr(), kept.data_ptr(), t.numel()) for t, kept in self._values if t.is_cpu]
+            self._addresses = tuple(zip(*on_cpu, strict=True)) or ((), (), ())
+            elsewhere = [pair for pair in self._values if not pair[0].is_cpu]
+            self._elsewhere = [t for t, _ in elsewhere], torch.cat([kept for _, kept in elsewhere] or [torch.empty(0)])
+
+    def drop_values(self) -> None:
+        """Tensors are no longer compared byte by byte."""
+        self._values = None
 
     @property
     def bytes_held(self) -> int:
-        return sum(t.nbytes for t in self._kept or ())
+        return sum(kept.nbytes for _, kept in self._values or ())
+
+    def _entries_now(self) -> list:
+        return list(chain.from_iterable([source() for source in self._sources]))
+
+    def _facts_now(self) -> list:
+        tensors = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in self._tensors]
+        return [list(map(type, self.modules)), list(map(len, self._sized)), tensors]
+
+    def _changed(self) -> bool:
+        try:
+            now = self._entries_now()
+        except KeyError:  # an attribute is gone
+            return True
+        if self._facts_now() != self._facts or len(now) != len(self._entries):
+            return True
+        if all(map(operator.is_, now, self._entries)):
+            return False
+        for i, (new, old) in enumerate(zip(now, self._entries, strict=True)):
+            if new is old:
+                continue
+            # Not `new != old`: 1 is True, and 0.0 is -0.0.
+            if type(new) is not type(old) or not isinstance(new, PLAIN) or repr(new) != repr(old):
+                return True
+            self._entries[i] = new
+        return False
 
     def _other_values(self) -> bool:
-        assert self._kept is not None  # asked for only then
-        cpu = [(t, k) for t, k in zip(self._tensors, self._kept, strict=True) if t.device.type == "cpu"]
-        if any(_differ(t, kept) for t, kept in cpu):
+        if any(map(_memcmp, *self._addresses)):
             return True
-        others = [(t, k) for t, k in zip(self._tensors, self._kept, strict=True) if t.device.type != "cpu"]
-        if not others or torch.cuda.is_current_stream_capturing():
+        tensors, kept = self._elsewhere
+        if not tensors or torch.cuda.is_current_stream_capturing():
             return False
-        # One wait for the device in all.
-        equal = [(t == kept).logical_or((t != t) & (kept != kept)).all() for t, kept in others]
-        return not bool(torch.stack(equal).all())
+        return not torch.equal(torch.cat(tensors), kept)  # waits for the device, once
 
 
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
-def _differ(t: Tensor, kept: Tensor) -> bool:
-    if t.stride() == kept.stride():  # a clone of what is dense has its strides
-        return _memcmp(t.data_ptr(), kept.data_ptr(), t.nbytes) != 0
-    return not torch.equal(t, kept)
-
-
-class _Entries:
-    """The entries of a mapping by some names, by identity; immutable ones by value where another such object stands."""
-
-    def __init__(self, table: Any, keys: tuple[str, ...], ignored: tuple[str, ...] | None = None) -> None:
-        self._table, self._ignored = table, ignored
-        self._get = operator.itemgetter(*keys, *keys[:1]) if keys else lambda table: ()
-        self._kept = list(self._entries())
-
-    def _entries(self) -> tuple:
-        if self._ignored is None:
-            return self._get(self._table)
-        # An attribute that is new may stand before one of the class.
-        return *self._get(self._table), len(self._table) - sum(key in self._table for key in self._ignored)
-
-    def changed(self) -> bool:
-        try:
-            return _changed(self._entries(), self._kept)
-        except KeyError:
-            return True
-
-
-class _Items:
-    """All that a list, tuple, set, mapping or closure's cell holds."""
-
-    def __init__(self, items: Any) -> None:
-        self._items = items
-        self._kept = self._entries()
-
-    def _entries(self) -> list:
-        if isinstance(self._items, Mapping):
-            return [*self._items.keys(), *self._items.values()]
-        return list(self._items) if isinstance(self._items, Iterable) else [self._items.cell_contents]
-
-    def changed(self) -> bool:
-        return _changed(self._entries(), self._kept)
-
-
-def _changed(entries: Sequence, kept: list) -> bool:
-    if len(entries) != len(kept):
-        return True
-    if all(map(operator.is_, entries, kept)):
-        return False
-    for i, (a, b) in enumerate(zip(entries, kept, strict=True)):
-        if a is b:
-            continue
-        if type(a) is not type(b) or not isinstance(a, PLAIN) or a != b:
-            return True
-        kept[i] = a
-    return False
-
-
-def _state(t: Tensor) -> tuple:
-    return t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad
+def _bytes(t: Tensor) -> Tensor:
+    """The memory from the tensor's first element to its last."""
+    length = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return t.detach().as_strided((length,), (1,)).view(torch.uint8)
 
 
 def version_of(t: Tensor) -> int:
@@ -159,10 +124,8 @@ def version_of(t: Tensor) -> int:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs something besides its forward that could see or change a value."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    if not any(hooks):
-        return False
-    return any(not getattr(hook, "observes_only", False) for table in hooks if table for hook in table.values())
+    found = chain.from_iterable(getattr(module, name).values() for name in HOOKS)
+    return any(not getattr(hook, "observes_only", False) for hook in found)
 
 
 def has_global_hooks() -> bool:
@@ -170,37 +133,25 @@ def has_global_hooks() -> bool:
     return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
 
 
-def ineligible(module: nn.Module) -> str | None:
+def _inconstant(module: nn.Module) -> str | None:
     """Why the module is not a constant function of its input, None if it may be."""
     for inner in module.modules():
+        kind = type(inner).__name__
         if has_hooks(inner):
-            return f"a hook is registered on a {type(inner).__name__}"
+            return f"a hook is registered on a {kind}"
         if inner.training:
-            return f"a {type(inner).__name__} is in training mode"
+            return f"a {kind} is in training mode"
         if getattr(inner, "_compiled_call_impl", None) is not None:
-            return f"a {type(inner).__name__} is compiled"
+            return f"a {kind} is compiled"
         if isinstance(inner, torch.jit.ScriptModule):
-            return f"a {type(inner).__name__} is scripted"
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            return f"{name} still trains"
-    return None
-
-
-def guarded(module: nn.Module) -> Guard:
-    """-> the guard of a module that may be part of a chain.
-
-    Raises:
-        Refused: it is not a constant function of its input, or that cannot be told.
-    """
-    if reason := ineligible(module):
-        raise Refused(reason)
-    return Guard(module)
+            return f"a {kind} is scripted"
+        if isinstance(inner, nn.RNNBase):
+            return f"a {kind} computes other bits without a graph"
+    return next((f"{name} still trains" for name, p in module.named_parameters() if p.requires_grad), None)
 
 
 def autocast_state(device: torch.device) -> tuple[bool, torch.dtype]:
-    kind = device.type
-    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
 def plain_tensor(x: Any) -> bool:

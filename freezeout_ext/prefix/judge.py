@@ -1,21 +1,24 @@
 """Whether an engine is right and faster: its error against eager, its time against eager in turn."""
 
+import pickle
 import random
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 # Largest error against eager, over eager's largest value. Folding rounds each weight anew: about 1e-6 a net.
 TOLERANCE = {"exact": 0.0, "folded": 1e-5, "bf16": 5e-2, "fp16": 2e-2}
 ROUNDS = 3
+# After so many rounds the engine has won if its slowest time is below so much of eager's fastest.
+CLEAR = {1: 0.6, 2: 0.85}
 
 
 class Refused(Exception):
@@ -36,7 +39,7 @@ def constant() -> Iterator[None]:
 @contextmanager
 def quietly(device: torch.device, autocast: tuple[bool, torch.dtype]) -> Iterator[None]:
     """For a probe: no graph, the user's autocast, and no random number of the user's is drawn."""
-    states, devices = foreign_random_states(), [device] if device.type == "cuda" else []
+    devices, (pythons, numpys) = [device] if device.type == "cuda" else [], _foreign_states()
     with (
         torch.random.fork_rng(devices=devices),
         constant(),
@@ -45,30 +48,22 @@ def quietly(device: torch.device, autocast: tuple[bool, torch.dtype]) -> Iterato
         try:
             yield
         finally:
-            random.setstate(states[0])
-            if states[1] is not None:
-                import numpy
-
-                numpy.random.set_state(states[1])
+            random.setstate(pythons)
+            if numpys is not None:
+                sys.modules["numpy"].random.set_state(numpys)
 
 
-def foreign_random_states() -> tuple:
-    """The states of Python's and numpy's global generators."""
-    try:
-        import numpy
-    except ImportError:
-        return random.getstate(), None
-    return random.getstate(), numpy.random.get_state()
+def random_states() -> tuple:
+    """The states of torch's, Python's and numpy's global generators, to be compared."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return *(bytes(state.tolist()) for state in states), pickle.dumps(_foreign_states())
 
 
-def drawn_since(states: tuple) -> bool:
-    """Whether a number was drawn from Python's or numpy's global generator since `states`."""
-    now = foreign_random_states()
-    return now[0] != states[0] or (now[1] is not None and _differ(now[1], states[1]))
-
-
-def _differ(a: tuple, b: tuple) -> bool:
-    return a[0] != b[0] or a[2:] != b[2:] or not (a[1] == b[1]).all()
+def _foreign_states() -> tuple:
+    numpy = sys.modules.get("numpy")  # from a numpy that nobody has imported nobody draws
+    return random.getstate(), None if numpy is None else numpy.random.get_state()
 
 
 @contextmanager
@@ -92,33 +87,30 @@ def signals_held() -> Iterator[None]:
         signal.raise_signal(caught)
 
 
-def error_of(found: Any, expected: Any) -> float:
-    """max |found - expected| / max |expected| over all tensors; infinity where shapes, dtypes or values differ."""
-    (a, a_spec), (b, b_spec) = tree_flatten(found), tree_flatten(expected)
-    if a_spec != b_spec:
-        return float("inf")
-    return max((_error(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
-
-
-def _error(x: Any, y: Any) -> float:
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        return 0.0 if type(x) is type(y) and x == y else float("inf")
+def error_of(x: Tensor, y: Tensor) -> float:
+    """max |x - y| / max |y|; 0 where NaN meets NaN; infinity where shapes, dtypes or whole numbers differ."""
     if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
         return float("inf")
-    if bool(((x == y) | ((x != x) & (y != y))).all()):  # NaN where eager has NaN
+    if bool(((x == y) | ((x != x) & (y != y))).all()):
         return 0.0
     if not y.is_floating_point():
         return float("inf")
-    difference = (x.double() - y.double()).abs().max()
-    error = (difference / y.double().abs().max().clamp_min(1e-30)).item()
+    error = ((x.double() - y.double()).abs().max() / y.double().abs().max().clamp_min(1e-30)).item()
     return error if error == error else float("inf")
 
 
 @dataclass
 class Trial:
-    """Times eager and the engine in turn on real calls: eager wins unless the engine's median is smaller."""
+    """Times eager and the engine in turn on real calls: eager wins unless the engine's median is smaller.
 
-    rounds: int = ROUNDS
+    Attributes:
+        shape: of the inputs of calls that are timed; None: that of the first call.
+        eager: seconds of each call.
+        engine: seconds of each call.
+        warm: whether the engine has run once on this shape.
+        open: whether more calls are to be timed.
+    """
+
     shape: Any = None
     eager: list[float] = field(default_factory=list)
     engine: list[float] = field(default_factory=list)
@@ -127,20 +119,19 @@ class Trial:
 
     def turn(self, shape: Any) -> str:
         """ "engine" or "eager" for a call that is timed, "untimed" for the engine outside the trial."""
-        if self.shape is None:
-            self.shape = shape
+        self.shape = self.shape or shape
         if not self.open or shape != self.shape:
             return "untimed"
         if not self.warm:
-            self.warm = True  # its buffers are allocated now
+            self.warm = True  # what depends on the shape is prepared now
             return "untimed"
         return "eager" if len(self.eager) <= len(self.engine) else "engine"
 
-    def note(self, turn: str, seconds: float) -> bool:
-        """Whether the trial ended with this time."""
+    def note(self, turn: str, seconds: float) -> None:
         (self.eager if turn == "eager" else self.engine).append(seconds)
-        self.open = len(self.engine) < self.rounds
-        return not self.open
+        rounds = len(self.engine)
+        is_clear = rounds in CLEAR and max(self.engine) < CLEAR[rounds] * min(self.eager)
+        self.open = rounds < ROUNDS and not is_clear
 
     def eager_wins(self) -> bool:
         return not self.open and median(self.engine) >= median(self.eager)
@@ -151,49 +142,48 @@ def median(values: list[float]) -> float:
 
 
 class Runner:
-    """outputs = engine(*inputs) or originals(*inputs), whichever the trial says; never a graph.
+    """(y,) = engine(*inputs) or originals(*inputs), whichever the trial says; never a graph.
 
     Attributes:
         calls: how often the engine ran.
-        is_paused: whether no call is timed now.
-        on_loss: called once the trial has ended for eager.
     """
 
-    def __init__(self, engine: Any, originals: Callable[..., tuple], *, measure: bool) -> None:
-        self.engine = engine
-        self.originals = originals
-        self.trial = Trial(open=measure)
+    def __init__(self, engine: Any, originals: Callable[..., tuple], trial: Trial) -> None:
+        self.engine, self.originals, self.trial = engine, originals, trial
         self.calls = 0
-        self.is_paused: Callable[[], bool] = lambda: False
-        self.on_loss: Callable[[], None] = lambda: None
         self._busy = threading.Lock()
 
-    def __call__(self, *inputs: Any) -> tuple:
-        with constant():
-            if not self._busy.acquire(blocking=False):
-                return self.originals(*inputs)  # another thread is in the engine, whose buffers are one call's
-            try:
-                return self._run(inputs)
-            finally:
-                self._busy.release()
+    def __call__(self, *inputs: Tensor, timed: bool = True) -> tuple[Tensor]:
+        """-> (y,).
 
-    def _run(self, inputs: tuple) -> tuple:
-        turn = "untimed"
-        if self.trial.open and not self.is_paused():
-            turn = self.trial.turn(tuple(tuple(x.shape) for x in inputs))
+        Args:
+            timed: the call may be a turn of the trial.
+        """
+        if not self._busy.acquire(blocking=False):
+            with constant():
+                return self.originals(*inputs)  # another thread is in the engine, whose buffers are one call's
+        try:
+            with constant():
+                return self._run(inputs, self.trial.open and timed)
+        finally:
+            self._busy.release()
+
+    def _run(self, inputs: tuple, timed: bool) -> tuple[Tensor]:
+        turn = self.trial.turn(shapes_of(inputs)) if timed else "untimed"
         self.calls += turn != "eager"
         if turn == "untimed":
             return self.engine(*inputs)
         start = now(inputs)
         outputs = self.originals(*inputs) if turn == "eager" else self.engine(*inputs)
-        if self.trial.note(turn, now(inputs) - start) and self.trial.eager_wins():
-            self.on_loss()
+        self.trial.note(turn, now(inputs) - start)
         return outputs
 
 
-def now(inputs: tuple[Tensor, ...]) -> float:
-    for x in inputs:
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-            break
+def shapes_of(inputs: Sequence[Tensor]) -> list[torch.Size]:
+    return [x.shape for x in inputs]
+
+
+def now(inputs: Sequence[Tensor]) -> float:
+    if on_gpu := [x.device for x in inputs if x.is_cuda]:
+        torch.cuda.synchronize(on_gpu[0])
     return time.perf_counter()

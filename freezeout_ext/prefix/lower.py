@@ -108,13 +108,13 @@ class Lowering:
         """The op of a module of torch's, or of another class that is known by name."""
         emit, kind = self.program.emit, type(module)
         if kind is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            return emit(Conv, x=x.value, module=module, key=(module,))
+            return emit(Conv, x=x.value, module=module)
         if kind is nn.Linear:
-            return emit(Conv, x=x.value, module=module, key=(module,))
+            return emit(Conv, x=x.value, module=module)
         then = NORM_ACTS.get((kind.__module__, kind.__qualname__))
         if (kind in NORMS or then) and module.running_mean is not None and not module.training:
             scale, shift = batch_norm_affine(cast("nn.modules.batchnorm._BatchNorm", module))
-            y = emit(Affine, x=x.value, scale=scale, shift=shift, source=(module,))
+            y = emit(Affine, x=x.value, scale=scale, shift=shift)
             for name in then or ():
                 y = self.module(getattr(module, name), (y,), {}, name)
             return y

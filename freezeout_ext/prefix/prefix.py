@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -10,10 +11,10 @@ import torch
 from torch import nn
 
 from ..attach import OwnForward, TransientHook
-from .build import MODES, Kept, build
-from .chain import Chain, Unit
-from .guard import HOOKED, STALE, Guard
-from .judge import Refused, Runner, Trial, first_line, median, signals_held
+from .build import MODES, Builder
+from .chain import Chain, Unit, Units
+from .guard import HOOKED, STALE
+from .judge import Refused, Runner, Trial, first_line, median, shapes_of, signals_held
 from .report import PrefixReport
 from .watch import Recorder, Segment
 
@@ -34,13 +35,13 @@ class Prefix:
 
     `freeze(n)` is cheap and cannot fail half-way: it uninstalls the engines and remembers n. The model's next forward
     in training mode runs as it is and is watched: that batch is the probe. At its end the prefix is captured, checked
-    on a few samples against the modules, and installed. In the forward after that, the rehearsal, the modules run as
-    they are once more and show whether anyone looks at a value inside a chain. Then the engine and eager take turns for
-    2 * 3 calls of the same shape, timed; eager stays unless the engine's median is smaller.
+    on a few samples against the modules, and installed. In the next forward it shows whether anyone looks at a value
+    inside a chain, which is then cut there. The engine and eager take turns, timed, on up to 6 calls of the same
+    shape, the watched one among them; eager stays unless the engine's median is smaller.
 
-    A module is part of it only if all that its forward can read is under guard; the others run as they are, and the
-    report says why. Whatever changes of a guarded module, `p.data.copy_()` included, the modules run as they are from
-    that call on, and the next forward is watched again.
+    A module is part of the prefix only if all that its forward can read is under guard; the others run as they are,
+    and the report says why. Whatever changes of a guarded module, `p.data.copy_()` included, the modules run as they
+    are from that call on, and the next forward is watched again.
 
     Args:
         layers: FreezeOut's layers: objects with `name` and `modules`, in forward order.
@@ -60,8 +61,6 @@ class Prefix:
             raise ValueError(f"prefix must be one of {', '.join(MODES)}, got {mode!r}")
         self.model, self.layers, self.mode, self.measure = model, layers, mode, measure
         self.num_frozen = 0
-        self._kept = Kept()
-        self._guards: dict[nn.Module, Guard] = {}  # of what was packed into `_kept`
         self._handles: list = []
         self._chains: list[Chain] = []
         self._recorder: Recorder | None = None
@@ -74,8 +73,6 @@ class Prefix:
         """The first `num_frozen` layers are frozen from now on: more than before, or fewer (thawed)."""
         if not 0 <= num_frozen <= len(self.layers):
             raise ValueError(f"num_frozen must be in 0..{len(self.layers)}, got {num_frozen}")
-        if num_frozen < self.num_frozen:
-            self._forget()
         self._take_down()
         for handle in self._handles:
             handle.remove()
@@ -94,14 +91,12 @@ class Prefix:
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is left to capture, rehearse or time; all read from the device, as no CUDA graph may."""
-        return not self._waits and all(
-            c.rehearsed and not c.looked_inside and not c.runner.trial.open for c in self._chains
-        )
+        """Whether nothing is left to capture, to cut or to time; all of it reads from the device, as no graph may."""
+        return not self._waits and all(chain.is_settled for chain in self._chains)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the block nothing is watched, timed or noted; engines that are rehearsed go on running."""
+        """Within the block nothing is watched, timed or noted; engines go on running."""
         self._paused += 1
         try:
             yield
@@ -122,8 +117,7 @@ class Prefix:
             fallbacks += engine.fallbacks
             fallbacks += [f"{count} calls ran as they are: {reason}" for reason, count in chain.bypassed.items()]
         covered = {link.unit.module for chain in chains for link in chain.links}
-        buffers = {id(getattr(engine, "arena", engine)): engine.bytes_held for engine in engines}
-        guards = sum(link.guard.bytes_held for chain in chains for link in chain.links)
+        held = [*engines, *(link.guard for chain in chains for link in chain.links)]
         return PrefixReport(
             mode=self.mode,
             route="off" if self.mode == "off" else "waiting" if self._waits else self._route(units),
@@ -135,7 +129,7 @@ class Prefix:
             error=max(self._errors, default=None),
             eager_ms=sum(1e3 * median(trial.eager) for trial in timed) if timed else None,
             prefix_ms=sum(1e3 * median(trial.engine) for trial in timed) if timed else None,
-            bytes_held=self._kept.nbytes + sum(buffers.values()) + guards,
+            bytes_held=sum(each.bytes_held for each in held),
             seconds=self._seconds,
             calls=sum(chain.runner.calls for chain in chains),
         )
@@ -166,18 +160,15 @@ class Prefix:
 
     def _changed(self) -> bool:
         """Whether the chains have to be captured anew; notes where to cut them, and what to leave out."""
-        cut = [chain.links[i].unit.module for chain in self._chains for i in chain.looked_inside]
-        self._cut_after.update(cut)
+        cut = {chain.links[i].unit.module for chain in self._chains for i in chain.looked_inside}
+        self._cut_after |= cut
         broken = []
         if self._suspects:
-            each = [(chain, link) for chain in self._chains for link in chain.links]
-            broken = [(chain, link.unit.module) for chain, link in each if link.guard.broken() in (STALE, HOOKED)]
-        for chain, module in broken:
-            if chain.runner.calls <= 2:
-                self._strikes[module] = self._strikes.get(module, 0) + 1
-                if self._strikes[module] > 2:
-                    self._left_out[module] = FICKLE
+            links = [(chain, link) for chain in self._chains for link in chain.links]
+            broken = [(chain, link.unit.module) for chain, link in links if link.guard.broken() in (STALE, HOOKED)]
         self._suspects = False
+        self._strikes.update(module for chain, module in broken if chain.runner.calls <= 2)
+        self._left_out |= {module: FICKLE for module, count in self._strikes.items() if count > 2}
         return bool(cut or broken)
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -211,33 +202,33 @@ class Prefix:
         if self._waits:
             return  # in the next forward
         self._fallbacks += [f"{name} runs as it is: {reason}" for name, reason in recording.refused.items()]
-        if any(guard.broken() for guard in self._guards.values()):
-            self._forget()
         for segment in recording.segments:
             self._install(segment)
 
     def _install(self, segment: Segment) -> None:
-        chain = Chain(segment.links, segment.inputs, segment.autocast)
+        units = Units(segment.links)
         try:
-            engine, error = build(self.mode, chain, segment, self._kept)
+            engine, error = Builder(self.mode, units, segment).build()
         except Refused as reason:
-            return self._refuse(chain.name, reason)
+            return self._refuse(units.name, reason)
         self._errors.append(error)
-        self._guards.update((link.unit.module, link.guard) for link in chain.links)
-        runner = Runner(engine, chain.originals, measure=self.measure)
-        runner.on_loss = lambda: self._lose(chain)
-        runner.is_paused = chain.is_paused = lambda: self._paused > 0
-        chain.on_bypass = self._bypassed
-        chain.install(runner)
+        trial = Trial(shapes_of(segment.inputs), eager=[segment.seconds], open=self.measure)
+        chain = Chain(units, segment.inputs, segment.autocast, Runner(engine, units, trial))
+        chain.is_paused, chain.on_bypass, chain.on_loss = self._is_paused, self._bypassed, self._lose
+        chain.install()
         self._chains.append(chain)
 
+    def _is_paused(self) -> bool:
+        return self._paused > 0
+
     def _bypassed(self, reason: str) -> None:
-        self._suspects |= reason in (STALE, HOOKED)
+        if reason in (STALE, HOOKED):
+            self._suspects = True
 
     def _lose(self, chain: Chain) -> None:
         chain.remove()
         self._chains.remove(chain)
-        trial: Trial = chain.runner.trial
+        trial = chain.runner.trial
         self._lost.append(trial)
         times = f"{1e3 * median(trial.eager):.2f} ms, {1e3 * median(trial.engine):.2f} ms"
         self._refuse("engine", f"eager is as fast: {times}")
@@ -271,10 +262,6 @@ class Prefix:
             self._sentinel.remove()
         self._sentinel = None
 
-    def _forget(self) -> None:
-        self._kept = Kept()
-        self._guards.clear()
-
     def _begin(self, waits: bool, *, anew: bool = True) -> None:
         """Nothing is installed; `anew`: nor known of the modules."""
         self._waits, self._inside = waits, False
@@ -286,4 +273,4 @@ class Prefix:
             self._seconds: float = 0.0
             self._cut_after: set[nn.Module] = set()
             self._left_out: dict[nn.Module, str] = {}
-            self._strikes: dict[nn.Module, int] = {}
+            self._strikes: Counter[nn.Module] = Counter()

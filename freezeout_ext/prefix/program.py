@@ -40,7 +40,6 @@ class Affine(Op):
     scale: Tensor
     shift: Tensor
     relu: bool = False
-    source: tuple[nn.Module, ...] = ()
 
     def inputs(self) -> list[int]:
         return [self.x]
@@ -50,7 +49,7 @@ class Affine(Op):
 class Conv(Op):
     """y = relu?(conv(x) * scale[c] + shift[c] + add), the scale and shift folded into the weights by `folded()`.
 
-    `module` is an nn.Conv2d with zero padding or an nn.Linear; `key` tells apart foldings of the same module.
+    `module` is an nn.Conv2d with zero padding or an nn.Linear.
     """
 
     x: int
@@ -59,7 +58,6 @@ class Conv(Op):
     shift: Tensor | None = None
     add: int | None = None
     relu: bool = False
-    key: tuple[nn.Module, ...] = ()
 
     def inputs(self) -> list[int]:
         return [self.x] if self.add is None else [self.x, self.add]

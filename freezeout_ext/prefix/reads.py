@@ -8,8 +8,13 @@ their arguments alone.
 
 import enum
 import functools
+import sys
 import types
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -29,10 +34,11 @@ TRUSTED = {
     "collections", "typing", "types", "abc", "enum", "dataclasses", "builtins", "copy", "warnings", "logging",
     "inspect", "contextlib", "packaging", "typing_extensions", "numbers", "string", "re", "huggingface_hub",
 }  # fmt: skip
-# Any attribute may be meant.
-DYNAMIC = {"getattr", "vars", "dir", "locals", "__getattribute__", "attrgetter"}
-PINNED = ("train", "reset_running_stats")  # what this package puts on frozen modules, which a forward does not read
-HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+# Of their objects (a config, a logger, a registry of functions) what can be compared is compared.
+OBJECTS_OF = {"timm", "transformers", "logging", "warnings", "re", "typing"}
+DYNAMIC = {"getattr", "vars", "dir", "locals", "__getattribute__", "attrgetter"}  # any attribute may be meant
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+STATE_DICT_ONLY = "_non_persistent_buffers_set"
 
 
 @dataclass
@@ -41,18 +47,15 @@ class Reads:
 
     Attributes:
         modules: the module and all below it.
-        tables: globals, classes' attributes, objects' attributes, and the names in them that count.
-        attributes: each module's `vars`, the names in it that count, and the names that do not even by being there.
-        containers: lists, tuples, sets, mappings and closures' cells, of which all counts.
+        sources: each gives what stands now in one place: attributes, globals, a container, a closure's cell.
+        sized: mappings, lists and sets, of which the length counts.
         tensors: parameters, buffers and other tensors.
     """
 
     modules: list[nn.Module]
-    tables: list[tuple[Any, tuple[str, ...]]] = field(default_factory=list)
-    attributes: list[tuple[dict, tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
-    containers: list[Any] = field(default_factory=list)
+    sources: list[Callable[[], Iterable]] = field(default_factory=list)
+    sized: list[Any] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
-    _seen: dict[int, Any] = field(default_factory=dict)
 
 
 def read(unit: nn.Module) -> Reads:
@@ -72,173 +75,170 @@ class _Reader:
         self.unit = unit
         self.found = Reads(list(unit.modules()))
         self._inside = set(self.found.modules)
-        self._names: set[str] = set()
+        self._seen: dict[int, Any] = {}
 
     def module(self, module: nn.Module) -> None:
         cls = type(module)
-        names: set[str] = set()
-        if not of_torch(cls):
-            names = self._class(cls, {"forward"})
-        everything = of_torch(cls) or bool(names & DYNAMIC)
-        installed = PINNED + (("forward",) if module is self.unit else ())
-        kept = {k: v for k, v in vars(module).items() if k not in installed and not k.endswith(HOOKS)}
+        names = set() if of_torch(cls) else self._class(cls, {"forward"})
+        needs_all = of_torch(cls) or bool(names & DYNAMIC)
+        # What is installed on the unit itself is the engine.
+        attributes = {k: v for k, v in vars(module).items() if k != "forward" or module is not self.unit}
+        attributes.pop(STATE_DICT_ONLY, None)
+        # What the forward names comes first: it must not be lost with an attribute that holds it too.
+        self._attributes(vars(module), attributes, f"a {cls.__name__}", lambda key: needs_all or key in names)
+
+    def _attributes(self, table: Any, attributes: dict, of: str, needed: Callable[[str], bool]) -> None:
+        """Notes the attributes that can be compared, and how many there are.
+
+        Raises:
+            Refused: one that is needed cannot be compared.
+        """
         keys = []
-        for key, value in sorted(kept.items(), key=lambda item: item[0] not in names):
-            mark = self._mark()
+        for key in sorted(attributes, key=needed, reverse=True):
+            found = self.found
+            mark = len(found.sources), len(found.sized), len(found.tensors), len(self._seen)
             try:
-                self.value(value, f"attribute {key} of a {cls.__name__}")
+                if "_hooks" not in key:
+                    self.value(attributes[key], f"attribute {key} of {of}")
                 keys.append(key)
             except Refused:
-                if everything or key in names:
+                if needed(key):
                     raise
-                self._back_to(mark)
-        self.found.attributes.append((vars(module), tuple(keys), installed))
+                del found.sources[mark[0] :], found.sized[mark[1] :], found.tensors[mark[2] :]
+                while len(self._seen) > mark[3]:
+                    self._seen.popitem()
+        self._entries(table, keys)
+        self.found.sized.append(table)  # an attribute that is new may stand before one of the class
+
+    def _entries(self, table: Any, keys: Iterable[str]) -> None:
+        if keys := tuple(keys):
+            self.found.sources.append(partial(itemgetter(*keys, keys[0]), table))
 
     def _class(self, cls: type, names: set[str]) -> set[str]:
-        """Reads the methods of a class by these names and all that they name in turn."""
-        names = set(names)
-        done: set[str] = set()
+        """Reads the methods of a class by these names and all that they name in turn; returns all names."""
+        names, done = set(names), set[str]()
         while names - done:
-            for name in names - done:
-                done.add(name)
-                for each in cls.__mro__:
-                    if each.__module__.startswith(("torch.", "builtins")) or each is object or name not in vars(each):
-                        continue
-                    value = vars(each)[name]
-                    self.found.tables.append((vars(each), (name,)))
-                    for function in functions_of(value):
-                        names |= self._function(function)
-                    if not functions_of(value):
-                        self.value(value, f"{name} of class {each.__name__}")
+            name = (names - done).pop()
+            done.add(name)
+            for each in cls.__mro__:
+                if each.__module__.startswith(("torch.", "builtins")) or name not in vars(each):
+                    continue
+                value = vars(each)[name]
+                self._entries(vars(each), (name,))
+                for function in functions_of(value):
+                    names |= self._function(function)
+                if not functions_of(value):
+                    self.value(value, f"{name} of class {each.__name__}")
         return names
 
     def _function(self, function: types.FunctionType) -> set[str]:
         """-> the names that a function's code reads; what it reads of globals and closures is noted."""
         code, where = code_of(function.__code__), function.__qualname__
-        if id(function) in self.found._seen:
-            return set(code.names)
-        self.found._seen[id(function)] = function
+        names = set(code.names | (code.globals & (DYNAMIC | ASKS)))
+        if id(function) in self._seen:
+            return names
+        self._seen[id(function)] = function
         if code.writes:
             raise Refused(f"{where} writes {code.writes}")
         if found := sorted((code.globals & WRITING_FUNCTIONS) | (code.names & WRITING_METHODS)):
             raise Refused(f"{where} uses {found[0]}")
         if foreign := sorted(code.imports - TRUSTED):
             raise Refused(f"{where} imports {foreign[0]}")
-        names = set(code.names | (code.globals & (DYNAMIC | ASKS)))
-        for name in code.globals:
-            if name in function.__globals__:
-                self.found.tables.append((function.__globals__, (name,)))
-                self.value(function.__globals__[name], f"global {name} of {where}", code)
+        globals_ = function.__globals__
+        for name in sorted(code.globals & globals_.keys()):
+            self._entries(globals_, (name,))
+            self.value(globals_[name], f"global {name} of {where}", code)
         for cell in function.__closure__ or ():
             try:
                 self.value(cell.cell_contents, f"closure of {where}", code)
             except ValueError:  # an empty cell
                 continue
-            self.found.containers.append(cell)
+            self.found.sources.append(lambda cell=cell: (cell.cell_contents,))  # type: ignore[misc]
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.value(default, f"default of {where}")
         return names
 
     def value(self, value: Any, where: str, code: Code | None = None) -> None:
-        """Notes what has to be compared so that the value stays what it is."""
-        if isinstance(value, (*PLAIN, OwnMethod)) or id(value) in self.found._seen:
+        """Notes what has to be compared so that the value stays what it is.
+
+        Args:
+            where: the value was found.
+            code: of the function that names the value: what that names, too, may be read of the value.
+        """
+        if isinstance(value, (*PLAIN, OwnMethod)) or id(value) in self._seen:
             return
-        self.found._seen[id(value)] = value
+        self._seen[id(value)] = value
+        root = (getattr(value, "__module__", None) or "").split(".")[0]
         if isinstance(value, Tensor):
-            if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
-                raise Refused(f"{where} is a {type(value).__name__}")
+            if type(value) not in (Tensor, nn.Parameter, nn.Buffer) or value.layout != torch.strided:
+                raise Refused(f"{where} is a {type(value).__name__}, {value.layout}")
             self.found.tensors.append(value)
         elif isinstance(value, nn.Module):
             if value not in self._inside:
                 raise Refused(f"{where} is a module outside of it")
         elif isinstance(value, types.ModuleType):
             self._python_module(value, where, code)
-        elif isinstance(value, list | tuple | set | frozenset):
-            for item in value:
-                self.value(item, where, code)
-            self.found.containers.append(value)
-        elif isinstance(value, dict | types.MappingProxyType):
-            for item in value.values():
-                self.value(item, where, code)
-            self.found.containers.append(value)
-        else:
-            self._callable_or_object(value, where, code)
-
-    def _python_module(self, module: types.ModuleType, where: str, code: Code | None) -> None:
-        root = module.__name__.split(".")[0]
-        if root in TRUSTED:
-            return
-        names = code.names if code else frozenset()
-        if root == "numpy" and "random" not in names and module.__name__ != "numpy.random":
-            return
-        # A module in C, or one of Python's own: random, time, os.
-        if not hasattr(module, "__file__") or root == "numpy" or root in _STANDARD:
-            raise Refused(f"{where} is the module {module.__name__}")
-        for name in names & vars(module).keys():
-            self.found.tables.append((vars(module), (name,)))
-            self.value(vars(module)[name], f"{module.__name__}.{name}", code)
-
-    def _callable_or_object(self, value: Any, where: str, code: Code | None) -> None:
-        root = (getattr(value, "__module__", None) or "").split(".")[0]
-        if isinstance(value, types.FunctionType):
+        elif isinstance(value, list | tuple | set | frozenset | dict | types.MappingProxyType):
+            self._container(value, where, code)
+        elif isinstance(value, types.FunctionType):
             if root not in TRUSTED:
                 self._function(value)
-        elif isinstance(value, types.MethodType):
-            self.value(value.__self__, where, code)
-            self.value(value.__func__, where, code)
-        elif isinstance(value, functools.partial):
-            for part in (value.func, value.args, value.keywords):
+        elif isinstance(value, types.MethodType | partial):
+            for part in _parts(value):
                 self.value(part, where, code)
         elif isinstance(value, type):
             if root not in TRUSTED:
                 self._class(value, {"__init__", "__new__", "__call__", "__post_init__", "forward"})
         elif isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
-            owner = getattr(value, "__self__", None)
-            if owner is not None and not isinstance(owner, type) and not _trusted(owner):
+            if not _trusted(getattr(value, "__self__", None)):
                 raise Refused(f"{where} is {getattr(value, '__qualname__', value)}, which may change by itself")
         elif isinstance(value, functools._lru_cache_wrapper):
             self.value(value.__wrapped__, where, code)
-        elif type(value).__module__.split(".")[0] in _OBJECTS_OF or _pure_op(value):
-            self._attributes(value, where)
+        elif type(value).__module__.split(".")[0] in OBJECTS_OF or _pure_op(value):
+            table = getattr(value, "__dict__", {})
+            self._attributes(table, dict(table), where, lambda key: False)
         elif isinstance(getattr(value, "__dict__", None), dict) and _is_all_in_dict(type(value)):
             self._class(type(value), {"__call__", "__getattr__"} | set(code.names if code else ()))
-            for key, item in vars(value).items():
-                self.value(item, f"{where}.{key}", code)
-            self.found.containers.append(vars(value))
+            self._attributes(vars(value), dict(vars(value)), where, lambda key: True)
         else:
             raise Refused(f"{where} is a {type(value).__name__}, which cannot be compared")
 
-    def _attributes(self, value: Any, where: str) -> None:
-        """Of a library's object (a config, a registry of functions, a logger) what can be compared."""
-        table, keys = getattr(value, "__dict__", {}), []
-        for key, item in table.items():
-            mark = self._mark()
-            try:
-                self.value(item, where)
-                keys.append(key)
-            except Refused:
-                self._back_to(mark)
-        self.found.tables.append((table, tuple(keys)))
+    def _container(self, items: Any, where: str, code: Code | None) -> None:
+        mapping = isinstance(items, dict | types.MappingProxyType)
+        for item in items.values() if mapping else items:
+            self.value(item, where, code)
+        if isinstance(items, tuple | frozenset):  # immutable
+            return
+        self.found.sized.append(items)
+        if items:
+            keys_too: Any = partial(chain.from_iterable, items.items()) if mapping else partial(iter, items)
+            self.found.sources.append(keys_too)
 
-    def _mark(self) -> tuple[int, int, int, int]:
-        found = self.found
-        return len(found.tables), len(found.containers), len(found.tensors), len(found._seen)
+    def _python_module(self, module: types.ModuleType, where: str, code: Code | None) -> None:
+        root = module.__name__.split(".")[0]
+        names = code.names if code else frozenset()
+        if root in TRUSTED or (root == "numpy" and "random" not in names and module.__name__ != "numpy.random"):
+            return
+        # A module in C, or one of Python's own: random, time, os.
+        if not hasattr(module, "__file__") or root == "numpy" or root in sys.stdlib_module_names:
+            raise Refused(f"{where} is the module {module.__name__}")
+        for name in names & vars(module).keys():
+            self._entries(vars(module), (name,))
+            self.value(vars(module)[name], f"{module.__name__}.{name}", code)
 
-    def _back_to(self, mark: tuple[int, int, int, int]) -> None:
-        found = self.found
-        del found.tables[mark[0] :], found.containers[mark[1] :], found.tensors[mark[2] :]
-        while len(found._seen) > mark[3]:
-            found._seen.popitem()
 
-
-_OBJECTS_OF = {"timm", "transformers", "logging", "warnings", "re", "typing"}
-_STANDARD = {"random", "time", "os", "sys", "secrets", "uuid", "datetime", "threading", "subprocess", "io", "pathlib"}
+def _parts(value: Any) -> tuple:
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    return value.__self__, value.__func__
 
 
 def _trusted(owner: Any) -> bool:
+    """Whether a function in C gives the same for the same arguments, by whose method it is."""
     if isinstance(owner, types.ModuleType):
         return owner.__name__.split(".")[0] in TRUSTED
-    return type(owner).__module__.split(".")[0] == "torch" and not isinstance(owner, torch.Generator)
+    own = isinstance(owner, type | None) or type(owner).__module__.split(".")[0] == "torch"
+    return own and not isinstance(owner, torch.Generator)
 
 
 def _pure_op(value: Any) -> bool:

@@ -48,7 +48,7 @@ def _fold_affine(made: Op, op: Op) -> str:
         made.scale, made.shift = op.scale, op.shift
     else:
         made.scale, made.shift = made.scale * op.scale, made.shift * op.scale + op.shift
-    made.relu, made.key, made.out = op.relu, made.key + op.source, op.out
+    made.relu, made.out = op.relu, op.out
     return "taken"
 
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from .code import asks
-from .judge import drawn_since, foreign_random_states
+from .judge import random_states
 from .program import Ref, map_tree
 
 
@@ -87,7 +86,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
 
     args, kwargs = map_tree(stand_in, (args, kwargs))
     sizes = _list_sizes((args, kwargs))
-    before, states = [dict(vars(m)) for m in module.modules()], (foreign_random_states(), torch.get_rng_state())
+    before, states = [dict(vars(m)) for m in module.modules()], random_states()
     with ExitStack() as restore:
         for inner in module.modules():
             if inner is not module:
@@ -100,7 +99,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
     changed = [_put_back(m, attributes) for m, attributes in zip(module.modules(), before, strict=True)]
     if any(changed):
         raise Unlowerable("its forward writes an attribute")
-    if drawn_since(states[0]) or not torch.equal(states[1], torch.get_rng_state()):
+    if random_states() != states:
         raise Unlowerable("its forward draws random numbers")
     if sizes != _list_sizes((args, kwargs)):
         raise Unlowerable("its forward changes a list that it was given")
