@@ -1,13 +1,11 @@
-"""What a cache refuses, each by name; and a run that is stopped and goes on from a folder."""
-
-import copy
+"""What a cache refuses, each by name."""
 
 import pytest
 import torch
-from feature_cases import Pictures, small_net, train
-from torch import nn
+from feature_cases import Pictures, small_net
 
 from freezeout_ext import FeatureCache, FreezeOut
+from freezeout_ext.features import keys_in
 
 
 def frozen(dataset=None, **arguments):
@@ -40,6 +38,12 @@ def test_keys():
     cache.close()
     with pytest.raises(RuntimeError, match="after close"), cache.samples([0]):
         pass
+
+
+@pytest.mark.parametrize("batch", [(torch.zeros(2), torch.zeros(2)), {"inputs": torch.zeros(2)}, torch.zeros(2)])
+def test_a_batch_without_keys_says_where_to_take_them_from(batch):
+    with pytest.raises(ValueError, match=r"keys of their views: take them from cache\.loader"):
+        keys_in(batch)
 
 
 def test_data_sets_and_arguments():
@@ -121,44 +125,6 @@ def test_a_folder_of_other_weights_is_emptied_and_says_so(tmp_path):
     assert [note for note in cache.report().notes if "other weights" in note]
     assert cache.report().misses == 8 and cache.report().hits == 0
     cache.close()
-
-
-def test_a_run_goes_on_from_its_folder_bit_for_bit(tmp_path):
-    torch.manual_seed(0)
-    start, dataset = small_net(), Pictures(16)
-    whole, _, _ = train(copy.deepcopy(start), dataset, epochs=6, start_frozen=1, t_0=1.0)
-    model = copy.deepcopy(start)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    losses, state = [], None
-    for first, last in ((0, 3), (3, 6)):
-        cache = FeatureCache(dataset, views=2, store=tmp_path, measure=False)
-        if state is not None:
-            model = copy.deepcopy(start)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        loader = cache.loader(8)
-        freezeout = FreezeOut(
-            model, optimizer, total_steps=6 * len(loader), start_frozen=1, t_0=1.0, scale_lr=False, cache=cache
-        )
-        if state is not None:
-            model.load_state_dict(state[0])
-            freezeout.load_state_dict(state[1])
-            optimizer.load_state_dict(state[2])
-            cache.load_state_dict(state[3])
-        loader.epoch = first
-        for _ in range(first, last):
-            for inputs, targets, keys in loader:
-                with cache.samples(keys):
-                    loss = nn.functional.cross_entropy(model(inputs), targets)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                freezeout.step()
-                losses.append(loss.item())
-        state = [copy.deepcopy(x.state_dict()) for x in (model, freezeout, optimizer, cache)]
-        cache.close()
-    assert losses == whole
-    # All 32 views were computed in the first part; only the watched batch is computed again.
-    assert cache.report().misses <= 8 and cache.report().hits >= 40
 
 
 def test_hooks_on_frozen_modules_and_compiled_blocks_are_refused_by_name():

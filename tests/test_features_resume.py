@@ -40,7 +40,9 @@ def test_a_plain_loop(tmp_path, store, stop):
         for last in parts:
             model, cache = copy.deepcopy(start), cache_of(dataset, store, tmp_path, name)
             loader, optimizer = cache.loader(8), torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-            freezeout = FreezeOut(model, optimizer, total_steps=24, start_frozen=1, scale_lr=False, cache=cache)
+            freezeout = FreezeOut(
+                model, optimizer, total_steps=24, start_frozen=1, t_0=1.0, scale_lr=False, cache=cache
+            )
             everything = model, freezeout, optimizer, cache, loader
             for what, saved in zip(everything, state or [], strict=False):
                 what.load_state_dict(saved)
@@ -57,6 +59,8 @@ def test_a_plain_loop(tmp_path, store, stop):
             cache.close()
         found.append(model)
     assert_same(*found, store)
+    if store == "folder" and stop >= 8:  # all 64 views lie there; the batch that is watched is computed again
+        assert cache.report().misses <= 8 and cache.report().hits >= 8 * (24 - stop - 1)
 
 
 def test_a_loader_says_where_it_is_and_goes_on_there():

@@ -50,7 +50,14 @@ def test_transformers_finetune(monkeypatch, capsys):
     assert accuracy > 0.5  # chance
 
 
-@pytest.mark.parametrize("name", ["plain_loop.py", "timm_finetune.py", "transformers_finetune.py"])
+def test_kept_features_reads_no_picture_twice(monkeypatch, capsys):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install freezeout_ext[train]")
+    assert run(monkeypatch, "kept_features.py", "--epochs", "3") > 0.4  # chance is 0.1
+    printed = capsys.readouterr().out
+    assert "outputs of" in printed and "samples not decoded" in printed
+
+
+@pytest.mark.parametrize("name", ["plain_loop.py", "kept_features.py", "timm_finetune.py", "transformers_finetune.py"])
 def test_an_example_fits_on_a_screen(name):
     assert len((ROOT / "examples" / name).read_text().splitlines()) < 80
 

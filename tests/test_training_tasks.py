@@ -104,7 +104,9 @@ def test_features_are_read_back_once_all_views_are_kept(tmp_path):
 
 @pytest.mark.parametrize("store", ["host", "folder"])
 def test_a_stopped_run_with_auto_views_ends_in_the_same_weights(store, tmp_path, monkeypatch):
-    known = measuring(monkeypatch, frozen=0.2)  # else the clock decides, in each run anew
+    # Else the clock decides, in each run anew: how many views, and whether keeping pays.
+    known = measuring(monkeypatch, frozen=0.2)
+    monkeypatch.setattr("freezeout_ext.features.moves.Moves.decide", lambda *_: True)
     options = {**OPTIONS, "epochs": 7, "start_frozen": 1, "t_0": 1.0, "method": "no-anneal", "views": "auto"}
     where = [str(tmp_path / f"kept-{i}") if store == "folder" else store for i in range(2)]
     whole = train(classification(), tmp_path / "whole", reporter=Reporter(), cache=where[0], **options)

@@ -147,8 +147,7 @@ class Choice:
         self._views.decide(views)
         self._views.first_epoch = epoch - 1  # later than at first where nothing was kept then
         self._note(f"views: {views} of each sample: {said}")
-        if self._kept.latest is not None and self._kept.latest.frontier.num_frozen == self._forwards.num_frozen:
-            self._kept.grow()
+        self._kept.grow()
         self._kept.remember()
 
     def measured(self, freezeout: Any) -> Measured | None:

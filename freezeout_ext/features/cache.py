@@ -17,7 +17,7 @@ from .generations import Generations
 from .keys import Keys, checked_keys
 from .loader import CacheLoader
 from .moves import Moves
-from .report import CacheReport
+from .report import CacheReport, report_of
 from .serving import Serving
 from .store import KEPT_DTYPES
 from .timing import Stopwatch
@@ -170,34 +170,12 @@ class FeatureCache:
 
     def report(self) -> CacheReport:
         """-> what is kept, saved and refused."""
-        now, forwards = self._kept.latest, self._forwards
-        prefix, gather = forwards.seconds("prefix"), forwards.seconds("gather")
-        saved = None if prefix is None or gather is None else forwards.hits * (prefix - gather)
-        return CacheReport(
-            num_frozen=now.frontier.num_frozen if now else 0,
-            kept=tuple(now.frontier.names) if now else (),
-            views=self.views.count,
-            rows=len(now.store) if now else 0,
-            of_rows=self._kept.owned,
-            bytes=self.bytes,
-            where=self._kept.where,
-            hits=forwards.hits,
-            pushed=forwards.pushed,
-            misses=forwards.misses,
-            samples_read=self._serving.read,
-            samples_skipped=self._serving.skipped,
-            seconds_saved=saved,
-            gather_ms=None if gather is None else 1e3 * gather,
-            prefix_ms=None if prefix is None else 1e3 * prefix,
-            checks=forwards.checks,
-            largest_difference=forwards.difference,
-            notes=tuple(self._notes),
-        )
+        return report_of(self._kept, self._forwards, self._serving, self._notes)
 
     @property
     def bytes(self) -> int:
         """What kept rows take, those of targets included."""
-        return sum(store.bytes for store in self._kept.stores())
+        return self._kept.bytes
 
     def close(self) -> None:
         """Frees what is kept; what lies in a folder is brought to disk and stays there."""

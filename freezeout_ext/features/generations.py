@@ -114,6 +114,11 @@ class Generations:
     def stores(self) -> list[Store]:
         return [g.store for g in self._all] + ([] if self.items is None else [self.items])
 
+    @property
+    def bytes(self) -> int:
+        """What kept rows take, those of targets included."""
+        return sum(store.bytes for store in self.stores())
+
     # Rows
 
     def with_all(self, keys: Tensor) -> Generation | None:
@@ -187,10 +192,10 @@ class Generations:
         return max(1, (self._room(MOST_VIEWS * one) + here) // max(1, one))
 
     def grow(self) -> None:
-        """Makes room for as many views as there are now, of what is kept behind the last layers."""
+        """Makes room for as many views as there are now, of what is read, and of batches' other entries."""
         now = self.latest
-        assert now is not None  # see `fit`
-        now.store.grow(self.owned, self.owned * (now.frontier.length or 0))
+        if now is not None:
+            now.store.grow(self.owned, self.owned * (now.frontier.length or 0))
         if self.items is not None:
             self.items.grow(self.owned)
 

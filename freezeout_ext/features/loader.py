@@ -8,14 +8,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from ..arguments import check_callable, check_count, check_flag, check_kind
 from .items import Items
 from .keys import Keys
+from .parts import Batches, Collate, Numbers, Requested, Requests
 from .poison import poison
 from .serving import Serving
-from .views import Views, order_seed
+from .views import order_seed
 
 # Keys, samples, seeds and what is skipped, of batches whose samples are being loaded.
 Planned = deque[tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -68,12 +69,12 @@ class CacheLoader:
         self._serving, self._seed, self._rank, self._world_size = serving, seed, rank, world_size
         views = serving.views
         self._collate = collate_fn or default_collate
-        self._requests = _Requests()
+        self._requests = Requests()
         self._items = Items(serving)
         self._loader = None
         if not views.batched:
             self._loader = DataLoader(
-                _Requested(views), batch_sampler=self._requests, collate_fn=_Collate(self._collate), **arguments
+                Requested(views), batch_sampler=self._requests, collate_fn=Collate(self._collate), **arguments
             )
         elif arguments:
             raise ValueError(f"{', '.join(sorted(arguments))}: a data set that makes whole batches has no workers")
@@ -118,12 +119,12 @@ class CacheLoader:
     prefetch_factor = None
 
     @property
-    def dataset(self) -> "_Batches":
-        return _Batches(self)
+    def dataset(self) -> "Batches":
+        return Batches(self)
 
     @property
-    def batch_sampler(self) -> "_Numbers":
-        return _Numbers(self)
+    def batch_sampler(self) -> "Numbers":
+        return Numbers(self)
 
     @staticmethod
     def collate_fn(batches: list) -> Any:
@@ -243,64 +244,3 @@ class CacheLoader:
 def _pairs(samples: Tensor, seeds: Tensor) -> list[tuple[int, int]]:
     """-> (sample, seed) of each view."""
     return list(zip(samples.tolist(), seeds.tolist(), strict=True))
-
-
-class _Requests:
-    """A batch sampler in the main process: what each batch still needs of its samples."""
-
-    plans: Iterator[list] = iter(())
-    length = 0
-
-    def __iter__(self) -> Iterator[list]:
-        return self.plans
-
-    def __len__(self) -> int:
-        return self.length
-
-
-class _Batches(Dataset):
-    """A loader's batches by number; its length is that of an epoch in samples."""
-
-    def __init__(self, loader: CacheLoader) -> None:
-        self._loader, self._made = loader, iter(())
-        self._next = -1
-
-    def __len__(self) -> int:
-        return self._loader.num_samples
-
-    def __getitem__(self, step: int) -> Any:
-        if step != self._next:
-            self._loader.load_state_dict({"epoch": self._loader.epoch, "step": step})
-            self._made = iter(self._loader)
-        self._next = step + 1
-        return next(self._made)
-
-
-class _Numbers:
-    """The numbers of a loader's batches, each a batch of its own."""
-
-    def __init__(self, loader: CacheLoader) -> None:
-        self._loader, self.set_epoch = loader, loader.set_epoch
-        self.batch_size, self.drop_last = loader.batch_size, loader.drop_last
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter([i] for i in range(len(self._loader)))
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-
-class _Requested(Dataset):
-    def __init__(self, views: Views) -> None:
-        self._views = views
-
-    def __getitem__(self, request: tuple[int, int]) -> Any:
-        return self._views.load(*request)
-
-
-class _Collate:
-    def __init__(self, collate: Callable[[list], Any]) -> None:
-        self._collate = collate
-
-    def __call__(self, items: list) -> Any:
-        return self._collate(items) if items else None

@@ -1,6 +1,11 @@
 """CacheReport: what a feature cache holds, what it saved, and what it could not do."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from .forwards import Forwards
+from .generations import Generations
+from .serving import Serving
 
 
 @dataclass(frozen=True)
@@ -53,3 +58,28 @@ class CacheReport:
                 f"{self.seconds_saved:.1f} s saved"
             )
         return "\n".join(lines + [f"- {note}" for note in self.notes])
+
+
+def report_of(kept: Generations, forwards: Forwards, serving: Serving, notes: Sequence[str]) -> CacheReport:
+    """-> the report of a cache with these parts."""
+    now, prefix, gather = kept.latest, forwards.seconds("prefix"), forwards.seconds("gather")
+    return CacheReport(
+        num_frozen=now.frontier.num_frozen if now else 0,
+        kept=tuple(now.frontier.names) if now else (),
+        views=kept.views.count,
+        rows=len(now.store) if now else 0,
+        of_rows=kept.owned,
+        bytes=kept.bytes,
+        where=kept.where,
+        hits=forwards.hits,
+        pushed=forwards.pushed,
+        misses=forwards.misses,
+        samples_read=serving.read,
+        samples_skipped=serving.skipped,
+        seconds_saved=None if prefix is None or gather is None else forwards.hits * (prefix - gather),
+        gather_ms=None if gather is None else 1e3 * gather,
+        prefix_ms=None if prefix is None else 1e3 * prefix,
+        checks=forwards.checks,
+        largest_difference=forwards.difference,
+        notes=tuple(notes),
+    )

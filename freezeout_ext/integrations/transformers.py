@@ -120,8 +120,10 @@ def add_freezeout(trainer: Trainer, **arguments: Any) -> FreezeOutCallback:
 def _train_on(trainer: Trainer, cache: FeatureCache) -> None:
     """Batches come from the cache's loader, and each training step runs over their keys."""
     training_step, args = trainer.training_step, trainer.args
+    # As the Trainer's own: without the columns that the model does not take.
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
     loader = cache.loader(
-        args.train_batch_size, collate_fn=trainer.data_collator, drop_last=args.dataloader_drop_last, seed=args.seed,
+        args.train_batch_size, collate_fn=collate, drop_last=args.dataloader_drop_last, seed=args.seed,
         num_workers=args.dataloader_num_workers,
     )  # fmt: skip
 
