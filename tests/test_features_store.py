@@ -136,6 +136,39 @@ def test_rows_of_another_shape_or_dtype_are_not_kept_and_missing_keys_are_an_err
         store.gather(torch.tensor([1, 2]))
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("kept", [None, torch.int8])
+def test_a_store_that_grows_keeps_what_it_has_and_takes_more(tmp_path, on_disk, kept):
+    folder = tmp_path if on_disk else None
+    columns = [
+        Column.like(batch_of([0], (4, 3), torch.float32), kept),
+        Column.like(batch_of([0], (5, 3), torch.float32), kept, padded=True),
+    ]
+
+    def rows_of(keys):
+        return [batch_of(keys, (4, 3), torch.float32), batch_of(keys, (5, 3), torch.float32)]
+
+    store = Store(columns, KEYS, 4, "cpu", positions=20, folder=folder, fingerprint="f")
+    first, second, lengths = torch.arange(4), torch.arange(4, 10), torch.full((6,), 5)
+    assert store.put(first, rows_of(first), lengths[:4]) == 4 and store.put(second, rows_of(second), lengths) == 0
+    before = store.gather(first)
+    store.grow(10, 50)
+    assert store.put(second, rows_of(second), lengths) == 6
+    for a, b in zip(store.gather(first), before, strict=True):
+        assert torch.equal(a, b)
+    after = store.gather(torch.arange(10))
+    store.close()
+    if on_disk:  # as it is, and larger still
+        for size in (10, 12):
+            store = Store(columns, KEYS, size, "cpu", positions=5 * size, folder=folder, fingerprint="f")
+            assert store.files.was_emptied is False
+            assert all(map(torch.equal, store.gather(torch.arange(10)), after))
+            store.close()
+        store = Store(columns, KEYS, 4, "cpu", positions=20, folder=folder, fingerprint="f")
+        assert store.files.was_emptied is True
+        store.close()
+
+
 def test_another_fingerprint_empties_the_files_and_a_second_process_is_refused(tmp_path):
     columns = [Column.like(torch.zeros(2, 3))]
     first = Store(columns, KEYS, KEYS, "cpu", folder=tmp_path, fingerprint="a")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import claims
 from .forwards import Forwards
 from .generations import Generations
 from .timing import seconds_of
@@ -148,7 +149,8 @@ class Choice:
         self._views.first_epoch = epoch - 1  # later than at first where nothing was kept then
         self._note(f"views: {views} of each sample: {said}")
         self._kept.grow()
-        self._kept.remember()
+        if self._kept.folder is not None and self._kept.rank == 0:
+            claims.decide(self._kept.folder, self.state_dict(freezeout))
 
     def measured(self, freezeout: Any) -> Measured | None:
         """What is known, once it is; from then on the same, so that a run that resumes decides as this one does."""

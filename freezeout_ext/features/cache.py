@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count, check_flag, check_kind
+from . import claims
 from .auto import Choice
 from .forwards import Forwards
 from .generations import Generations
@@ -99,11 +100,12 @@ class FeatureCache:
         self._closed = False
         self._choice = Choice(self._kept, self._forwards, loading.median, self._note)
         self._serving = Serving(self._kept, self._forwards, self._choice, loading, self._follow)
-        if self._kept.folder is not None:
-            self._kept.claim_folder(self._described() | {"sample": self.views.digest()})
-            if self.views.auto and (decided := self._kept.remembered()):
-                self._choice.load_state_dict(decided)
-                self._note(f"views: {self.views.count} of each sample, as was decided for {self._kept.folder}")
+        folder = self._kept.folder
+        if folder is not None:
+            claims.claim(folder, self._described() | {"sample": self.views.digest()})
+            if self.views.auto and (found := claims.decided(folder)):
+                self._choice.load_state_dict(found)
+                self._note(f"views: {self.views.count} of each sample, as was decided for {folder}")
 
     def __repr__(self) -> str:
         return f"FeatureCache({self.views.num_samples} samples, views={self.views.asked!r}, store={self._kept.where!r})"

@@ -1,6 +1,5 @@
 """Generations: what is kept behind each number of frozen layers, where it lies, and until when it holds."""
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .files import write_whole
 from .frontier import Frontier
 from .guard import Guard, fingerprint
 from .probe import padded_length
@@ -19,9 +17,6 @@ from .store import Column, Store, row_bytes_of
 from .views import MOST_VIEWS, Views
 
 logger = logging.getLogger("freezeout_ext")
-
-# In a folder, where the number of views was decided.
-DECISION = "decided.json"
 
 
 @dataclass(eq=False)
@@ -291,35 +286,6 @@ class Generations:
         """The folder of this process."""
         assert self.folder is not None  # asked for only then
         return self.folder if self.world_size == 1 else self.folder / f"rank-{self.rank}-of-{self.world_size}"
-
-    def claim_folder(self, described: dict) -> None:
-        """
-        Raises:
-            ValueError: the folder is of other views.
-        """
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "views.json"
-        found = json.loads(path.read_text()) if path.exists() else described
-        if found != described:
-            differ = ", ".join(k for k in described if found.get(k) != described[k])
-            raise ValueError(
-                f"store must be of the same views, {self.folder} differs in {differ}: it is of {found}, "
-                f"here {described}"
-            )
-        path.write_text(json.dumps(described))
-
-    def remembered(self) -> dict | None:
-        """-> what was decided for the folder's rows, None where nothing was."""
-        path = None if self.folder is None else self.folder / DECISION
-        return json.loads(path.read_text()) if path is not None and path.exists() else None
-
-    def remember(self) -> None:
-        """Writes the number of views that was decided beside the folder's rows."""
-        if self.folder is not None and self.rank == 0:
-            decision = {"count": self.views.count, "first_epoch": self.views.first_epoch, "measured": None}
-            write_whole(self.folder / DECISION, json.dumps(decision))
 
 
 def _place(model: nn.Module, name: str) -> tuple[dict, str]:
