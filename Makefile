@@ -15,10 +15,10 @@ demo: .venv/demo-ready
 	.venv/bin/freezeout compare --data digits --model wrn-16-1 --epochs 10 --seeds 3 --t0 0.5 --views 2 \
 	  --arms full freezeout no-anneal cached short --threads 1 --out demo-run --resume
 
-# Real images that need no download: scikit-learn's digits, at the size that the net needs.
+# Real images that need no download: scikit-learn's digits, at the size that the net needs. 36 steps are 1.7 epochs.
 FINETUNE_DATA ?= --data digits
 finetune: .venv/finetune-ready
-	.venv/bin/freezeout compare $(FINETUNE_DATA) --image-size 64 --model efficientnet-lite0 --weights pretrained --epochs 2 \
+	.venv/bin/freezeout compare $(FINETUNE_DATA) --image-size 64 --model efficientnet-lite0 --weights pretrained --steps 36 \
 	  --batch-size 64 --arms full no-anneal cached short --start-frozen _blocks.11 --t0 1 --views 1 --cache-dtype bf16 \
 	  --seeds 3 --threads 1 --out finetune-run --resume
 

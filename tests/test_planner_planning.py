@@ -300,7 +300,9 @@ def test_a_loader_is_timed_alone_from_its_second_batch(monkeypatch):
 
     monkeypatch.setattr(measuring, "time", Clock)
     assert measure_loader(Slow()) == (4, True)
-    assert measure_loader(Slow(), batches=2) == (2.5, True)
+    told = []
+    assert measure_loader(Slow(), batches=2, on_progress=lambda *parts: told.append(parts)) == (2.5, True)
+    assert told == [(0, 2), (1, 2), (2, 2)]
     assert measure_loader([1, 2]) == (0, False)
     with pytest.raises(ValueError, match="loader must give at least 2 batches, got 1"):
         measure_loader([1])

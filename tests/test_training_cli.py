@@ -222,7 +222,13 @@ def test_compare_end_to_end(tmp_path, capsys):
     shown = capsys.readouterr().out
     for name in ("full", "freezeout linear 0.5", "freezeout linear 0.8", "freezeout linear 0.9"):
         assert f"{name}, seed 1: " in shown and f"\n{name} " in shown
-    assert sorted(path.name for path in out.iterdir()) == ["compare.json", "compare.png", "costs.json", "runs"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "compare.json",
+        "compare.png",
+        "costs.json",
+        "report.html",
+        "runs",
+    ]
     assert png_size(out / "compare.png") == (1050, 1380)
     (out / "compare.png").unlink()
     assert cli.main(["plot", str(out)]) == 0

@@ -6,7 +6,7 @@ import pytest
 
 from freezeout_ext.planner import Plan
 from freezeout_ext.training import cli
-from freezeout_ext.training.cli import saving
+from freezeout_ext.training.options import saving
 from freezeout_ext.training.plot import plot_plan
 
 PNG = b"\x89PNG\r\n\x1a\n"

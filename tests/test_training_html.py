@@ -100,3 +100,12 @@ def test_a_folder_without_a_run_is_refused(tmp_path, folders, capsys):
     assert cli.main(["report", str(folders[0]), str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
     assert "run must be the folder of a comparison, or of a run with at least one epoch" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_charts_are_as_wide_as_a_phone(folders, tmp_path):
+    """4.8 inches are 346 points: the letters of 8 to 10 points then have about their size on a phone."""
+    out = tmp_path / "page.html"
+    assert cli.main(["report", *map(str, folders), "--out", str(out)]) == 0
+    images = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", out.read_text())
+    widths = [ElementTree.fromstring(base64.b64decode(image)).get("width") for image in images]
+    assert widths == ["345.6pt", "345.6pt"]

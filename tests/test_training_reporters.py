@@ -152,3 +152,16 @@ def test_tensorboard_missing_names_the_extra(tmp_path, monkeypatch):
     ):
         TensorBoardReporter(tmp_path / "tb")
     assert not (tmp_path / "tb").exists()
+
+
+def test_a_long_evaluation_says_how_far_it_is(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(reporters.time, "perf_counter", lambda: now[0])
+    stream = io.StringIO()
+    reporter = Reporters(reporters.Reporter(), LineReporter(stream))
+    reporter.start(FakeTrainer)
+    tell = reporter.evaluation()
+    for done in range(4):
+        tell(done, 4)
+        now[0] += 1.5
+    assert stream.getvalue().splitlines()[-1].endswith("evaluating, batches: 2 of 4, about 3 s left")

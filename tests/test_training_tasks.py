@@ -305,8 +305,8 @@ def test_the_best_is_of_the_last_round_by_the_mean_over_its_seeds():
     tuning = tuned((1, "a", 0, 0.1), (2, "a", 0, 0.5), (2, "full", 0, 0.4), (2, "a", 1, 0.1), (2, "full", 1, 0.4))
     assert tuning.best()["name"] == "a" and tuning.best()["value"] == pytest.approx(0.3)
     # Means -0.1 and 0.3 over the seeds: 0.1, and a standard error of 0.2.
-    assert "ahead of full by 0.1 of" in tuning._against_full(tuning.best())
-    assert "± 0.2 of" in tuning._against_full(tuning.best()) and "n = 2" in tuning._against_full(tuning.best())
+    assert "Ahead of full in equal seconds by 0.1 of" in tuning._against_full(tuning.best())
+    assert "± 0.2 of RMSE, within the noise (mean and standard error, n = 2" in tuning._against_full(tuning.best())
 
 
 def test_a_round_that_was_interrupted_is_read_by_what_is_done():

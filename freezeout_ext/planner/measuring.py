@@ -85,10 +85,19 @@ def measure_costs(
     return bench.costs(loader=loader, loader_ahead=loader_ahead, memory=memory, source=source)
 
 
-def measure_loader(loader: Iterable, *, batches: int = LOADER_BATCHES) -> tuple[float, bool]:
+def measure_loader(
+    loader: Iterable,
+    *,
+    batches: int = LOADER_BATCHES,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[float, bool]:
     """(seconds a batch with nothing else going on, whether the loader works ahead while a step runs).
 
     The first batch is not counted. One that works ahead is a torch DataLoader with workers.
+
+    Args:
+        batches: to count at most.
+        on_progress: called with (batches counted, batches) before each.
     """
     iterator = iter(loader)
     count = -1
@@ -96,6 +105,7 @@ def measure_loader(loader: Iterable, *, batches: int = LOADER_BATCHES) -> tuple[
     for count, _ in enumerate(iterator):
         if count == 0:
             start = time.perf_counter()
+        on_progress(count, batches)
         if count == batches:
             break
     if count < 1:

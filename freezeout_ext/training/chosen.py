@@ -3,11 +3,10 @@
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from ..tasks import Task, built_in, load_task
 from ..tasks.nets import is_papers
-from .config import OWN_MODEL, TrainConfig
+from .config import OWN_MODEL, TUNED, TrainConfig
 from .reporters import Progress
 
 
@@ -50,11 +49,8 @@ def base_config(own: Task | None, args: argparse.Namespace) -> TrainConfig:
     """The config that is changed by what is given."""
     if own is not None:
         return TrainConfig.of_task(own)
-    # What comes with weights wants a smaller rate and fewer epochs than the paper's nets, and so do timm's, with theirs
-    # or without.
-    tuned: dict[str, Any] = {"optimizer": "fused-adamw", "weight_decay": 0.01, "epochs": 10, "batch_size": 50}
     fresh = getattr(args, "weights", None) is None and is_papers(getattr(args, "model", TrainConfig.model))
-    return TrainConfig(**({} if fresh else tuned))
+    return TrainConfig(**({} if fresh else TUNED))
 
 
 def folder_name(config: TrainConfig) -> str:

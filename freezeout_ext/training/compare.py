@@ -17,7 +17,7 @@ from .course import Length, has_whole_steps
 from .engagement import with_engagement
 from .keeping import kept_saving
 from .measure import conditions
-from .reporters import Reporter, say
+from .reporters import Progress, Reporter, say
 from .run import Run
 from .run_folder import RunFolder, check_empty, make_folder, write_json
 from .summary import arm_summary, run_folder, time_to_metric, undisturbed_seconds
@@ -120,7 +120,9 @@ class Comparison:
 
     def _warm_up(self) -> None:
         """Some steps that do not count: the first run must not pay for what the process does once."""
-        Trainer(replace(Arm("full").config(self.base, 0), steps=WARMUP_STEPS), self.task).train_epoch()
+        progress = Progress("warming up, steps")
+        trainer = Trainer(replace(Arm("full").config(self.base, 0), steps=WARMUP_STEPS), self.task)
+        trainer.train_epoch(lambda step: progress(step, WARMUP_STEPS))
 
     def _matched_steps(self, arm: Arm, results: dict[Arm, dict[int, dict]]) -> int | None:
         """How many steps an arm takes, None for the base's; what an earlier call decided for a matched arm stays."""

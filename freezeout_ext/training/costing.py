@@ -64,7 +64,9 @@ def unfrozen(config: TrainConfig) -> TrainConfig:
 
 def training_costs(trainer: Trainer, *, rounds: int, max_seconds: float) -> StepCosts:
     """measure_costs with the trainer's net, batches, optimizer and precision; its weights stay as they are."""
-    loader = measure_loader(trainer.train_batches())[0] if trainer.length.steps_per_epoch > 1 else 0.0
+    loader = 0.0
+    if trainer.length.steps_per_epoch > 1:
+        loader, _ = measure_loader(trainer.train_batches(), on_progress=Progress("measuring the loader, batches"))
     return measure_costs(
         trainer.model,
         *_batch(trainer),

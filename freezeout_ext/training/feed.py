@@ -1,6 +1,7 @@
 """Feed: the batches of a run on its device, fresh ones or those of a cache of features."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -58,12 +59,16 @@ class Feed:
             (batch,) = self._on_device([batch])
             yield *batch, self.cache.samples(keys)
 
-    def evaluation_batches(self, dataset: Any) -> Iterator[tuple[Batch, Batch]]:
-        """All samples of a dataset of the task, in its order."""
+    def evaluation_batches(
+        self, dataset: Any, on_batch: Callable[[int, int], None] = lambda done, total: None
+    ) -> Iterator[tuple[Batch, Batch]]:
+        """All samples of a dataset of the task, in its order; calls on_batch(batches done, batches) before each."""
         batch_size = self.config.batch_size
         if hasattr(dataset, "batches"):
             batch_size = max(batch_size, EVALUATION_BATCH[self.device.type])
-        return self._batches(dataset, batch_size)
+        for done, batch in enumerate(self._batches(dataset, batch_size)):
+            on_batch(done, math.ceil(len(dataset) / batch_size))
+            yield batch
 
     def _make_cache(self) -> FeatureCache:
         config, task = self.config, self.task

@@ -31,6 +31,10 @@ class Reporter:
     def step(self, step: int) -> None:
         """`step` steps are done."""
 
+    def evaluation(self) -> Callable[[int, int], None]:
+        """An evaluation begins; what is returned is told (batches done, batches)."""
+        return lambda done, total: None
+
     def epoch(self, row: dict) -> None:
         """An epoch is done and safe on disk; row is its line in the log."""
 
@@ -71,11 +75,15 @@ class StepReporter(Reporter):
 
     def start(self, trainer: "Trainer") -> None:
         self._total = trainer.total_steps
-        self._progress = Progress(f"{self._title or trainer.config.title}, steps", self.line)
+        self._name = self._title or trainer.config.title
+        self._progress = Progress(f"{self._name}, steps", self.line)
         self._progress(trainer.step, self._total)
 
     def step(self, step: int) -> None:
         self._progress(step, self._total)
+
+    def evaluation(self) -> Callable[[int, int], None]:
+        return Progress(f"{self._name}, evaluating, batches", self.line)
 
     def note(self, text: str) -> None:
         self.line(f"note: {text}")
@@ -187,6 +195,15 @@ class Reporters(Reporter):
     def step(self, step: int) -> None:
         for reporter in self._reporters:
             reporter.step(step)
+
+    def evaluation(self) -> Callable[[int, int], None]:
+        found = [reporter.evaluation() for reporter in self._reporters]
+
+        def tell(done: int, total: int) -> None:
+            for each in found:
+                each(done, total)
+
+        return tell
 
     def epoch(self, row: dict) -> None:
         for reporter in self._reporters:

@@ -162,10 +162,16 @@ class Trainer:
             "transitions": transitions_measured(self.transitions, self.phases)[transitions_before:],
         }
 
-    def evaluate(self, name: str, dataset: Any) -> dict:
-        """{"NAME_loss": mean loss, "NAME_METRIC": mean metric} over a dataset of the task."""
+    def evaluate(
+        self, name: str, dataset: Any, on_batch: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict:
+        """{"NAME_loss": mean loss, "NAME_METRIC": mean metric} over a dataset of the task.
+
+        Args:
+            on_batch: called with (batches done, batches) before each.
+        """
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            found = self.task.evaluate(self.model, self.feed.evaluation_batches(dataset))
+            found = self.task.evaluate(self.model, self.feed.evaluation_batches(dataset, on_batch))
         return self._judged(name, *found)
 
     def state_dict(self) -> dict:

@@ -21,6 +21,7 @@ from .run_folder import RunFolder, check_empty, make_folder, write_json
 from .summary import paired_test, spread
 from .trainer import Trainer
 from .values import metric_text, points_text
+from .verdict import CLEAR
 
 # (part of the layers that never train, t_0, strategy of the others, views; 0 keeps no features).
 CANDIDATES = (
@@ -223,9 +224,14 @@ class Tuning:
         if len(gains) < 2:
             return f"One seed shows no winner over {rival['name']}: {points_text(metric, gains[0])} ({times})."
         mean, test = spread(gains), paired_test(gains)
-        p = "" if test is None or test["p"] is None else f", p = {test['p']:.2g}"
-        ahead = f"{points_text(metric, mean['mean'])} ± {points_text(metric, mean['sd'] / len(gains) ** 0.5)}"
-        return f"It is ahead of {rival['name']} by {ahead} (mean and standard error, n = {len(gains)}{p}; {times})."
+        p = None if test is None else test["p"]
+        sure = "" if p is None else f", p = {p:.2g}"
+        noise = "" if p is not None and p < CLEAR else ", within the noise"
+        by = f"{points_text(metric, mean['mean'])} ± {points_text(metric, mean['sd'] / len(gains) ** 0.5)}"
+        return (
+            f"Ahead of {rival['name']} in equal seconds by {by}{noise}"
+            f" (mean and standard error, n = {len(gains)}{sure}; {times})."
+        )
 
     @property
     def _judge(self) -> str:
