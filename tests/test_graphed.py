@@ -463,7 +463,7 @@ def test_close_leaves_all_to_others():
 
 
 @pytest.mark.parametrize(
-    ("device", "steps"), [("cpu", 60), pytest.param("cuda", 1000, marks=pytest.mark.native_cuda)]
+    ("device", "steps"), [("cpu", 60), pytest.param("cuda", 300, marks=pytest.mark.native_cuda)]
 )  # fmt: skip
 @pytest.mark.parametrize("prefix", ["off", "exact"])
 @needs_native

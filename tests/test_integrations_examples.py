@@ -70,7 +70,7 @@ def names_of_a_users_loop() -> dict:
         )
     )
     dataset = TensorDataset(torch.randn(256, 8), torch.randint(2, (256,)))
-    return {"model": model, "dataset": dataset, "criterion": nn.CrossEntropyLoss(), "epochs": 2}
+    return {"model": model, "dataset": dataset, "criterion": nn.CrossEntropyLoss(), "epochs": 8}
 
 
 MY_TASK = """

@@ -69,17 +69,6 @@ class Stream(torch.Stream):
 
     def wait_event(self, event: "Event") -> None: ...
 
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, event: "Event | None" = None) -> "Event":
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
 
 class _Current:
     """torch.cuda.stream(stream)."""
@@ -112,9 +101,6 @@ class Event:
         self._at = time.perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None: ...
-
-    def query(self) -> bool:
-        return True
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
