@@ -11,6 +11,7 @@ Runs on the GPU where torch sees one: then each time includes the wait for the d
 import statistics
 import time
 
+import fused_cases as cases
 import pytest
 import torch
 from torch import nn
@@ -19,7 +20,6 @@ from freezeout_ext import FusedSGD
 from freezeout_ext.models import build_model
 from freezeout_ext.training.measure import conditions
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 THREADS = 2
 SECONDS = 3.0  # of measuring, for each case
 OPTIONS = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
@@ -32,48 +32,14 @@ RIVALS = {
 NETS = ("densenet-76-12", "wrn-40-4", "vgg-16", "resnet-50")
 
 
-def resnet50_shapes() -> list[list[tuple[int, ...]]]:
-    """For each convolution of ResNet-50 (ImageNet) its weight and its norm's two vectors, then the classifier."""
-
-    def conv(inputs: int, outputs: int, kernel: int) -> list[tuple[int, ...]]:
-        return [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
-
-    layers, inputs = [conv(3, 64, 7)], 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            layers += [conv(inputs, width, 1), conv(width, width, 3), conv(width, 4 * width, 1)]
-            if block == 0:
-                layers.append(conv(inputs, 4 * width, 1))
-            inputs = 4 * width
-    return [*layers, [(1000, 2048), (1000,)]]
-
-
-def layer_shapes(net: str) -> list[list[tuple[int, ...]]]:
-    """One layer for each convolution or linear, with the norms before it."""
-    if net == "resnet-50":
-        return resnet50_shapes()
-    if net.startswith("tiny"):
-        return [[(16,)] * int(net.removeprefix("tiny-"))] * 76
-    if net == "100m":
-        return [[(1000, 10_000)]] * 10
-    layers, pending = [], []
-    for module in build_model(net).modules():
-        pending += [tuple(p.shape) for p in module.parameters(recurse=False)]
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            layers.append(pending)
-            pending = []
-    layers[-1] += pending
-    return layers
-
-
 def build(net: str, grouping: str, frozen: float = 0.0) -> dict[str, torch.optim.Optimizer]:
     """Every rival over equal parameters and gradients, after two steps; the first layers frozen as FreezeOut does."""
-    shapes = layer_shapes(net)
+    shapes = cases.layer_shapes(net)
     num_frozen = int(frozen * len(shapes))
     optimizers = {}
     for name, make in RIVALS.items():
         torch.manual_seed(0)
-        layers = [[nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in layer] for layer in shapes]
+        layers = [[nn.Parameter(torch.randn(shape, device=cases.DEVICE)) for shape in layer] for layer in shapes]
         groups = [{"params": layer} for layer in layers]
         if grouping == "one group":
             groups = [{"params": [p for layer in layers for p in layer]}]
@@ -94,66 +60,19 @@ def build(net: str, grouping: str, frozen: float = 0.0) -> dict[str, torch.optim
 
 def assert_equal(optimizers: dict[str, torch.optim.Optimizer]) -> None:
     """All rivals hold the parameters of torch's for-loop: on a CPU bit for bit, but for torch fused, which rounds."""
-    judge = [p for group in optimizers["torch for-loop"].param_groups for p in group["params"]]
+    judge = cases.params_of(optimizers["torch for-loop"])
     for name, optimizer in optimizers.items():
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for p, q in zip(params, judge, strict=True):
-            if name == "torch fused" or DEVICE.type == "cuda":
+        for p, q in zip(cases.params_of(optimizer), judge, strict=True):
+            if name == "torch fused" or cases.DEVICE.type == "cuda":
                 torch.testing.assert_close(p, q)
             else:
                 assert torch.equal(p, q), name
 
 
-def wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def interleave(calls: dict, *, cold: bool) -> dict[str, list[float]]:
-    """Microseconds of each call. Warm: after one call of the same; cold: after 128 MB of other memory."""
-    other = torch.zeros(1 << 25, device=DEVICE)
-    times = {name: [] for name in calls}
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(times["FusedSGD"]) < 15:
-        for name, call in calls.items():
-            other.add_(1) if cold else call()
-            for _ in range(1 if cold else 5):
-                wait()
-                start = time.perf_counter_ns()
-                call()
-                wait()
-                times[name].append((time.perf_counter_ns() - start) / 1e3)
-    return times
-
-
 def measure(
     benchmark, optimizers: dict[str, torch.optim.Optimizer], *, cold: bool = False, threads: int = THREADS
 ) -> None:
-    torch.set_num_threads(threads)
-    params = [p for group in optimizers["FusedSGD"].param_groups for p in group["params"] if p.grad is not None]
-    elements = sum(p.numel() for p in params)
-    a, b = torch.randn(2, elements * 5 // 2, device=DEVICE)
-    sums, addends = (t[: elements * 5 // 3] for t in (a, b))
-    calls = {name: optimizer.step for name, optimizer in optimizers.items()}
-    calls |= {"copy": lambda: a.copy_(b), "add": lambda: sums.add_(addends)}
-    times = interleave(calls, cold=cold)
-    medians = {name: round(statistics.median(values), 1) for name, values in times.items()}
-    minima = {name: round(min(values), 1) for name, values in times.items()}
-    benchmark.extra_info |= {
-        "median_us": medians,
-        "min_us": minima,
-        "ratio": round(medians["torch fused"] / medians["FusedSGD"], 2),
-        "ratio_of_minima": round(minima["torch fused"] / minima["FusedSGD"], 2),
-        "over_copy": round(medians["FusedSGD"] / medians["copy"], 3),
-        "over_add": round(medians["FusedSGD"] / medians["add"], 3),
-        "elements": elements,
-        "tensors": len(params),
-        "groups": len(optimizers["FusedSGD"].param_groups),
-        "samples": len(times["FusedSGD"]),
-        **conditions(DEVICE),
-        "threads": threads,
-    }
-    benchmark.pedantic(optimizers["FusedSGD"].step, rounds=5)
+    cases.measure(benchmark, optimizers, bytes_each=20, cold=cold, threads=threads, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("cache", ["warm", "cold"])
@@ -175,7 +94,7 @@ def test_overhead_alone(benchmark, tensors):
     measure(benchmark, build(f"tiny-{tensors}", "one group a layer"), threads=1)
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="the device's bandwidth at 100 M parameters: needs a GPU")
+@pytest.mark.skipif(cases.DEVICE.type == "cpu", reason="the device's bandwidth at 100 M parameters: needs a GPU")
 def test_bandwidth(benchmark):
     """over_copy, over_add: the step at 100 M parameters over a copy, and an addition, that move as many bytes."""
     measure(benchmark, build("100m", "one group a layer"))
@@ -185,16 +104,16 @@ def test_bandwidth(benchmark):
 def test_share_of_a_training_step(benchmark, net):
     """Forward, backward and update at batch 32 of 32x32 images: what share the update is."""
     torch.set_num_threads(THREADS)
-    model = build_model(net).to(DEVICE)
+    model = build_model(net).to(cases.DEVICE)
     optimizer = FusedSGD(model.parameters(), **OPTIONS)
-    inputs, parts = torch.randn(32, 3, 32, 32, device=DEVICE), []
+    inputs, parts = torch.randn(32, 3, 32, 32, device=cases.DEVICE), []
     for _ in range(4):
         start = time.perf_counter()
         model(inputs).square().mean().backward()
-        wait()
+        cases.wait()
         middle = time.perf_counter()
         optimizer.step()
-        wait()
+        cases.wait()
         parts.append((middle - start, time.perf_counter() - middle))
         optimizer.zero_grad()
     backward, update = (statistics.median(part[1:]) for part in zip(*parts, strict=True))
@@ -202,7 +121,7 @@ def test_share_of_a_training_step(benchmark, net):
         "forward_and_backward_ms": round(1e3 * backward, 2),
         "update_ms": round(1e3 * update, 3),
         "share_percent": round(100 * update / (backward + update), 3),
-        **conditions(DEVICE),
+        **conditions(cases.DEVICE),
         "threads": THREADS,
     }
     benchmark.pedantic(optimizer.step, rounds=1)

@@ -1,5 +1,7 @@
 """fused_sgd_ and fused_adamw_, the ops: against their references, under opcheck, their errors; and torch.compile."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -172,16 +174,46 @@ def test_torch_compile_runs_the_op_in_one_graph(cls, judge, options, lr):
     assert runs[0][1].native_report() == {}
 
 
-def test_what_the_op_does_not_take_is_torch_s_under_compile_too():
+BACKENDS = ["eager", "aot_eager"] + (["inductor"] if shutil.which("g++") else [])
+KINDS = {
+    "SGD": (FusedSGD, torch.optim.SGD, {"momentum": 0.9}),
+    "AdamW": (FusedAdamW, torch.optim.AdamW, {"amsgrad": True}),
+    "SGD with dampening": (FusedSGD, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [*((kind, backend) for kind in ("SGD", "AdamW") for backend in BACKENDS), ("SGD with dampening", "eager")],
+)
+def test_compiled_steps_are_torch_s_whatever_the_op_takes(kind, backend):
+    """Groups that mix what the op takes with a transposed gradient, a strided and a transposed parameter."""
     torch._dynamo.reset()
+    cls, judge, options = KINDS[kind]
+    start = [torch.randn(4, 3), torch.randn(3), torch.randn(6, 5), torch.randn(8, 2)[:, 0], torch.randn(5, 2).t()]
     runs = []
-    for cls in (FusedSGD, torch.optim.SGD):
-        torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))]
-        optimizer = cls(params, lr=0.1, foreach=False)
-        params[0].grad, params[1].grad = torch.randn(3, 4).t(), torch.randn(3)
-        step = torch.compile(optimizer.step, backend="eager") if cls is FusedSGD else optimizer.step
+    for make in (cls, judge):
+        params = [nn.Parameter(torch.empty_strided(t.shape, t.stride()).copy_(t)) for t in start]
+        groups = [{"params": params[:1]}, {"params": params[1:4], "lr": 0.2}, {"params": params[4:]}]
+        runs.append((params, make(groups, lr=0.1, foreach=False, **options)))
+    (ours, optimizer), (theirs, torchs) = runs
+    step = torch.compile(optimizer.step, backend=backend)
+    for count in range(4):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            # The second parameter's first gradient comes late.
+            p.grad = None if i == 1 and count == 0 else torch.empty_like(p).copy_(torch.randn(p.shape))
+            if i == 2:
+                p.grad = torch.randn(5, 6).t()
+            q.grad = None if p.grad is None else p.grad.clone()
         step()
-        runs.append(params)
-    # Some releases trace add(x, alpha) as a product and a sum: two roundings for one.
-    torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-7)
+        torchs.step()
+        for p, q in zip(ours, theirs, strict=True):
+            # Traced, torch's loop may round a product and its sum apart, and AdamW's takes powers of the step in float:
+            # 1e-5 of a step of 0.2.
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+            a, b = optimizer.state.get(p, {}), torchs.state.get(q, {})
+            assert a.keys() == b.keys()
+            for name in a:
+                torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+    assert list(optimizer.native_report()) == [f"group {i}, parameter {j}" for i, j in ((1, 1), (1, 2), (2, 0))]
+    assert "as the traced op needs it" in optimizer.native_report()["group 2, parameter 0"]

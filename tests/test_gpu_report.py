@@ -132,7 +132,7 @@ def test_figures_of_a_gpu_are_found_by_their_benchmarks(report):
     for word in ("def test_prefix(", "def test_prefix_compiled(", "def test_ceilings(", '"copy_terabytes_per_second"',
                  '"bf16_teraflops_per_second"', '"over_eager"', '"microseconds"', '"torch.compile"'):  # fmt: skip
         assert word in text
-    assert '"over_copy"' in (BENCH / "bench_fused_sgd.py").read_text()
+    assert 'f"over_copy{suffix}"' in (BENCH / "fused_cases.py").read_text()
 
 
 def test_the_claim_is_stated(report):

@@ -93,7 +93,7 @@ def has_half(device: torch.device) -> bool:
 def op_takes(tensors: list[Tensor | None]) -> bool:
     """Whether a registered op takes a parameter, its gradient and its states, where there are any; in traced code.
 
-    Only contiguous and channels-last tensors: traced code cannot compare all strides.
+    Only contiguous and channels-last tensors: traced code cannot compare all strides, some of which are symbols.
     """
     p = tensors[0]
     assert p is not None  # the parameter

@@ -34,12 +34,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     What the compiled update does not take (sparse, complex, `differentiable`, tensor subclasses, gradients laid out
     otherwise than their parameter) goes through torch's for-loop, with the same result: see `native_report()`.
     Under torch.compile the registered torch op runs, one call for each set of equal hyperparameters. The op takes
-    contiguous and channels-last tensors, and torch's for-loop the rest.
+    contiguous and channels-last tensors, and torch's for-loop the rest; once traced, the report says which.
     """
 
     # On the class: an instance's flag would not survive deepcopy and pickle.
     _step_supports_amp_scaling = True
     _prepared: "_Prepared | None" = None
+    _was_traced = False  # by torch.compile
     _device_schedule: tuple[Tensor, list[tuple[float, float, float]]] | None = None
     # Tables: a graph reads them for as long as it may be replayed.
     _captured: frozenset[Tensor] = frozenset()
@@ -74,6 +75,21 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _op_lists(self, group: dict[str, Any]) -> list[list[Tensor]]:
         """The registered op's lists of a group's parameters that have a gradient: params, grads, states, counters."""
         raise NotImplementedError
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        # torch.compile runs this for real while it traces a step, and tracks the state from the first call on: a state
+        # that is made later would be lost. torch's for-loop asks with a copy of a group.
+        groups = [group]
+        if any(group is each for each in self.param_groups):
+            self._was_traced = True
+            groups = self.param_groups
+        for each in groups:
+            for p in () if each.get("frozen") else each["params"]:
+                if p.grad is None or p.grad.is_sparse or not self._lacks_state(p, each):
+                    continue
+                if self._reason_against_state(p, each) is None:
+                    self._make_state(p, each)
+        return super()._init_group(group, *lists)  # type: ignore[misc]  # torch's optimizers have it
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; returns the closure's loss, or None."""
@@ -127,9 +143,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         for i, (group, reasons) in enumerate(zip(self.param_groups, self._reasons(), strict=True)):
             for j, (p, reason) in enumerate(zip(group["params"], reasons, strict=False)):  # [] for a frozen group
                 reason = reason or _reason_against_grad(p)
+                if reason is None and self._was_traced and not compiled.op_takes(self._op_tensors(p)):
+                    reason = "is neither contiguous nor channels-last with all its states, as the traced op needs it"
                 if reason is not None:
                     report[f"group {i}, parameter {j}"] = reason
         return report
+
+    def _op_tensors(self, p: Tensor) -> list[Tensor | None]:
+        """A parameter, its gradient and its states, as op_takes looks at them."""
+        state = self.state[p].values() if p in self.state else ()
+        return [p, p.grad, *(value for value in state if isinstance(value, Tensor))]
 
     def set_device_schedule(self, step: Tensor | None, rates: Sequence[tuple[float, float, float]] = ()) -> None:
         """lr = peak * cos^2(pi / 2 * (step - warmup) / (milestone - warmup)), 0 from the milestone on, on the device.
@@ -268,7 +291,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             begun = []
             for i, p in enumerate(lists[0]):
                 tensors = [each[i] if each else None for each in lists]
-                if not compiled.op_takes(tensors):
+                # SGD's first step with dampening has no momentum buffer yet.
+                lacks_state = any(len(each) > 0 and each[i] is None for each in lists)
+                if lacks_state or not compiled.op_takes(tensors):
                     rest.append((group, [p]))
                     continue
                 key: tuple[Any, ...] = (p.dtype, p.device, *numbers.items())

@@ -65,14 +65,6 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
         for p, buffer in zip(params, buffers, strict=has_momentum):
             self.state[p]["momentum_buffer"] = buffer
 
-    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        # torch.compile runs this where it traces a step.
-        if group["dampening"] == 0:
-            for p in group["params"]:
-                if p.grad is not None and not p.grad.is_sparse and self._lacks_state(p, group):
-                    self._make_state(p, group)
-        return super()._init_group(group, *lists)
-
     def _op_lists(self, group: dict[str, Any]) -> list[list[Tensor]]:
         params: list[Tensor] = []
         grads: list[Tensor] = []

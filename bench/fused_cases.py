@@ -1,0 +1,135 @@
+"""What the benchmarks of the fused optimizers share: the nets' shapes, and rivals that take turns in one process."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from freezeout_ext.models import build_model
+from freezeout_ext.training.measure import conditions
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resnet50_shapes() -> list[list[tuple[int, ...]]]:
+    """For each convolution of ResNet-50 (ImageNet) its weight and its norm's two vectors, then the classifier."""
+
+    def conv(inputs: int, outputs: int, kernel: int) -> list[tuple[int, ...]]:
+        return [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
+
+    layers, inputs = [conv(3, 64, 7)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            layers += [conv(inputs, width, 1), conv(width, width, 3), conv(width, 4 * width, 1)]
+            if block == 0:
+                layers.append(conv(inputs, 4 * width, 1))
+            inputs = 4 * width
+    return [*layers, [(1000, 2048), (1000,)]]
+
+
+def vit_shapes(width: int, depth: int) -> list[list[tuple[int, ...]]]:
+    """A layer for each block of a ViT with patches of 16 x 16."""
+    block = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,)]
+    block += [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    stem = [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
+    return [stem, *[block] * depth, [(width,), (width,), (1000, width), (1000,)]]
+
+
+def layer_shapes(net: str) -> list[list[tuple[int, ...]]]:
+    """One layer for each convolution or linear, with the norms before it."""
+    if net == "resnet-50":
+        return resnet50_shapes()
+    if net == "vit-s":
+        return vit_shapes(384, 12)
+    if net == "465 tensors":  # rf-detr's fine-tuning has as many groups, https://github.com/roboflow/rf-detr/pull/1409
+        return [[(384, 384), (384,), (384,)]] * 155
+    if net.startswith("tiny"):
+        return [[(16,)] * int(net.removeprefix("tiny-"))] * 76
+    if net == "100m":
+        return [[(1000, 10_000)]] * 10
+    layers, pending = [], []
+    for module in build_model(net).modules():
+        pending += [tuple(p.shape) for p in module.parameters(recurse=False)]
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            layers.append(pending)
+            pending = []
+    layers[-1] += pending
+    return layers
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def moves(elements: int, bytes_each: int) -> dict[str, Callable[[], object]]:
+    """As many bytes as a step's by a.copy_(b), half of them read, and by a.add_(b), two thirds of them read."""
+    a, b = torch.randn(2, elements * bytes_each // 8, device=DEVICE)
+    sums, addends = (t[: elements * bytes_each // 12] for t in (a, b))
+    return {"copy": lambda: a.copy_(b), "add": lambda: sums.add_(addends)}
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleave(calls: dict[str, Callable[[], object]], *, cold: bool, seconds: float) -> dict[str, list[float]]:
+    """Microseconds of each call. Warm: after one call of the same; cold: after 128 MB of other memory.
+
+    On one CPU thread times are of its CPU clock, which other processes hardly touch.
+    """
+    other = torch.zeros(1 << 25, device=DEVICE)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    alone = DEVICE.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time_ns if alone else time.perf_counter_ns
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 12:
+        for name, call in calls.items():
+            other.add_(1) if cold else call()
+            for _ in range(1 if cold else 4):
+                wait()
+                start = clock()
+                call()
+                wait()
+                times[name].append((clock() - start) / 1e3)
+    return times
+
+
+def measure(
+    benchmark,
+    optimizers: dict[str, torch.optim.Optimizer],
+    *,
+    bytes_each: int,
+    cold: bool,
+    threads: int,
+    seconds: float,
+) -> None:
+    """Times the rivals, the first of which is ours, beside the moves of as many bytes.
+
+    `ratio` is torch fused over ours, "over_copy" and "over_add" ours over the moves; of medians and of minima.
+    """
+    torch.set_num_threads(threads)
+    ours = next(iter(optimizers))
+    params = [p for p in params_of(optimizers[ours]) if p.grad is not None]
+    elements = sum(p.numel() for p in params)
+    calls = {name: optimizer.step for name, optimizer in optimizers.items()} | moves(elements, bytes_each)
+    times = interleave(calls, cold=cold, seconds=seconds)
+    for suffix, key, summary in (("", "median_us", statistics.median), ("_of_minima", "min_us", min)):
+        us = {name: round(summary(values), 1) for name, values in times.items()}
+        benchmark.extra_info |= {
+            key: us,
+            f"ratio{suffix}": round(us["torch fused"] / us[ours], 2),
+            f"over_copy{suffix}": round(us[ours] / us["copy"], 3),
+            f"over_add{suffix}": round(us[ours] / us["add"], 3),
+        }
+    benchmark.extra_info |= {
+        "elements": elements,
+        "tensors": len(params),
+        "groups": len(optimizers[ours].param_groups),
+        "samples": len(times[ours]),
+        **conditions(DEVICE),
+        "threads": threads,
+    }
+    benchmark.pedantic(optimizers[ours].step, rounds=3)
