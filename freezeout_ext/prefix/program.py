@@ -5,7 +5,7 @@ Values are numbers. `lower.py` writes a Program, `simplify.py` rewrites it, `eng
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ class Ref:
 
 @dataclass
 class Op:
-    """One value, `out`, from others."""
+    """One value, `out`, from those in the fields that READS names."""
 
+    READS: ClassVar[tuple[str, ...]] = ()
     out: int
 
     def inputs(self) -> list[int]:
-        raise NotImplementedError
+        return [value for name in self.READS if (value := getattr(self, name)) is not None]
 
     def outs(self) -> list[int]:
         """The values that the op makes."""
@@ -36,13 +37,11 @@ class Op:
 class Affine(Op):
     """y = relu?(scale[c] * x[:, c] + shift[c]), scale and shift [C] in float64."""
 
+    READS = ("x",)
     x: int
     scale: Tensor
     shift: Tensor
     relu: bool = False
-
-    def inputs(self) -> list[int]:
-        return [self.x]
 
 
 @dataclass
@@ -52,15 +51,13 @@ class Conv(Op):
     `module` is an nn.Conv2d with zero padding or an nn.Linear.
     """
 
+    READS = ("x", "add")
     x: int
     module: nn.Conv2d | nn.Linear
     scale: Tensor | None = None
     shift: Tensor | None = None
     add: int | None = None
     relu: bool = False
-
-    def inputs(self) -> list[int]:
-        return [self.x] if self.add is None else [self.x, self.add]
 
     @property
     def convolves(self) -> bool:
@@ -97,22 +94,18 @@ class Conv(Op):
 class Add(Op):
     """y = relu?(a + b)."""
 
+    READS = ("a", "b")
     a: int
     b: int
     relu: bool = False
-
-    def inputs(self) -> list[int]:
-        return [self.a, self.b]
 
 
 @dataclass
 class Relu(Op):
     """y = relu(x)."""
 
+    READS = ("x",)
     x: int
-
-    def inputs(self) -> list[int]:
-        return [self.x]
 
 
 @dataclass
