@@ -46,9 +46,9 @@ class Affine(Op):
 
 @dataclass
 class Conv(Op):
-    """y = relu?(conv(x) * scale[c] + shift[c] + add), the scale and shift folded into the weights by `folded()`.
+    """y = relu?(conv(x) * scale[c] + shift[c] + add); `folded()` folds the scale and the shift into the weights.
 
-    `module` is an nn.Conv2d with zero padding or an nn.Linear.
+    The module is an nn.Conv2d with zero padding or an nn.Linear.
     """
 
     READS = ("x", "add")
@@ -122,9 +122,13 @@ class Cat(Op):
 class Call(Op):
     """y = function(*args, **kwargs), values given as Ref inside args and kwargs.
 
-    A module's is its own forward: what is installed on the module is the engine that runs this op.
-    `any_layout`: the function may be given channels-last tensors. `averages`: the module, where it is an average over
-    H, W windows without padding, which commutes with a 1x1 convolution.
+    The function of a module is the module's own forward: what is installed on the module is the engine that runs this
+    op.
+
+    Attributes:
+        any_layout: the function may be given channels-last tensors.
+        averages: the module, where the module averages over H, W windows without padding, which commutes with a 1x1
+            convolution.
     """
 
     function: Callable
@@ -147,7 +151,15 @@ class Call(Op):
 
 @dataclass
 class Program:
-    """Ops in order of execution. `inputs` are given; `output` is the value that is asked for."""
+    """output = ops(inputs).
+
+    Attributes:
+        inputs: values that are given.
+        ops: in order of execution.
+        output: the value that is asked for.
+        notes: what could not be written as ops, and why.
+        count: of values so far.
+    """
 
     inputs: list[int] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)

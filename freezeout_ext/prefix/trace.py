@@ -1,8 +1,8 @@
 """One module's forward, read by running it once on stand-ins for tensors; submodules are leaves.
 
-Nothing of torch is patched. During the run each submodule's forward is one on the instance that notes the call.
-Parameters, buffers and what is computed from them alone are constants of the trace, as are all attributes: the guard
-compares them at each call.
+Nothing of torch is patched. During the run each submodule has a forward on the instance, which notes the call.
+Parameters, buffers, attributes and what is computed from these alone are constants of the trace: the guard compares
+parameters, buffers and attributes at each call.
 """
 
 import operator
