@@ -39,7 +39,7 @@ def _take_stream(device: int) -> torch.cuda.Stream:
             if stream.cuda_stream not in ours:
                 ours.add(stream.cuda_stream)
                 return stream
-        gc.collect()  # owners that only refer to each other, as a prefix's earlier engines do
+        gc.collect()  # owners that wait for the collector
     if not idle:
         raise RuntimeError(
             f"no CUDA stream is left for a capture: {STREAMS} graphed steps and prefixes have one each; delete some"

@@ -64,7 +64,7 @@ def affine_relu(
 ) -> Tensor:
     """out = relu(scale[c] * (x + residual) + shift[c]), out_sum = x + residual; one pass, float32 inside.
 
-    All images channels-last or channel slices of channels-last buffers, of one dtype; `out` and `out_sum` may be
+    All images are of one dtype, channels-last or channel slices of channels-last buffers. `out` and `out_sum` may be
     `x` or `residual`. A BatchNorm in eval mode is scale = gamma / sqrt(var + eps), shift = beta - mean * scale.
 
     Raises:

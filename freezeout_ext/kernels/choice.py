@@ -29,7 +29,13 @@ T = TypeVar("T", bound=Hashable)
 
 @dataclass
 class Choice:
-    """What was chosen, the seconds of each candidate that agreed (none on CPU), why the others were rejected."""
+    """One choice.
+
+    Attributes:
+        chosen: the candidate.
+        seconds: of each candidate that agreed; none on a CPU.
+        rejected: why the other candidates were rejected.
+    """
 
     chosen: Any = None
     seconds: dict[Any, float] = field(default_factory=dict)
@@ -45,7 +51,7 @@ def choices() -> dict[Hashable, Choice]:
 
 
 def chosen(key: Hashable) -> Any:
-    """What an earlier `choose` with this key returned, or None. Ask before operands for a measurement are made.
+    """-> what an earlier `choose` with this key returned, or None. Ask before operands for a measurement are made.
 
     Raises:
         RuntimeError: there was none, and the current stream is being captured.
@@ -73,14 +79,19 @@ def choose(
 ) -> T:
     """argmin over candidates of the median device time, among those that give `expected()`; cached by key.
 
-    Each candidate is run once and what it returns compared: max |found - expected| <= tolerance * max |expected|.
-    Those that agree are timed in turns, on the device alone (launches in a CUDA graph, data warm in L2); on CPU the
-    first that agrees is taken.
+    Each candidate runs once. Its result is compared: max |found - expected| <= tolerance * max |expected|.
+    Candidates that agree are timed in turns, on the device alone (launches in a CUDA graph, data warm in L2). On a CPU
+    the first candidate that agrees is taken.
 
     Args:
-        outputs: memory that candidates write, if they do not return their own: filled with NaN before each.
-        scratch: of the sizes that candidates allocate: such memory is filled with NaN and freed before each, which then
-            gets it, so that a result which nobody wrote, or which depends on unwritten memory, is NaN.
+        key: names the choice for the process.
+        candidates: what may run, by name.
+        outputs: memory that candidates write if they do not return their own. It is filled with NaN before each run.
+        expected: gives what a candidate must return.
+        tolerance: the largest error allowed, over the largest value.
+        scratch: tensors of the sizes that candidates allocate. Memory of these sizes is filled with NaN and freed
+            before each run, which then gets that memory: a result that nobody wrote, or that depends on unwritten
+            memory, is NaN.
 
     Raises:
         RuntimeError: none agrees, or the current stream is being captured and the key is new.

@@ -136,12 +136,14 @@ def conv1x1(
 ) -> Tensor:
     """out = relu(conv1x1(relu(scale * x + shift)) + bias + residual), out_second = relu(scale' * out + shift').
 
-    Prologue, bias, residual, relu and second each only where given. The prologue's result is rounded to x's dtype,
-    as it would be in memory; the second output is computed from the unrounded first. Sums in float32; float32 images
-    multiply in float32, or in TF32 where `tf32`. Images are channels-last or channel slices of channels-last buffers,
-    of one dtype; `out` may be `residual`, or another slice of x's buffer.
+    Prologue, bias, residual, relu and second each only where given. Sums are float32. Images are of one dtype,
+    channels-last or channel slices of channels-last buffers.
 
     Args:
+        out: may be `residual`, or another slice of x's buffer.
+        prologue: its result is rounded to x's dtype, as in memory.
+        second: is computed from the unrounded first output.
+        tf32: float32 images multiply in TF32, else in float32.
         config: one of `configs`, compared with the reference before it is used (`choose`).
 
     Raises:

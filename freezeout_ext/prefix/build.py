@@ -46,11 +46,11 @@ class Builder:
             raise Refused("its output shares memory with its input")
         with quietly(segment.y.device, segment.autocast):
             if self.mode == "exact":
+                for link in segment.links:
+                    link.guard.drop_values()  # the modules read their weights at each call
                 engine = ExactEngine(self.units)
                 self._error(engine, self.few, segment.few_y, TOLERANCE["bf16" if self.half else "folded"])
                 return engine, 0.0  # another batch size rounds otherwise
-            for link in segment.links:
-                link.guard.keep_values()
             try:
                 return self._engine_of(segment.links, self.few, segment.few_y)
             except Refused as reason:

@@ -1,7 +1,7 @@
 """Frozen units that feed the next one, run as one engine at the call of the first.
 
-The first unit's call runs the engine for all of them. It and the middle ones return a placeholder, `Deferred`; the last
-one returns what the engine gave. Each unit looks again, at its own call, whether it is called as at the capture.
+The first unit's call runs the engine for all units. All units but the last return a placeholder, `Deferred`. The last
+unit returns what the engine gave. Each unit looks again, at its own call, whether it is called as at the capture.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..attach import OwnForward
 from .forms import Form, Input
-from .guard import Guard, autocast_state, has_global_hooks, plain_tensor, version_of
+from .guard import STALE, Guard, autocast_state, has_global_hooks, other_values, plain_tensor, version_of
 from .judge import Runner, constant
 
 
@@ -157,7 +157,7 @@ class Chain:
 
     A call that the chain was not captured for (an input that needs a gradient, another dtype, device or autocast,
     changed state of a unit) runs the units' own forwards. So does a unit that is called otherwise than at the capture,
-    or whose state changed since the first unit's call: it gets the right values.
+    or whose state changed since the first unit's call: that unit is given the right values.
 
     Attributes:
         kinds: dtype, device and rank of each input.
@@ -241,7 +241,9 @@ class Chain:
             return "another autocast than at the capture"
         if has_global_hooks():
             return "a global module hook is registered"
-        return next((reason for link in self.links if (reason := link.guard.broken())), None)
+        guards = [link.guard for link in self.links]
+        reasons = (reason for guard in guards if (reason := guard.broken(values=False)))
+        return next(reasons, None) or (STALE if other_values(guards) else None)
 
     def _goes_on(self, i: int, args: tuple, kwargs: dict) -> Passage | None:
         """A later unit's call: the passage whose value it was given, if all else is as at the capture too."""

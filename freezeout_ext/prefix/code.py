@@ -89,22 +89,9 @@ def functions_of(value: Any) -> list[types.FunctionType]:
 
 
 @functools.cache
-def asks(cls: type) -> str | None:
-    """-> by which function the forward of a class would take a traced value for something else than a tensor."""
-    found = sorted(name for code in _methods(cls) for name in (code.globals | code.names) & ASKS)
-    return found[0] if found else None
-
-
-@functools.cache
-def may_write_lists(cls: type) -> bool:
-    """Whether the forward of a class may change a list that it is given."""
-    return any(code.adds_in_place or code.names & LIST_WRITERS for code in _methods(cls))
-
-
-def _methods(cls: type) -> list[Code]:
-    """The code of a class's forward and of all methods that it names in turn."""
-    names, found = {"forward"}, []
-    done: set[str] = set()
+def codes_of(cls: type) -> tuple[Code, ...]:
+    """-> the code of a class's forward and of all methods that it names in turn."""
+    names, done, found = {"forward"}, set[str](), []
     while not of_torch(cls) and names - done:
         name = (names - done).pop()
         done.add(name)
@@ -112,4 +99,14 @@ def _methods(cls: type) -> list[Code]:
             if not function.__module__.startswith("torch."):
                 found.append(code_of(function.__code__))
                 names |= found[-1].names
-    return found
+    return tuple(found)
+
+
+def asks(cls: type) -> str | None:
+    """-> by which function the forward of a class would take a traced value for something else than a tensor."""
+    return next((name for code in codes_of(cls) for name in sorted((code.globals | code.names) & ASKS)), None)
+
+
+def may_write_lists(cls: type) -> bool:
+    """Whether the forward of a class may change a list that it is given."""
+    return any(code.adds_in_place or code.names & LIST_WRITERS for code in codes_of(cls))

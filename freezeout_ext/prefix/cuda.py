@@ -1,7 +1,7 @@
 """Ops on a GPU: fused convolutions and affines on channels-last images, replayed as a CUDA graph.
 
-A shape's first call launches kernel by kernel and measures nothing; the second in a row measures the ways to run each
-convolution, once in the process, and captures the graph. So an odd last batch costs neither.
+The first call of a shape launches kernel by kernel and measures nothing. The second call in a row measures the ways to
+run each convolution, once in the process, and captures the graph. So an odd last batch costs neither.
 """
 
 from collections.abc import Hashable

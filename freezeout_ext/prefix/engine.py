@@ -48,6 +48,7 @@ class Engine:
     channels are known. y is in memory that later calls leave alone.
 
     Args:
+        program: what is computed.
         dtype: of images, weights and products.
         output_dtype: the wanted dtype of y.
         channels_last: whether y is wanted channels-last, as eager gives it.
@@ -116,7 +117,7 @@ class Engine:
         return state.values[output], output in state.fresh
 
     def finish(self, y: Tensor, fresh: bool = False) -> Tensor:
-        """y as eager gives it, in memory that the next call leaves alone."""
+        """-> y as eager gives it, in memory that the next call leaves alone."""
         last = CHANNELS_LAST if self.channels_last and y.dim() == 4 else torch.contiguous_format
         return y.to(self.output_dtype, copy=not fresh, memory_format=last)
 
@@ -132,7 +133,7 @@ class Engine:
         return self.empty(shape, state) if placed is None else placed
 
     def place_of(self, value: int, shape: tuple[int, ...], state: Run) -> Tensor | None:
-        """The slice of a block's buffer where the value lies, None where it lies in no block."""
+        """-> the slice of a block's buffer where the value lies; None where the value lies in no block."""
         if value not in self.places or len(shape) != 4:
             return None
         block, first, channels = self.places[value]
@@ -141,7 +142,7 @@ class Engine:
         return state.blocks[block][:, first : first + channels]
 
     def _placed(self, value: int, result: Any, state: Run) -> Any:
-        """The result at its place: copied there where the op could not write it there."""
+        """-> the result at its place, copied there where the op could not write to that place."""
         place = self.place_of(value, result.shape, state) if isinstance(result, Tensor) else None
         if place is None:
             return result
@@ -151,7 +152,7 @@ class Engine:
         return place
 
     def image(self, x: Any) -> Any:
-        """x in the engine's dtype, channels-last where it is an image; channel slices stay as they are."""
+        """-> x in the engine's dtype, channels-last where x is an image. Channel slices stay as they are."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         x = x.to(self.dtype)

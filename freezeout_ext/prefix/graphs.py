@@ -30,7 +30,12 @@ def shape_key(inputs: tuple) -> Hashable:
 
 
 class Graphs:
-    """outputs = function(*inputs) from a CUDA graph for each shape seen twice in a row; else None."""
+    """outputs = function(*inputs) from a CUDA graph of each shape that was seen twice in a row; else None.
+
+    Attributes:
+        refused: why there is no graph, by shape.
+        bytes: of device memory that the graphs hold.
+    """
 
     def __init__(self) -> None:
         self.refused: dict[Hashable, str] = {}
@@ -51,7 +56,7 @@ class Graphs:
     def __call__(
         self, function: Callable[..., tuple], inputs: tuple, prepare: Callable[[], object] | None = None
     ) -> tuple | None:
-        """The outputs in the graph's own memory, overwritten by the next call; None: run the function yourself.
+        """-> the outputs in the graph's own memory, which the next call overwrites; None: run the function yourself.
 
         Args:
             function: always the same one.
@@ -92,7 +97,11 @@ class Graphs:
             return graph, given, outputs
 
     def _rehearse(self, function: Callable[..., tuple], given: list[Tensor], stream: torch.cuda.Stream) -> None:
-        """One run on the stream of the capture. What waits for the device would end a capture for good: refuse it."""
+        """Runs the function once on the stream of the capture.
+
+        Raises:
+            RuntimeError: the function waits for the device, which would end a capture for good.
+        """
         current = torch.cuda.current_stream()
         stream.wait_stream(current)
         mode = torch.cuda.get_sync_debug_mode()

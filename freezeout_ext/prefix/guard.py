@@ -2,6 +2,7 @@
 
 import ctypes
 import operator
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -40,7 +41,7 @@ class Guard:
         self._sources, self._sized, self._tensors = reads.sources, reads.sized, reads.tensors
         self._entries, self._facts = self._entries_now(), self._facts_now()
         self._versions = list(map(version_of, self._tensors))
-        self._values: list[tuple[Tensor, Tensor]] | None = None  # bytes of each tensor: where they are, as they were
+        self._values: _Values | None = None
 
     def broken(self, *, values: bool = True) -> str | None:
         """What keeps the captured prefix from running at this call, None if nothing does.
@@ -50,7 +51,7 @@ class Guard:
         """
         if any(self._hooks) and any(map(has_hooks, self.modules)):
             return HOOKED
-        if not self._changed() and not (values and self._values is not None and self._other_values()):
+        if not self._changed() and not (values and other_values([self])):
             return None
         return TRAINING if any(m.training for m in self.modules) else STALE
 
@@ -62,13 +63,7 @@ class Guard:
 
     def keep_values(self) -> None:
         """From now on tensors are compared byte by byte."""
-        if self._values is None:
-            now = list(map(_bytes, self._tensors))
-            self._values = [(t, t.clone()) for t in now]
-            on_cpu = [(t.data_ptr(), kept.data_ptr(), t.numel()) for t, kept in self._values if t.is_cpu]
-            self._addresses = tuple(zip(*on_cpu, strict=True)) or ((), (), ())
-            elsewhere = [pair for pair in self._values if not pair[0].is_cpu]
-            self._elsewhere = [t for t, _ in elsewhere], torch.cat([kept for _, kept in elsewhere] or [torch.empty(0)])
+        self._values = _Values(self._tensors)
 
     def drop_values(self) -> None:
         """Tensors are no longer compared byte by byte."""
@@ -76,7 +71,7 @@ class Guard:
 
     @property
     def bytes_held(self) -> int:
-        return sum(kept.nbytes for _, kept in self._values or ())
+        return self._values.nbytes if self._values else 0
 
     def _entries_now(self) -> list:
         return list(chain.from_iterable([source() for source in self._sources]))
@@ -103,13 +98,31 @@ class Guard:
             self._entries[i] = new
         return False
 
-    def _other_values(self) -> bool:
-        if any(map(_memcmp, *self._addresses)):
-            return True
-        tensors, kept = self._elsewhere
-        if not tensors or torch.cuda.is_current_stream_capturing():
-            return False
-        return not torch.equal(torch.cat(tensors), kept)  # waits for the device, once
+
+class _Values:
+    """The bytes of tensors, as they are now, beside where they are."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._pairs = [(t, t.clone()) for t in map(_bytes, tensors)]
+        self.nbytes = sum(kept.nbytes for _, kept in self._pairs)
+        self.elsewhere = [(t, kept) for t, kept in self._pairs if not t.is_cpu]
+        on_cpu = [(t.data_ptr(), kept.data_ptr(), t.numel()) for t, kept in self._pairs if t.is_cpu]
+        self._columns = list(zip(*on_cpu, strict=True)) or [(), (), ()]
+
+    def differ_on_cpu(self) -> bool:
+        return any(map(_memcmp, *self._columns))
+
+
+def other_values(guards: Iterable[Guard]) -> bool:
+    """Whether a tensor holds other bytes than a guard has kept; waits once for a device that is no CPU."""
+    values = [guard._values for guard in guards if guard._values is not None]
+    if any(v.differ_on_cpu() for v in values):
+        return True
+    elsewhere = [pair for v in values for pair in v.elsewhere]
+    if not elsewhere or torch.cuda.is_current_stream_capturing():
+        return False
+    now, kept = (torch.cat(tensors) for tensors in zip(*elsewhere, strict=True))
+    return not torch.equal(now, kept)
 
 
 def _bytes(t: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ def lower_chain(
 
     Args:
         as_they_are: units that are called and not written as ops.
-        traces: those that were made for an earlier frontier, and where new ones are kept.
-        carried: the first link is inside a chain: what it is given from the one before is the last input.
+        traces: those that were made for these units before; new ones are kept there.
+        carried: the first link is inside a chain. The last input is what the link before returned.
     """
     program = Program()
     lowering = Lowering(program, {} if traces is None else traces)
@@ -65,7 +65,12 @@ def lower_units(*units: nn.Module) -> Program:
 
 
 class Lowering:
-    """Writes modules as ops of a program, a trace of each kept in `traces`."""
+    """Writes modules as ops of a program.
+
+    Args:
+        program: is added to.
+        traces: of modules by what they are given; new ones are kept there.
+    """
 
     def __init__(self, program: Program, traces: dict) -> None:
         self.program = program

@@ -156,7 +156,8 @@ class Prefix:
             return
         if self._waits or self._changed():
             self._take_down()
-            self._recorder = Recorder(self._units(), cut_after=self._cut_after, refused=self._left_out)
+            with signals_held():
+                self._recorder = Recorder(self._units(), cut_after=self._cut_after, refused=self._left_out)
 
     def _changed(self) -> bool:
         """Whether the chains have to be captured anew; notes where to cut them, and what to leave out."""

@@ -5,7 +5,7 @@ Values are numbers. `lower.py` writes a Program, `simplify.py` rewrites it, `eng
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ class Ref:
 
 @dataclass
 class Op:
-    """One value, `out`, from others."""
+    """One value, `out`, from those in the fields that READS names."""
 
+    READS: ClassVar[tuple[str, ...]] = ()
     out: int
 
     def inputs(self) -> list[int]:
-        raise NotImplementedError
+        return [value for name in self.READS if (value := getattr(self, name)) is not None]
 
     def outs(self) -> list[int]:
         """The values that the op makes."""
@@ -36,31 +37,27 @@ class Op:
 class Affine(Op):
     """y = relu?(scale[c] * x[:, c] + shift[c]), scale and shift [C] in float64."""
 
+    READS = ("x",)
     x: int
     scale: Tensor
     shift: Tensor
     relu: bool = False
 
-    def inputs(self) -> list[int]:
-        return [self.x]
-
 
 @dataclass
 class Conv(Op):
-    """y = relu?(conv(x) * scale[c] + shift[c] + add), the scale and shift folded into the weights by `folded()`.
+    """y = relu?(conv(x) * scale[c] + shift[c] + add); `folded()` folds the scale and the shift into the weights.
 
-    `module` is an nn.Conv2d with zero padding or an nn.Linear.
+    The module is an nn.Conv2d with zero padding or an nn.Linear.
     """
 
+    READS = ("x", "add")
     x: int
     module: nn.Conv2d | nn.Linear
     scale: Tensor | None = None
     shift: Tensor | None = None
     add: int | None = None
     relu: bool = False
-
-    def inputs(self) -> list[int]:
-        return [self.x] if self.add is None else [self.x, self.add]
 
     @property
     def convolves(self) -> bool:
@@ -97,22 +94,18 @@ class Conv(Op):
 class Add(Op):
     """y = relu?(a + b)."""
 
+    READS = ("a", "b")
     a: int
     b: int
     relu: bool = False
-
-    def inputs(self) -> list[int]:
-        return [self.a, self.b]
 
 
 @dataclass
 class Relu(Op):
     """y = relu(x)."""
 
+    READS = ("x",)
     x: int
-
-    def inputs(self) -> list[int]:
-        return [self.x]
 
 
 @dataclass
@@ -129,9 +122,13 @@ class Cat(Op):
 class Call(Op):
     """y = function(*args, **kwargs), values given as Ref inside args and kwargs.
 
-    A module's is its own forward: what is installed on the module is the engine that runs this op.
-    `any_layout`: the function may be given channels-last tensors. `averages`: the module, where it is an average over
-    H, W windows without padding, which commutes with a 1x1 convolution.
+    The function of a module is the module's own forward: what is installed on the module is the engine that runs this
+    op.
+
+    Attributes:
+        any_layout: the function may be given channels-last tensors.
+        averages: the module, where the module averages over H, W windows without padding, which commutes with a 1x1
+            convolution.
     """
 
     function: Callable
@@ -154,7 +151,15 @@ class Call(Op):
 
 @dataclass
 class Program:
-    """Ops in order of execution. `inputs` are given; `output` is the value that is asked for."""
+    """output = ops(inputs).
+
+    Attributes:
+        inputs: values that are given.
+        ops: in order of execution.
+        output: the value that is asked for.
+        notes: what could not be written as ops, and why.
+        count: of values so far.
+    """
 
     inputs: list[int] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)

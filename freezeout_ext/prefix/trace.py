@@ -1,13 +1,12 @@
 """One module's forward, read by running it once on stand-ins for tensors; submodules are leaves.
 
-Nothing of torch is patched. During the run each submodule's forward is one on the instance that notes the call.
-Parameters, buffers and what is computed from them alone are constants of the trace, as are all attributes: the guard
-compares them at each call.
+Nothing of torch is patched. During the run each submodule has a forward on the instance, which notes the call.
+Parameters, buffers, attributes and what is computed from these alone are constants of the trace: the guard compares
+parameters, buffers and attributes at each call.
 """
 
 import operator
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .code import asks
-from .judge import random_states
+from .judge import first_line, random_states
 from .program import Ref, map_tree
 
 
@@ -76,7 +75,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
     """
     if "forward" in vars(module):
         raise Unlowerable("its forward was replaced on the instance")
-    if question := asks(type(module)):  # type: ignore[arg-type]  # takes Module.__hash__ for the class's
+    if question := asks(type(module)):
         raise Unlowerable(f"its forward asks {question}")
     tracer, forward = _Tracer(), module.forward
     placed = iter(range(len(_leaves((args, kwargs)))))
@@ -86,18 +85,21 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
 
     args, kwargs = map_tree(stand_in, (args, kwargs))
     sizes = _list_sizes((args, kwargs))
-    before, states = [dict(vars(m)) for m in module.modules()], random_states()
-    with ExitStack() as restore:
-        for inner in module.modules():
-            if inner is not module:
-                restore.callback(_restore_forward, inner, vars(inner).get("forward"))
-                object.__setattr__(inner, "forward", partial(tracer.call, inner, inner.forward))
-        try:
-            output = forward(*args, **kwargs)
-        except Exception as error:  # what a stranger's forward raises for a stand-in is not known
-            raise Unlowerable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-    changed = [_put_back(m, attributes) for m, attributes in zip(module.modules(), before, strict=True)]
-    if any(changed):
+    inner = [m for m in module.modules() if m is not module]
+    before, states = [(m, dict(vars(m))) for m in module.modules()], random_states()
+    for each in inner:
+        object.__setattr__(each, "forward", partial(tracer.call, each, each.forward))
+    during = [dict(vars(m)) for m, _ in before]
+    try:
+        output = forward(*args, **kwargs)
+    except Exception as error:  # what a stranger's forward raises for a stand-in is not known
+        raise Unlowerable(first_line(error)) from error
+    finally:
+        writes = any(not _same(vars(m), attributes) for (m, _), attributes in zip(before, during, strict=True))
+        for m, attributes in before:
+            vars(m).clear()
+            vars(m).update(attributes)
+    if writes:
         raise Unlowerable("its forward writes an attribute")
     if random_states() != states:
         raise Unlowerable("its forward draws random numbers")
@@ -110,20 +112,8 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
     return tracer.found
 
 
-def _restore_forward(module: nn.Module, forward: Callable | None) -> None:
-    vars(module).pop("forward", None)
-    if forward is not None:
-        vars(module)["forward"] = forward
-
-
-def _put_back(module: nn.Module, attributes: dict) -> bool:
-    """Whether the trace changed the module's attributes, which are then as before."""
-    now = vars(module)
-    if now.keys() == attributes.keys() and all(now[key] is value for key, value in attributes.items()):
-        return False
-    now.clear()
-    now.update(attributes)
-    return True
+def _same(now: dict, before: dict) -> bool:
+    return now.keys() == before.keys() and all(now[key] is value for key, value in before.items())
 
 
 def _leaves(tree: Any) -> list:

@@ -15,7 +15,7 @@ from .chain import Link, Unit
 from .code import may_write_lists
 from .forms import Form, flatten
 from .guard import Guard, autocast_state, version_of
-from .judge import Refused, now, random_states
+from .judge import Refused, first_line, now, random_states
 
 PROBE_SAMPLES = 4
 _NOTHING = torch.empty(0)  # before the first unit
@@ -89,6 +89,8 @@ class Recorder:
                 own.function = partial(self._run, unit, guard, own.original)
             except Refused as reason:
                 self.recording.refused[unit.name] = str(reason)
+            except Exception as error:  # what a stranger's module holds is not known
+                self.recording.refused[unit.name] = first_line(error)
 
     def finish(self) -> Recording:
         """-> what was seen."""
@@ -99,7 +101,6 @@ class Recorder:
                 recording.left_out[module] = "it runs several times in a forward"
             elif guard.broken():
                 recording.left_out[module] = "the model changes it behind its call"
-            guard.drop_values()
         inner = {link.unit.module for segment in recording.segments for link in segment.links[:-1]}
         written = {m for y, version, m in self._returned if (t := y()) is not None and version_of(t) != version}
         recording.cut_after = inner & written
