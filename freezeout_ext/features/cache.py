@@ -97,7 +97,7 @@ class FeatureCache:
         self._freezeout: FreezeOutLike | None = None
         self._paused: Callable[[], AbstractContextManager] = nullcontext
         self._untraced: Callable | None = None
-        self._closed = False
+        self._closed = self._was_checked = False
         self._choice = Choice(self._kept, self._forwards, loading.median, self._note)
         self._serving = Serving(self._kept, self._forwards, self._choice, loading, self._follow)
         folder = self._kept.folder
@@ -157,18 +157,24 @@ class FeatureCache:
         check_kind("lengths", lengths, Tensor, "a tensor", optional=True)
         if self._freezeout is None:
             raise RuntimeError("samples() needs a model: pass the cache to FreezeOut(cache=...)")
-        forwards = self._forwards
-        forwards.keys, forwards.lengths, before = checked_keys(keys, self.views, self._note), lengths, forwards.count
+        forwards, model = self._forwards, self._freezeout.model
+        checked, before = checked_keys(keys, self.views, self._note), forwards.count
         self._follow()
+        if model.training and torch.is_grad_enabled():
+            forwards.comes(len(checked))
+        if forwards.is_idle and self._was_checked:
+            yield
+            return
+        forwards.keys, forwards.lengths, self._was_checked = checked, lengths, True
         try:
             # The frozen prefix must not watch a forward that its modules take no part in.
             pause = nullcontext if forwards.from_inputs(forwards.keys) else self._paused
-            with pause(), through({"": self._freezeout.model}, self._run()):
+            with pause(), through({"": model}, self._run()):
                 yield
         finally:
             forwards.keys = forwards.lengths = None
         if forwards.count == before and forwards.num_frozen and torch.is_grad_enabled():
-            self._note(f"no forward in training of the {type(self._freezeout.model).__name__} ran inside samples()")
+            self._note(f"no forward in training of the {type(model).__name__} ran inside samples()")
 
     def report(self) -> CacheReport:
         """-> what is kept, saved and refused."""

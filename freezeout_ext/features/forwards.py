@@ -72,6 +72,17 @@ class Forwards:
         return self.refused is None and (now is None or now.frontier.num_frozen != self.num_frozen)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no forward reads or keeps anything, whatever its keys are."""
+        nothing = self._kept.latest is None and self.refused is not None
+        return (nothing or not self.num_frozen) and not self._any_absent and self.given is None
+
+    def comes(self, samples: int) -> None:
+        """A forward in training over so many samples comes next."""
+        if self._moves is not None and self._moves.count(samples) and self._postponed:
+            self.refused, self._postponed = None, False
+
+    @property
     def gave_up(self) -> bool:
         """Whether what is kept is not read."""
         now = self._kept.latest
@@ -91,13 +102,11 @@ class Forwards:
         keys = self.keys
         assert keys is not None  # forwards go through here inside samples()
         absent = self._absent_of(keys)
-        if self._moves is not None and self._moves.count(len(keys)) and self._postponed:
-            self.refused, self._postponed = None, False
+        self._check_batch(keys, args, kwargs)
         if not self.num_frozen:
             # A batch that lacks inputs was fetched before all was thawed.
             return self._as_ever(original, args, kwargs, absent)
         self.count += 1
-        self._check_batch(keys, args, kwargs)
         self._kept.drop_changed()
         if bool((keys < 0).any()) or (self.gave_up and not bool(absent.any())):
             return self._as_ever(original, args, kwargs, absent)

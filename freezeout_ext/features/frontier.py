@@ -47,7 +47,7 @@ class Frontier:
     batch_size: int
     length: int | None
     dense: set[tuple[int, int]] = field(default_factory=set)
-    _poisons: dict[tuple, Tensor] = field(default_factory=dict)
+    _poisons: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(

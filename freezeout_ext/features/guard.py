@@ -67,7 +67,10 @@ class Guard:
         # At every step: the fewer calls the better.
         tensors = [t for _, table in self._tables for t in table.values() if t is not None]
         tensors += [table[key] for table, key in self._states.values()]
-        states = [(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
+        try:
+            states = [(id(t), t.data_ptr(), t._version) for t in tensors]
+        except RuntimeError:  # inference tensors have no version
+            states = [(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
         return states, [id(module) for links in self._links for module in links.values()]
 
 

@@ -13,12 +13,15 @@ class Keys:
     """The keys of a batch's views: `tensor` is int64 [B] on the CPU.
 
     No tensor itself, so that whatever moves batches to a device leaves the keys on the host.
+
+    Attributes:
+        views: whose loader made them, which need not be checked again; None where somebody else did.
     """
 
-    __slots__ = ("tensor",)
+    __slots__ = ("tensor", "views")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: Tensor, views: Views | None = None) -> None:
+        self.tensor, self.views = tensor, views
 
     def __len__(self) -> int:
         return len(self.tensor)
@@ -50,6 +53,8 @@ def checked_keys(keys: Keys | Tensor | Sequence[int], views: Views, note: Callab
         TypeError, ValueError: they are not one each, different, and of these views.
     """
     if isinstance(keys, Keys):
+        if keys.views is views:
+            return keys.tensor
         keys = keys.tensor
     if isinstance(keys, Tensor) and keys.device.type != "cpu":
         note("keys were on the device: a synchronisation at every step; hand over the loader's own")

@@ -18,8 +18,8 @@ from .poison import poison
 from .serving import Serving
 from .views import order_seed
 
-# Keys, samples, seeds and what is skipped, of batches whose samples are being loaded.
-Planned = deque[tuple[Tensor, Tensor, Tensor, Tensor]]
+# Keys, samples, seeds and what is skipped, of batches whose samples are being loaded; None: fresh views, all of them.
+Planned = deque[tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 
 class CacheLoader:
@@ -176,9 +176,14 @@ class CacheLoader:
         for step in range(first_step, len(self)):
             where = slice(step * self.batch_size, (step + 1) * self.batch_size)
             samples = order[where]
+            if self._serving.is_idle:
+                keys, seeds = (of_epoch[where] for of_epoch in drawn[1])
+                planned.append((keys, samples, seeds, None))
+                yield [] if self._loader is None else _pairs(samples, seeds)
+                continue
             keys = self._serving.keys(samples, epoch)
-            seeds = next((s[where] for k, s in drawn if torch.equal(k[where], keys)), None)
-            seeds = views.seeds(keys, epoch) if seeds is None else seeds
+            known = next((s[where] for k, s in drawn if torch.equal(k[where], keys)), None)
+            seeds = views.seeds(keys, epoch) if known is None else known
             skipped = kept = self._serving.skippable(keys)
             if self._loader is not None:
                 skipped = kept & self._items.has(keys)
@@ -187,9 +192,14 @@ class CacheLoader:
             planned.append((keys, samples, seeds, skipped))
             yield [] if self._loader is None else _pairs(samples[~skipped], seeds[~skipped])
 
-    def _made(self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor) -> Any:
+    def _made(self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor | None) -> Any:
         """A batch of a data set that makes whole batches; it was planned right before."""
         dataset, template, seconds = self._serving.views.dataset, self._items.template, 0.0
+        if skipped is None:
+            start = time.perf_counter()
+            inputs = dataset.batch(samples, seeds)
+            self._serving.delivered_whole(len(keys), time.perf_counter() - start)
+            return inputs, dataset.targets(samples), Keys(keys, self._serving.views)
         if template is not None and bool(skipped.all()):
             leaves, spec = template
             inputs = tree_unflatten([poison((len(keys), *x.shape), x.dtype, x.device) for x in leaves], spec)
@@ -201,14 +211,17 @@ class CacheLoader:
             leaves, spec = tree_flatten(inputs)
             self._items.template = [x[0].detach() for x in leaves], spec
         self._serving.delivered(keys, skipped, int((~skipped).sum()), seconds)
-        return inputs, dataset.targets(samples), Keys(keys)
+        return inputs, dataset.targets(samples), Keys(keys, self._serving.views)
 
     def _finished(
-        self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor, found: Any, seconds: float
+        self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor | None, found: Any, seconds: float
     ) -> Any:
         """What workers brought and what was kept, as one batch."""
         if isinstance(found, Mapping):
             found = dict(found)
+        if skipped is None:
+            self._serving.delivered_whole(len(keys), seconds)
+            return self._with_keys(found, Keys(keys, self._serving.views))
         read = int((~skipped).sum())
         lost = skipped & ~(self._serving.skippable(keys) & self._items.has(keys))
         if lost.any():
@@ -224,7 +237,7 @@ class CacheLoader:
         else:
             self._items.learn(keys, found)
         self._serving.delivered(keys, skipped, read, seconds)
-        return self._with_keys(found, Keys(keys))
+        return self._with_keys(found, Keys(keys, self._serving.views))
 
     def _read(self, samples: Tensor, seeds: Tensor) -> Any:
         batch = self._collate([self._serving.views.load(*pair) for pair in _pairs(samples, seeds)])

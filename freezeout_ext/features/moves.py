@@ -11,6 +11,8 @@ from .worth import Left, Pace, Times, reason_against
 
 # Forwards that a watch takes besides its own, until one was timed.
 WATCHED = 3.0
+# Seconds of a forward that the calls around reading take, and those around writing besides.
+CALLS = 5e-4
 
 
 class Moves:
@@ -69,12 +71,13 @@ class Moves:
         if found is None:
             return False
         layers, fill, gather, forward = found
+        calls = CALLS / self._weighing.samples
         fitting, drops = self._kept.fitting(self._weighing.row_bytes)
         times = Times(
             layers=layers + ((self._loading() or 0.0) if now is None else 0.0),
-            fill=fill,
-            gather=gather,
-            gathered=0.0 if now is None else gathered or gather,
+            fill=fill + calls,
+            gather=gather + calls,
+            gathered=0.0 if now is None else (gathered or gather) + calls,
             again=now.layers_seconds if now is not None and drops else 0.0,
             watch=WATCHED * forward if self.watch_seconds is None else self.watch_seconds,
         )

@@ -42,6 +42,12 @@ class Serving:
         self._kept, self._forwards, self._choice = kept, forwards, choice
         self._loading, self._follow = loading, follow
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all views are fresh and nothing is to be kept of them."""
+        self._follow()
+        return self._forwards.is_idle and not (self._choice.is_open and self._forwards.num_frozen)
+
     def keys(self, samples: Tensor, epoch: int) -> Tensor:
         """-> keys of the views that this epoch shows: fresh ones as long as none can be kept."""
         freezeout, forwards = self._follow(), self._forwards
@@ -84,6 +90,11 @@ class Serving:
         if self._choice.is_open and self._forwards.num_frozen and freezeout is not None:
             fills = bool((keys >= 0).all()) and not any(bool(g.store.has(keys).any()) for g in self._kept)
             self._choice.handed_out(len(keys), freezeout.step_count, fills=fills)
+
+    def delivered_whole(self, samples: int, seconds: float) -> None:
+        """Notes a batch of fresh views, and how long it was waited for."""
+        self._loading.add(seconds, samples)
+        self.read += samples
 
     def taken_back(self) -> None:
         """The loader goes on: the step on the batch that was handed out last is over."""

@@ -23,6 +23,10 @@ class Weighing:
     Args:
         modules: name -> frozen module that runs now.
         kept: the dtype of rows.
+
+    Attributes:
+        samples: of the forward that was timed last.
+        row_bytes: of what the last module gave.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device, kept: torch.dtype | None) -> None:
@@ -30,13 +34,13 @@ class Weighing:
         self._layers, self._forward = Stopwatch(device, TIMED), Stopwatch(device, TIMED)
         self._outputs: list[Tensor] = []
         self._inside = False
-        self._samples = 0
+        self.samples = 0
         self.row_bytes = 0
 
     @contextmanager
     def timed(self, samples: int) -> Iterator[None]:
         """Around a forward over so many samples."""
-        self._samples = samples
+        self.samples = samples
         with through(self._modules, self._call):
             self._forward.start()
             yield
@@ -50,7 +54,7 @@ class Weighing:
         if layers is None or forward is None:
             return None
         fill, gather = self._trial()
-        return layers, fill, gather, forward * self._samples
+        return layers, fill, gather, forward * self.samples
 
     def _call(self, name: str, module: nn.Module, original: Any, args: tuple, kwargs: dict) -> Any:
         if self._inside:
@@ -63,7 +67,7 @@ class Weighing:
         finally:
             self._inside = False
         self._outputs = [
-            x.detach() for x in tree_leaves(output) if isinstance(x, Tensor) and x.dim() and len(x) == self._samples
+            x.detach() for x in tree_leaves(output) if isinstance(x, Tensor) and x.dim() and len(x) == self.samples
         ]
         return output
 
@@ -72,7 +76,7 @@ class Weighing:
         outputs, self._outputs = self._outputs, []
         if not outputs:
             return 0.0, 0.0
-        columns, n = [Column.like(x, self._kept) for x in outputs], self._samples
+        columns, n = [Column.like(x, self._kept) for x in outputs], self.samples
         self.row_bytes = sum(column.row_bytes() for column in columns)
         store = Store(columns, 3 * n, 3 * n, self._device)
         keys = torch.arange(3 * n, device="cpu").split(n)
