@@ -223,7 +223,7 @@ class Forwards:
     def _filling(self, now, original, args, kwargs, keys: Tensor, have: Tensor, absent: Tensor) -> Any:
         """Some views are new: their rows are computed and kept, as far as there is room."""
         frontier, length = now.frontier, now.length(args, kwargs)
-        groups = self._kept.groups(now, keys)
+        groups = self._kept.groups(now, keys, have)
         if not bool(have.any()) and len(groups) == 1:
             return self._whole(now, groups[0][0], original, args, kwargs, keys, absent)
         if not frontier.sliceable:

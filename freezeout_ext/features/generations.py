@@ -120,9 +120,9 @@ class Generations:
         """The latest generation that holds all of these keys."""
         return next((g for g in reversed(self._all) if bool(g.store.has(keys).all())), None)
 
-    def groups(self, now: Generation, keys: Tensor) -> list[tuple[Generation | None, Tensor]]:
-        """The places of keys that `now` lacks, by the latest earlier generation that holds them."""
-        missing = ~now.store.has(keys)
+    def groups(self, now: Generation, keys: Tensor, have: Tensor) -> list[tuple[Generation | None, Tensor]]:
+        """The places of keys that `now` lacks (~have), by the latest earlier generation that holds them."""
+        missing = ~have
         found: list[tuple[Generation | None, Tensor]] = []
         before = self._all[: next(i for i, g in enumerate(self._all) if g is now)]
         for base in reversed(before):

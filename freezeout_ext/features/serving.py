@@ -62,10 +62,12 @@ class Serving:
         """-> bool [B]: whose inputs no forward needs."""
         self._follow()
         now, found = self._kept.latest, torch.zeros(len(keys), dtype=torch.bool, device="cpu")
-        if now is None or self._forwards.gave_up or now.guard.changed() is not None:
+        if now is None or self._forwards.gave_up:
             return found
         for generation in self._kept:
             found |= generation.store.has(keys)
+        if not bool(found.any()) or now.guard.changed() is not None:
+            return torch.zeros_like(found)
         # Where something that trains runs in front of the frontier, a batch is computed whole or not at all.
         return found if now.frontier.sliceable or bool(now.store.has(keys).all()) else torch.zeros_like(found)
 

@@ -123,7 +123,7 @@ class Store:
 
     def has(self, keys: Tensor) -> Tensor:
         """-> bool [B]: which keys are kept; a key below 0 never is."""
-        return (keys >= 0) & (self._row_of[keys.clamp(min=0)] >= 0)
+        return (torch.index_select(self._row_of, 0, keys.clamp(min=0)) >= 0) & (keys >= 0)
 
     def keys(self) -> Tensor:
         """-> all keys that are kept."""
