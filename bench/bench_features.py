@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from freezeout_ext import FeatureCache, FreezeOut, FusedSGD
-from freezeout_ext.features.store import Column, Store
+from freezeout_ext.features.columns import Column
+from freezeout_ext.features.store import Store
 from freezeout_ext.graphed import GraphedStep
 from freezeout_ext.models import build_model
 from freezeout_ext.training.measure import conditions

@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
-from .generations import Generation, Generations
+from .generation import Generation
+from .generations import Generations
 from .weighing import Weighing
 from .worth import Left, Pace, Times, reason_against
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from .auto import Choice
+from .columns import Column
 from .forwards import Forwards
 from .generations import Generations
 from .spot import Schedule
-from .store import Column, Store
+from .store import Store
 from .timing import Stopwatch
 
 
@@ -41,6 +42,16 @@ class Serving:
         self.whole_due = Schedule()
         self._kept, self._forwards, self._choice = kept, forwards, choice
         self._loading, self._follow = loading, follow
+
+    def begins(self) -> None:
+        """An epoch begins: views are views, and the frozen weights are by value what rows were computed with.
+
+        Raises:
+            ValueError: a view is not the same in two reads.
+        """
+        self.views.check()
+        self._follow()
+        self._kept.drop_changed(thorough=True)
 
     @property
     def is_idle(self) -> bool:
@@ -85,7 +96,7 @@ class Serving:
     def delivered(self, keys: Tensor, skipped: Tensor, samples_read: int, seconds: float) -> None:
         """Notes which inputs a batch lacks, before it is handed out, and how long it was waited for."""
         self._loading.add(seconds, samples_read)
-        self._forwards.note_absent(keys, skipped)
+        self._forwards.unread.note(keys, skipped)
         self.read += samples_read
         self.skipped += int(skipped.sum())
         freezeout = self._follow()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .store import Column, Store
+from .columns import Column
+from .store import Store
+from .through import through
 from .timing import Stopwatch, seconds_of
-from .watch import through
 
 # Forwards that are timed before anything is decided.
 TIMED = 3
