@@ -130,6 +130,7 @@ void PreparedStep::add_tensor(Group& group, int index, int position) {
   tensor.position = position;
   if (!reader_->read(param, tensor.layout)) throw std::invalid_argument(where + ": no address");
   tensor.layout.own_layout();
+  tensor.is_single = tensor.layout.size() == 1;
   for (int k = 0; k < kMaxStates; ++k) {
     if (!(group.states >> k & 1)) continue;
     const char* name = kStateNames[static_cast<int>(formula_)][k];
@@ -215,8 +216,7 @@ const char* PreparedStep::read_gradients(Group& group, int index, py::list& upda
     updated.append(py::handle(tensor.param));
     // A negative view made by public functions is every second element of complex ones, and dense with one element
     // only.
-    const bool may_be_negative = is_first_ || batches_[tensor.batch]->batch.work[tensor.slot].size == 1;
-    if (may_be_negative && reader_->is_plain(tensor.grad.ptr()) && reader_->is_neg(tensor.grad.ptr())) {
+    if ((is_first_ || tensor.is_single) && reader_->is_plain(tensor.grad.ptr()) && reader_->is_neg(tensor.grad.ptr())) {
       leftover_.emplace_back(index, tensor.position);
       tensor.grad = py::none();
     }

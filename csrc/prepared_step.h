@@ -45,7 +45,8 @@ class PreparedStep {
     PyObject* states[kMaxStates];  // null where unused, and before the first gradient
     PyObject* step;
     bool lacks_state;
-    int position;  // in its group
+    bool is_single;  // one element
+    int position;    // in its group
     std::size_t batch;
     std::size_t slot;       // in the batch's work
     TorchTensor layout;     // the parameter's
