@@ -14,7 +14,7 @@ from .worth import Left, Pace, Times, reason_against
 # Forwards that a watch takes besides its own, until one was timed.
 WATCHED = 3.0
 # Seconds of a forward that the calls around reading take, and those around writing besides.
-CALLS = 5e-4
+CALLS = 1e-3
 
 
 class Moves:
