@@ -9,11 +9,11 @@
 // The roundings are those of torch.optim.AdamW's for-loop, in its order. sgd_update.h says how to compile the formula.
 //
 // On a CPU, float and double are bit-equal to torch's loop but for the square root, for which torch calls MKL.
-// MKL's AVX-512 code rounds the root's last place otherwise than IEEE 754, for 0.6 % of all float and 0.8 % of all
-// double values. MKL's AVX2 code does so for no float, so that float is bit-equal, and for 1.5 % of double values.
-// Moments take no root and are always equal. The parameter differs by at most 3 ulp after a step. That ulp is of the
-// largest of three: the parameter before the step, the parameter after the step, and the change. The bound holds since
-// one ulp of the root is up to two ulp of each quotient.
+// MKL's AVX2 code rounds the roots of floats as IEEE 754 says, and then float is bit-equal.
+// That code rounds the last place otherwise for 1.5 % of all double values, MKL's AVX-512 code for 0.6 % of all float
+// and 0.8 % of all double values. Then the moments are still equal, and the parameter differs by at most 3 ulp after a
+// step. That ulp is of the largest of three: the parameter before the step, the parameter after the step, and the
+// change. The bound holds since one ulp of the root is up to two ulp of each quotient.
 #pragma once
 
 #include <limits>

@@ -213,8 +213,8 @@ const char* PreparedStep::read_gradients(Group& group, int index, py::list& upda
     if (tensor.grad.is_none()) continue;
     if (tensor.lacks_state) return "a parameter got its first gradient";
     updated.append(py::handle(tensor.param));
-    // A negative view made by public functions is every second element of complex ones, and dense with one element
-    // only.
+    // Public functions make a negative view of complex elements only. The view is every second real number there, so
+    // it is dense only where it has one element.
     const bool may_be_negative = is_first_ || batches_[tensor.batch]->batch.work[tensor.slot].size == 1;
     if (may_be_negative && reader_->is_plain(tensor.grad.ptr()) && reader_->is_neg(tensor.grad.ptr())) {
       leftover_.emplace_back(index, tensor.position);
