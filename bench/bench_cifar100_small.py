@@ -4,11 +4,13 @@
     python bench/bench_cifar100_small.py --data-dir DIR --nets wrn-10-1 vgg-11-x0.125
     wait
 
-DIR holds the official cifar-100-python folder, of any size (10,000 + 2,000 images for the numbers here). The arms are
-full training, FreezeOut cubic 0.8 and linear 0.5, and for each of the two a full training as short as it and freezing
-without annealing; none augments, since so few epochs do not overfit. Two processes of one thread each share two cores
-as above; each goes on where it was stopped, and at its end writes what all nets in --out have by then to --json and
-draws it in --png. --collect does that alone.
+DIR holds the official cifar-100-python folder, of any size. The committed numbers are of 10,000 + 2,000 images.
+The arms are full training, FreezeOut cubic 0.8 and FreezeOut linear 0.5. For each of the two FreezeOut arms there are
+two more: full training of the same length in time, and freezing without annealing.
+No arm augments, since so few epochs do not overfit.
+As above, two processes of one thread each share two cores. Each process goes on where it was stopped.
+At its end a process writes what all nets in --out have by then to --json, and draws it in --png. --collect does only
+that.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from freezeout_ext.training.run_folder import read_json, write_json
 from freezeout_ext.training.summary import curves
 from freezeout_ext.training.tables import comparison_tables
 
-# So many that the first takes as long as the other two: a full run 100, 70 and 35 s, and each net 18 times that.
+# So many that the first net takes as long as the other two. A full run takes 100, 70 and 35 s, a net 18 times that.
 EPOCHS = {"densenet-10-12": 7, "wrn-10-1": 6, "vgg-11-x0.125": 10}
 FREEZEOUTS = (("cubic", 0.8), ("linear", 0.5))
 KINDS = ("freezeout", "short", "no-anneal")
@@ -72,7 +74,7 @@ def _order(name: str) -> tuple:
 
 
 def _rounded(value):
-    """Floats to six digits: none of these is known better."""
+    """Floats rounded to six digits. No value is known better than that."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

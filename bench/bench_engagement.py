@@ -2,11 +2,12 @@
 
     python bench/bench_engagement.py --out bench/results/engagement.json
 
-The prediction comes from forward and backward of each layer (freezeout_ext.planner); the measured steps are FreezeOut's
-own. One repetition measures both, on new copies of the net, in turn, so that what slows the machine slows both. With
-one thread the clock is that thread's CPU time. Each number is the median over the repetitions, and its error the
-standard deviation of that median; a saving that does not stand out of the noise three times gets no ratio. The nets
-share --minutes, and each takes five repetitions at least.
+The prediction comes from forward and backward of each layer (freezeout_ext.planner). The measured steps are
+FreezeOut's own. One repetition measures both in turn, on new copies of the net, so that what slows the machine slows
+both. With one thread the clock is that thread's CPU time.
+Each number is the median over the repetitions. The number's error is the standard deviation of that median.
+A saving below three times its error gets no ratio.
+The nets share --minutes, and each net takes at least five repetitions.
 """
 
 import argparse
@@ -43,10 +44,10 @@ class FrozenSteps:
         self.model = model.to(memory_format=torch.channels_last)
         self.optimizer = FusedSGD(self.model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4)
         self.freezeout = FreezeOut(self.model, self.optimizer, total_steps=10**6, t_0=0.5, how_scale="linear")
-        self.freezeout.skip_order_check()  # which ends with the first step of a real run
+        self.freezeout.skip_order_check()  # in a real run the check ends with the first step
 
     def seconds(self, steps: int) -> list[float]:
-        """Of a step with k layers frozen, k = 0 .. L: medians of `steps`, and of twice as many with none."""
+        """Seconds of a step with k layers frozen, k = 0 .. L: medians of `steps` steps, of twice as many for k = 0."""
         order = list(range(len(self.freezeout.layers)))
         random.shuffle(order)
         found = {k: [] for k in order}
@@ -80,7 +81,7 @@ def engagement(name: str, *, batch_size: int, image_size: int, seconds: float, s
     bench = LayerBench(net, inputs, targets, functional.cross_entropy)
     measured: list[list[float]] = []
     end = time.perf_counter() + seconds
-    bench.round()  # what a process does once, and the memory that it will need
+    bench.round()  # warms up: what a process does once, and the memory that the process will need
     FrozenSteps(name, inputs, targets).seconds(1)
     bench.forget()
     while len(measured) < LEAST_REPETITIONS or time.perf_counter() < end:

@@ -4,14 +4,15 @@
     python bench/bench_finetune.py --data-dir DIR pretrained --arms full "short *"
     python bench/bench_finetune.py --collect
 
-DIR holds the official cifar-100-python folder, for `pretrained` cifar-10-batches-py (its first 2,000 training images of
-each seed's order, and all its test images). Each run appends one line to --rows; a run that has its line is not
-repeated. --collect writes the lines to --json and prints the tables. What is trained: finetune_tasks.py, in which
-ways: finetune_arms.py.
+DIR holds the official cifar-100-python folder, or for `pretrained` the official cifar-10-batches-py folder.
+`pretrained` trains on the first 2,000 training images of each seed's order, and tests on all test images.
+Each run appends one line to --rows. A run that has its line is not repeated.
+--collect writes the lines to --json and prints the tables.
+finetune_tasks.py says what is trained, finetune_arms.py in which ways.
 
-The clock is the CPU time of the process, on one thread. What the machine does besides changes that time too, so full
-training steps of the same net are timed every few seconds between the steps of a run, and a run's cost is also given in
-these; the tables compare arms by that cost.
+The clock is the CPU time of the process, on one thread. Other work of the machine changes that time too. So full
+training steps of the same net are timed every few seconds, between the steps of a run. A run's cost is given in seconds
+and in such full steps. The tables compare arms by the cost in full steps.
 """
 
 import argparse

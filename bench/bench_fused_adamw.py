@@ -2,10 +2,11 @@
 
 pytest bench/bench_fused_adamw.py --benchmark-json=bench/results/fused_adamw.json
 
-Rivals take turns in one process; medians and minima in microseconds, `ratio` is torch fused over FusedAdamW. "add"
-moves a step's 28 bytes a parameter (read p, gradient and both moments; write p and both moments) by a.add_(b), two
-thirds of them read. On one CPU thread times are of its CPU clock, which other processes hardly touch. Runs on the GPU
-where torch sees one: then each time includes the wait for the device.
+Rivals take turns in one process. Times are medians and minima in microseconds. `ratio` is torch fused over FusedAdamW.
+A step moves 28 bytes a parameter: it reads p, the gradient and both moments, and writes p and both moments.
+"add" moves as many bytes by a.add_(b), which reads two thirds of them.
+On one CPU thread times are that thread's CPU time, which other processes hardly change.
+Where torch sees a GPU the benchmark runs there, and each time includes the wait for the device.
 """
 
 import fused_cases as cases

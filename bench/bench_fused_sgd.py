@@ -2,10 +2,11 @@
 
 pytest bench/bench_fused_sgd.py --benchmark-json=bench/results/fused_sgd.json
 
-Rivals take turns in one process; medians and minima in microseconds, `ratio` is torch fused over FusedSGD. Two others
-move a step's 20 bytes a parameter (read p, gradient, buffer; write p, buffer), of random numbers like the rivals' own:
-a.copy_(b), half of them read and half written, and a.add_(b), two thirds read, nearer to the update's three fifths.
-Runs on the GPU where torch sees one: then each time includes the wait for the device.
+Rivals take turns in one process. Times are medians and minima in microseconds. `ratio` is torch fused over FusedSGD.
+A step moves 20 bytes a parameter: it reads p, gradient and buffer, and writes p and buffer. Three fifths are read.
+Two others move as many bytes of random numbers: a.copy_(b), which reads half of them, and a.add_(b), which reads two
+thirds.
+Where torch sees a GPU the benchmark runs there, and each time includes the wait for the device.
 """
 
 import statistics
@@ -59,7 +60,7 @@ def build(net: str, grouping: str, frozen: float = 0.0) -> dict[str, torch.optim
 
 
 def assert_equal(optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """All rivals hold the parameters of torch's for-loop: on a CPU bit for bit, but for torch fused, which rounds."""
+    """All rivals hold the parameters of torch's for-loop. On a CPU they are bit-equal, but those of torch fused."""
     judge = cases.params_of(optimizers["torch for-loop"])
     for name, optimizer in optimizers.items():
         for p, q in zip(cases.params_of(optimizer), judge, strict=True):
@@ -102,7 +103,7 @@ def test_bandwidth(benchmark):
 
 @pytest.mark.parametrize("net", ["densenet-76-12", "wrn-40-4"])
 def test_share_of_a_training_step(benchmark, net):
-    """Forward, backward and update at batch 32 of 32x32 images: what share the update is."""
+    """The share of the update in forward, backward and update, at batch 32 of 32x32 images."""
     torch.set_num_threads(THREADS)
     model = build_model(net).to(cases.DEVICE)
     optimizer = FusedSGD(model.parameters(), **OPTIONS)

@@ -2,9 +2,11 @@
 
 pytest bench/bench_kernels.py --benchmark-json=bench/results/kernels.json
 
-Batch 128, bfloat16, images of 32x32. A kernel is timed as a CUDA graph of REPEATS runs, data warm in L2, so that
-launches from Python do not count; whole prefixes as they are called, in turns in one process. Every rival is compared
-with the reference before it is timed. `-k "not compiled"` leaves torch.compile out, which takes minutes.
+Batch 128, bfloat16, images of 32x32.
+A kernel is timed as a CUDA graph of REPEATS runs, data warm in L2, so that launches from Python do not count.
+Whole prefixes are timed as they are called, in turns in one process.
+Every rival is compared with the reference before the rival is timed.
+`-k "not compiled"` leaves torch.compile out, which takes minutes.
 """
 
 import copy
@@ -142,7 +144,7 @@ def test_affine_relu(benchmark, c: int, rival: str) -> None:
 
 NETS = ("densenet-76-12", "wrn-40-4", "vgg-16", "resnet-18")
 SECONDS = 3.0  # of turns, for each net
-# Between bfloat16 results: each rounds some 30 images in its own order.
+# Between bfloat16 results: each rival rounds some 30 intermediate images in its own order.
 TOLERANCE = 5e-2
 
 
@@ -241,7 +243,8 @@ def test_prefix_compiled(benchmark, name: str) -> None:
 
     def compiled(net: nn.Sequential, x: Tensor, benchmark) -> dict:
         wanted, seconds, errors = net(x), {}, {}
-        # Its Triton convolutions may be wrong (https://github.com/pytorch/pytorch/issues/173068): then without them.
+        # torch's Triton convolutions may be wrong: https://github.com/pytorch/pytorch/issues/173068. Then they are left
+        # out.
         for backends in ("ATEN,TRITON", "ATEN"):
             half = copy.deepcopy(net).to(DTYPE, memory_format=torch.channels_last)
             torch.compiler.reset()
@@ -265,7 +268,7 @@ def test_prefix_compiled(benchmark, name: str) -> None:
 
 
 def test_ceilings(benchmark) -> None:
-    """What this device copies and multiplies at best: the roofline under the other figures."""
+    """What this device copies and multiplies at best: the roofline of the other figures."""
     source, target = torch.empty(2, 1 << 30, dtype=torch.float32, device="cuda").normal_()
     a, b = torch.randn(2, 8192, 8192, dtype=DTYPE, device="cuda")
     runs = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}

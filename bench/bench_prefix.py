@@ -2,9 +2,9 @@
 
 pytest bench/bench_prefix.py --benchmark-json=bench/results/prefix.json
 
-FREEZEOUT_BENCH_COMPILE=0 leaves out torch.compile with freezing (minutes of compiling), FREEZEOUT_BENCH_BATCH takes
-another batch than 64. Page faults are much of eager's time on a CPU, so the allocator's settings are stored with the
-numbers.
+FREEZEOUT_BENCH_COMPILE=0 leaves out torch.compile with freezing, which compiles for minutes.
+FREEZEOUT_BENCH_BATCH sets another batch size than 64.
+Page faults are much of eager's time on a CPU, so the allocator's settings are stored with the numbers.
 """
 
 import copy
@@ -101,7 +101,7 @@ def test_half_the_units(benchmark, name, mode):
         if mode == "folded" and os.environ.get("FREEZEOUT_BENCH_COMPILE") != "0":
             torch._dynamo.reset()
             compiled = torch.compile(eager)
-            # In a cache of its own: what an earlier process compiled must not shorten it.
+            # In a cache of its own, so that what an earlier process compiled does not shorten the compiling.
             with torch._inductor.config.patch(freezing=True), fresh_cache():
                 start = time.perf_counter()
                 outcome = compiled(x)
@@ -124,10 +124,11 @@ def test_half_the_units(benchmark, name, mode):
 
 @pytest.mark.parametrize("name, fraction", [*((n, f) for n in NETS[:3] for f in (0.25, 0.5, 0.75)), (NETS[3], 0.5)])
 def test_whole_iteration(benchmark, name, fraction):
-    """Forward and backward of the user's own code: plain freezing and the same with a prefix; at half in both layouts.
+    """Forward and backward of the user's own code: plain freezing, and the same with a prefix.
 
-    The active layers compute in float32 in all of them, in the layout that the row names; so "bf16" is a prefix in
-    bfloat16 in front of a float32 suffix.
+    With half the layers frozen both layouts are measured.
+    The active layers always compute in float32, in the layout that the row names. So "bf16" is a bfloat16 prefix in
+    front of a float32 suffix.
     """
     x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
     base, prefixes, rivals = net(name), {}, {}
@@ -168,10 +169,12 @@ def test_whole_iteration(benchmark, name, fraction):
 def test_transition_of_one_layer(benchmark, name, mode):
     """Milliseconds of wall time that a transition adds, the mean of two in a row, the trial of the engine included.
 
-    Nothing in mode "exact", which installs nothing on a CPU.
+    In mode "exact" a transition adds nothing on a CPU, since that mode installs nothing there.
 
-    freeze: the call of `freeze`. capture: at the end of the watched forward. watched: what that forward takes longer
-    than later ones besides (the new layers as they are). trial: what calls of eager take longer than the engine's.
+    freeze: the call of `freeze`.
+    capture: at the end of the watched forward.
+    watched: how much longer than later forwards the watched one takes besides, with the new layers as they are.
+    trial: how much longer the trial's calls of eager take than the engine's.
     """
     if missing := unsupported_dtype(HALF[mode]):
         pytest.skip(missing)

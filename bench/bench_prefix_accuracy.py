@@ -2,8 +2,8 @@
 
     python bench/bench_prefix_accuracy.py --seeds 5 --json bench/results/prefix_accuracy.json
 
-The same seeds, data order and schedule for all; nothing depends on the clock (measure_prefix=False). "off" is plain
-freezing: "exact" must end in its very weights.
+All modes have the same seeds, data order and schedule. Nothing depends on the clock (measure_prefix=False).
+"off" is plain freezing. "exact" must end in the same weights, bit for bit.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def train(data: DataSplits, mode: str, seed: int, args: argparse.Namespace) -> t
             freezeout.step()
     report = freezeout.prefix_report()
     told = {"route": report.route, "num_frozen": report.num_frozen, "units": report.units, "error": report.error}
-    freezeout.close()  # the modules themselves are evaluated
+    freezeout.close()  # so that the modules themselves are evaluated
     model.eval()
     with torch.no_grad():
         correct = sum((model(x).argmax(1) == y).sum().item() for x, y in batches(data.test, 450))

@@ -13,10 +13,11 @@ arms but the last run channels-last under bfloat16 autocast, on a CPU in float32
     graph, off|exact|bf16   GraphedStep with that prefix; eager on a CPU
     authors, float32    as authors, float32 and NCHW (TF32 where torch allows it by default)
 
-First all arms train the same few steps from the same weights and their losses are compared. Then they take turns in one
-process; milliseconds are medians of turns of several steps, the device waited for at both ends of a turn.
-`over_authors` is the authors' time over an arm's. Memory is torch's allocator at its peak over building, training and
-capturing the arm, less what was there before it; a graph's memory is counted where it was captured.
+First all arms train the same few steps from the same weights, and their losses are compared.
+Then the arms take turns in one process. A turn is several steps, and the device is waited for at both of its ends.
+Milliseconds are medians over the turns. `over_authors` is the authors' time over an arm's.
+Memory is the peak of torch's allocator while the arm is built, trained and captured, less what was in use before.
+A graph's memory counts where the graph was captured.
 Epochs: 50,000 images cropped and flipped on the device, at half the layers frozen.
 """
 
@@ -49,9 +50,9 @@ CLASSES = 100
 OPTIONS = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
 LR = 1e-3
 COMPARED_STEPS = 5
-# The prefix's trial and the capture are behind an arm then.
+# After so many steps an arm's prefix has had its trial, and its step is captured.
 WARM_UP_STEPS = 24
-TOTAL_STEPS = 10**7  # so long that the rates do not move while this measures
+TOTAL_STEPS = 10**7  # so many that the rates do not move during the measurement
 EPOCH_ARMS = ("authors", "ours", "graph, bf16")
 # Largest difference of the losses from the authors', over their size: other kernels sum in another order, bfloat16
 # rounds each image, and the steps amplify it.
@@ -203,7 +204,7 @@ def allocated(device: torch.device) -> int:
 
 
 def prepare(name: str, make: Callable[[], Arm], case: Case) -> tuple[Arm, list[float], dict]:
-    """The arm behind its warm-up, the losses of its first steps, and what it took to get there."""
+    """The arm after its warm-up, the losses of its first steps, and what the warm-up took."""
     gc.collect()
     before = allocated(case.device)
     if case.device.type == "cuda":

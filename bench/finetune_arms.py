@@ -11,14 +11,14 @@ class Arm:
 
     Attributes:
         length: of the run and its cosine, over full training's.
-        start: layers frozen before the first step.
-        rule: (how_scale, t_0) by which the others freeze; None: they train to the end.
-        anneal: each layer on its own cosine, as in the paper; else all on the run's.
+        start: how many layers are frozen before the first step.
+        rule: (how_scale, t_0) by which the other layers freeze; None: the other layers train to the end.
+        anneal: each layer follows its own cosine, as in the paper; else all layers follow the run's.
         views: K, how many views of each image are kept; None: nothing is kept and each view is fresh.
         kept: dtype of what is kept; None: as computed.
         rate: factor of the learning rate.
         rate_after: further factor, once the rule has frozen a layer.
-        adapt: passes over the data in which the batch norms of the pretrained net learn its statistics beforehand.
+        adapt: passes over the data before training, in which the pretrained net's batch norms learn its statistics.
         thaw: (fraction of the run, layers that stay frozen from there on, further factor of the rate).
     """
 
@@ -69,7 +69,7 @@ CLASSES = {
     **{f"{name}, paid, norms adapted": replace(RULES[name], adapt=1) for name in ("first 4", "first 6")},
     "full, norms adapted": Arm(adapt=1),
 }
-# Whose tail thaws: from a part of the run on all layers train, at what is left of the one cosine.
+# Arms whose tail thaws: from some part of the run on all layers train, at what is left of the one cosine.
 TAILED = {
     "12 blocks, 6 epochs, K=2": Arm(length=6 / 4, start=13, views=2, kept=BF16),
     "12 blocks, 8 epochs, K=2": Arm(length=8 / 4, start=13, views=2, kept=BF16),
@@ -116,7 +116,7 @@ SCRATCH_PAIRS = [
     for how in ("annealed", "K=1", "K=2", "K=4")
     if f"{name}, {how}" in SCRATCH
 ]
-# What is compared run by run besides: (arm, the arm that it is held against).
+# Further arms that are compared run by run: (arm, the arm that it is compared with).
 PAIRS = {
     "classes": [
         *((f"{name}, K={k}", f"{name}, paid") for name in RULES for k in (1, 2, 4)),

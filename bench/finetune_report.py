@@ -93,9 +93,9 @@ def _pairwise(each: dict[int, dict], other: dict[int, dict], what: str) -> list[
 
 
 def rival_at(cost: float, seed: int, rivals: Iterable[dict[int, dict]], what: str) -> tuple[float, str] | None:
-    """What full training reaches at `cost`: between its runs of that seed linear in log(cost).
+    """What full training reaches at `cost`: interpolated between its runs of that seed, linear in log(cost).
 
-    Beyond the cheapest and the dearest run: that run's own value, marked, as what is at hand to compare with.
+    Below the cheapest run's cost, and above the dearest one's, the value is that run's own, and is marked.
     """
     points = sorted((each[seed]["full_steps"], each[seed][what]) for each in rivals if seed in each)
     if len(points) < 2:
@@ -149,5 +149,5 @@ def _in_order(rows: Sequence[dict]) -> list[dict]:
 
 
 def _rounded(value: object) -> object:
-    """Floats to six digits: none of these is known better."""
+    """Floats rounded to six digits. No value is known better than that."""
     return float(f"{value:.6g}") if isinstance(value, float) else value

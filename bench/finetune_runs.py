@@ -62,7 +62,7 @@ class Run:
         self.freezeout = self.cache = self.loader = self.scheduler = self.counted = None
 
     def row(self) -> dict:
-        """Trains, and says what came of it and what it took."""
+        """Trains. Returns the row: what the run reached and what the run took."""
         clock = Clock(self._full_step(), *self.experiment.timed)
         torch.manual_seed(self.seed)
         clock.start()

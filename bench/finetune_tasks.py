@@ -70,7 +70,11 @@ class Images:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is trained: epochs are those of the arm of length 1; timed: (steps of the yardstick, seconds between)."""
+    """What is trained.
+
+    epochs: those of the arm of length 1.
+    timed: (steps of the yardstick, seconds between).
+    """
 
     make_model: Callable[[int], nn.Module]
     train: Callable[[int], Images]

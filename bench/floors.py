@@ -2,12 +2,12 @@
 
     python bench/floors.py --bandwidth 3.0 --teraflops 790        the ceilings of the device, TB/s and bf16 TFLOP/s
 
-Eager code is counted op by op as torch dispatches it (each input read once, each output written once; views are free),
-a prefix by its own plan, kernel by kernel, with the references in the place of the kernels. Batch 128, bfloat16,
-channels-last, images of 32x32. Nothing is timed and no GPU is needed.
+Eager code is counted op by op, as torch dispatches it. Each input is read once, each output is written once, and views
+are free. A prefix is counted by its own plan, kernel by kernel, with the references in the place of the kernels.
+Batch 128, bfloat16, channels-last, images of 32x32. Nothing is timed and no GPU is needed.
 
-The floor of a figure is the larger of bytes / bandwidth and FLOPs / rate; a launch inside a CUDA graph costs a further
-1 to 2 microseconds wherever a kernel is shorter than that.
+The floor of a figure is the larger of bytes / bandwidth and FLOPs / rate.
+A launch inside a CUDA graph costs 1 to 2 microseconds more wherever the kernel is shorter than that.
 """
 
 import argparse

@@ -64,7 +64,7 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def moves(elements: int, bytes_each: int) -> dict[str, Callable[[], object]]:
-    """As many bytes as a step's by a.copy_(b), half of them read, and by a.add_(b), two thirds of them read."""
+    """Calls that move as many bytes as a step: a.copy_(b), which reads half, and a.add_(b), which reads two thirds."""
     a, b = torch.randn(2, elements * bytes_each // 8, device=DEVICE)
     sums, addends = (t[: elements * bytes_each // 12] for t in (a, b))
     return {"copy": lambda: a.copy_(b), "add": lambda: sums.add_(addends)}
@@ -78,7 +78,7 @@ def wait() -> None:
 def interleave(calls: dict[str, Callable[[], object]], *, cold: bool, seconds: float) -> dict[str, list[float]]:
     """Microseconds of each call. Warm: after one call of the same; cold: after 128 MB of other memory.
 
-    On one CPU thread times are of its CPU clock, which other processes hardly touch.
+    On one CPU thread times are that thread's CPU time, which other processes hardly change.
     """
     other = torch.zeros(1 << 25, device=DEVICE)
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -106,9 +106,10 @@ def measure(
     threads: int,
     seconds: float,
 ) -> None:
-    """Times the rivals, the first of which is ours, beside the moves of as many bytes.
+    """Times the rivals, the first of which is ours, beside moves of as many bytes.
 
-    `ratio` is torch fused over ours, "over_copy" and "over_add" ours over the moves; of medians and of minima.
+    `ratio` is torch fused over ours. "over_copy" and "over_add" are ours over the moves.
+    Each is given of medians and of minima.
     """
     torch.set_num_threads(threads)
     ours = next(iter(optimizers))

@@ -72,7 +72,7 @@ def read_sanitizers(folder: Path) -> dict[str, dict]:
 
 
 def claim_rows(compare: dict | None) -> list[dict]:
-    """Accuracy and seconds of each arm of the claim, stated: no figure was asked for."""
+    """Accuracy and seconds of each arm of the claim. They are only stated, since no figure was asked for."""
     rows = []
     for arm in compare["arms"] if compare else []:
         name = (

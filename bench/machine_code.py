@@ -39,7 +39,7 @@ class Compiled:
 def compiled(
     kernel, given: set[str], constants: dict, *, arch: int, dtype: str = "bf16", num_stages: int = 3
 ) -> Compiled:
-    """What the launch of `kernel` compiles to, the pointers in `given` being there and aligned to 16 bytes."""
+    """What the launch of `kernel` compiles to, where the pointers in `given` are present and aligned to 16 bytes."""
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants or (name.startswith("p_") and name not in given):

@@ -1,7 +1,8 @@
 """How much a run's frontiers have to compile and measure on a GPU, counted without one: python bench/preparation.py
 
-For each net of the paper, frozen unit by unit: how many variants of the convolution kernel Triton compiles in all
-(once a machine: it keeps them on disk), and how many candidates are timed at each frontier (once a process).
+Each net of the paper is frozen unit by unit. Two numbers are counted.
+How many variants of the convolution kernel Triton compiles in all, once a machine, since Triton keeps them on disk.
+How many candidates are timed at each frontier, once a process.
 """
 
 from types import SimpleNamespace

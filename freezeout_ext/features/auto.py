@@ -17,8 +17,9 @@ from .generations import Generations
 from .timing import seconds_of
 from .views import MOST_VIEWS
 
-# What views that are shown 8 times each cost in accuracy against fresh ones, in training time: ln of how much shorter
-# a cosine loses as much. By the part of the layers that is frozen; docs/measured.md, "Fine-tuning between classes".
+# What showing each view 8 times costs in accuracy against fresh views, given as training time: a fresh cosine that is
+# shorter by exp(price) loses as much. The price depends on the part of the layers that is frozen.
+# Source: docs/measured.md, "Fine-tuning between classes".
 PRICES = (4 / 9, 0.46), (6 / 9, 0.12)
 SHOWN = 8
 LEAST_BATCHES = 4
@@ -27,16 +28,17 @@ TRIALS = 5
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a run whose first views are kept. Times are seconds a sample.
+    """What was measured of a run whose first views are kept. Times are seconds a sample.
 
-    prefix: of the frozen layers.
-    wait: for the loader, where nothing is kept.
-    rest: of the step.
-    gather: of reading what is kept.
+    prefix: time of the frozen layers.
+    wait: time for the loader, where nothing is kept.
+    rest: time of the rest of the step.
+    gather: time of reading what is kept.
     before: epochs before anything was kept.
-    epochs: from then on to the run's end; `left`: of these, what is to come.
-    frozen: part of the layers.
-    fit: views that there is room for.
+    epochs: epochs since then, to the run's end.
+    left: those of `epochs` that are still to come.
+    frozen: the part of the layers that is frozen.
+    fit: how many views there is room for.
     """
 
     prefix: float
@@ -53,19 +55,23 @@ class Measured:
 def best_views(m: Measured) -> int:
     """-> the K with the least ln(seconds(K)) + price * (times that each view is shown - 1) / (SHOWN - 1).
 
-    0: nothing is kept, and each epoch shows fresh views. K is at most `fit`, `epochs` and MOST_VIEWS.
+    K = 0: nothing is kept, and each epoch shows fresh views.
+    K is at most `fit`, `epochs` and MOST_VIEWS.
     """
     return min(range(min(m.fit, int(m.epochs), MOST_VIEWS) + 1), key=lambda views: score(m, views))
 
 
 def score(m: Measured, views: int) -> float:
-    """-> ln of the run's seconds, those added that would make up for repeated views; see `best_views`."""
+    """-> ln of the run's seconds, with the time that would make up for repeated views; see `best_views`."""
     price = _price(m.frozen) * (m.epochs / views - 1) / (SHOWN - 1) if views else 0.0
     return log(seconds(m, views)) + price
 
 
 def seconds(m: Measured, views: int) -> float:
-    """-> seconds a sample of the whole run: an epoch fills one view, all further ones read. Backward is 2x forward."""
+    """-> seconds a sample of the whole run.
+
+    The first epochs fill one view each, and all further epochs read. Backward counts as 2x forward.
+    """
     filling = min(views, m.epochs) if views else m.epochs
     before = m.before * (m.wait + 3 * m.prefix + m.rest)
     return before + filling * (m.wait + m.prefix) + (m.epochs - filling) * m.gather + m.epochs * m.rest
@@ -78,13 +84,14 @@ def _price(frozen: float) -> float:
 
 
 class Choice:
-    """Decides the number of views at the first batch of the epoch behind the one that has kept the first views.
+    """Decides the number of views.
 
-    Until then one view of each sample is kept. Where too little was measured by then, the next epoch decides.
+    One epoch keeps the first view of each sample. The first batch of the next epoch decides.
+    Where too little was measured by then, the epoch after that decides.
 
     Args:
-        kept: what is kept, whose views these are.
-        forwards: which measure the frozen layers.
+        kept: what is kept, with its views.
+        forwards: measure the frozen layers.
         loading: -> seconds in which a step waits for a sample that is read.
         note: takes the decision, for the report.
     """
@@ -110,21 +117,25 @@ class Choice:
         return self._views.auto and not self._views.decided
 
     def handed_out(self, samples: int, step_count: int, *, fills: bool) -> None:
-        """Notes a batch; `fills`: none of it was kept before."""
+        """Notes a batch that was handed out.
+
+        Args:
+            fills: whether none of the batch was kept before.
+        """
         self._steps_before = step_count if self._steps_before is None else self._steps_before
         self._samples += samples
         self._batch, self._fills = samples, fills
-        # The clock that the frozen layers are timed with, see `Stopwatch`.
+        # The same clock that times the frozen layers, see `Stopwatch`.
         self._clock = time.thread_time if self._kept.device.type == "cpu" else time.perf_counter
         self._began = self._clock()
 
     def step_ended(self) -> None:
-        """Notes what the step took on the batch that was handed out last."""
+        """Notes how long the step on the batch that was handed out last took."""
         if self._fills:
             self._paces.append((self._clock() - self._began) / self._batch)
 
     def at(self, epoch: int, freezeout: Any) -> None:
-        """Decides, where it can be decided; every process calls this at the same batch."""
+        """Decides, where enough was measured. Every process calls `at` at the same batch."""
         if self._views.first_epoch is None:
             self._views.first_epoch = epoch
         if epoch in (self._views.first_epoch, self._tried):
@@ -153,7 +164,7 @@ class Choice:
             claims.decide(self._kept.folder, self.state_dict(freezeout))
 
     def measured(self, freezeout: Any) -> Measured | None:
-        """What is known, once it is; from then on the same, so that a run that resumes decides as this one does."""
+        """What was measured, once it is known. It stays the same then, so that a resumed run decides as this one."""
         if self._measured is None and self.is_open:
             self._measured = self._measure(freezeout)
         return self._measured
@@ -179,7 +190,7 @@ class Choice:
         steps = freezeout.step_count - began
         if steps <= 0:
             return None
-        # Without the slowest tenth: the step that was watched, an evaluation in between.
+        # Without the slowest tenth, such as the step that was watched, or one with an evaluation in between.
         whole = sorted(self._paces)[: -(-9 * len(self._paces) // 10)]
         mine = self._kept.views.num_samples // self._kept.world_size
         steps_per_epoch = steps / self._samples * mine
@@ -209,7 +220,7 @@ class Choice:
 
 
 def _of_all(measured: Measured | None, processes: int) -> Measured | None:
-    """-> what the first process has measured, with the least room of all."""
+    """-> what the first process has measured, with the least room that any process has."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_world_size() != processes or processes == 1:
         return measured

@@ -30,7 +30,11 @@ logger = logging.getLogger("freezeout_ext")
 
 
 class FreezeOutLike(Protocol):
-    """Layers have a name and `modules`: name -> module; `layers.given` came frozen and lie in front of all."""
+    """What a cache needs of FreezeOut.
+
+    Each layer has a name, and `modules`: name -> module.
+    `layers.given` are the modules that were frozen from the start. They lie in front of all layers.
+    """
 
     model: nn.Module
     layers: Any
@@ -45,29 +49,32 @@ class FreezeOutLike(Protocol):
 class FeatureCache:
     """frontier(key) = frozen layers(view of a sample), computed once a view and read back ever after.
 
-    Hand it to FreezeOut (`cache=`), take batches from `loader()` and run the model inside `samples(keys)`. From the
-    first freeze on the frozen layers' outputs are kept; a forward over kept views does not run these layers, and views
-    that are kept are not read from the data set where the rest of the model needs no input. Later freezes compute from
-    what is kept. Evaluation neither reads nor fills the cache.
+    Pass the cache to FreezeOut (`cache=`), take batches from `loader()` and run the model inside `samples(keys)`.
+    From the first freeze on the frozen layers' outputs are kept.
+    A forward over kept views does not run the frozen layers.
+    Where the rest of the model needs no input, kept views are not read from the data set either.
+    Later freezes compute from what is kept.
+    Evaluation neither reads nor fills the cache.
 
     Args:
         dataset: map-style; or a `BatchDataset`, which makes whole batches.
-        views: K, how many fixed random views each sample has. They take turns; before the first freeze each epoch shows
-            a fresh one. "auto": as many as memory, the epochs that are left and measured times make worth it, decided
-            once the first view of each sample is kept; see `report().notes`.
+        views: K, how many fixed random views each sample has. The views take turns. Before the first freeze each epoch
+            shows a fresh view. "auto": K is decided once the first view of each sample is kept, from the memory, the
+            epochs that are left, and measured times; see `report().notes`.
         store: "device" (where the model is), "host", or the path of a folder, whose rows outlive the process.
-        dtype: of kept floating-point features: None as computed, torch.bfloat16, torch.float16, torch.int8 (with a
-            scale for each channel and row).
-        limit: in bytes; views that do not fit are computed as ever. None: an error where they do not fit.
+        dtype: of kept floating-point features. None: as computed. Else torch.bfloat16, torch.float16, or torch.int8
+            with a scale for each channel and row.
+        limit: in bytes. Views that do not fit are computed each time. None: views that do not fit are an error.
         seed: of the views and the order.
-        measure: False keeps features behind all frozen layers at all times, be it slower than computing them; what
-            runs then does not depend on the clock.
+        measure: False always keeps features behind all frozen layers, even where keeping is slower than computing.
+            What runs then does not depend on the clock.
 
     Raises:
-        TypeError, ValueError: iterable data; an argument out of its range; a folder made for another data set.
+        TypeError: the data is iterable, or an argument is of another kind.
+        ValueError: an argument is out of its range, or the folder was made for another data set.
 
-    A sample's views must depend on torch's, numpy's and random's global generators alone, and on no other sample:
-    augmentation across samples (mixup, cutmix) belongs behind the frontier.
+    A sample's views must depend on torch's, numpy's and random's global generators alone, and on no other sample.
+    Augmentation across samples (mixup, cutmix) belongs behind the frontier.
     """
 
     def __init__(
@@ -128,7 +135,9 @@ class FeatureCache:
         """Batches (inputs, targets, keys), or dicts with the entry `key_name`; see `CacheLoader`.
 
         Args:
-            rank, world_size: which part of the samples; None: those of torch.distributed.
+            rank: of this process, which decides its part of the samples; None: torch.distributed's.
+            world_size: how many processes there are; None: torch.distributed's.
+            key_name: see `CacheLoader`.
             arguments: of torch's DataLoader (num_workers, pin_memory, persistent_workers, ...).
         """
         spread = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -143,14 +152,15 @@ class FeatureCache:
 
     @contextmanager
     def samples(self, keys: Keys | Tensor | Sequence[int], *, lengths: Tensor | None = None) -> Iterator[None]:
-        """Inside, a forward of the model in training mode is one over the views with these keys.
+        """Inside, a forward of the model in training mode runs over the views with these keys.
 
         Args:
-            lengths: int64 [B], of samples that are padded behind in dimension 1; None: from a forward's
-                `attention_mask`, where there is one.
+            keys: int64 [B], as the loader gives them.
+            lengths: int64 [B], of samples that are padded at their end, in dimension 1. None: the lengths are those of
+                the forward's `attention_mask`, where there is one.
 
         Raises:
-            ValueError: a key twice; a key that is none of this data set's; another number of keys than of samples.
+            ValueError: a key comes twice, a key is not of this data set, or there are not as many keys as samples.
             RuntimeError: no FreezeOut has this cache, or a spot check failed.
         """
         self._check_open("samples")
@@ -167,7 +177,7 @@ class FeatureCache:
             return
         forwards.keys, forwards.lengths, self._was_checked = checked, lengths, True
         try:
-            # The frozen prefix must not watch a forward that its modules take no part in.
+            # The frozen prefix must not watch a forward in which its modules do not run.
             pause = nullcontext if forwards.from_inputs(forwards.keys) else self._paused
             with pause(), through({"": model}, self._run()):
                 yield
@@ -186,12 +196,12 @@ class FeatureCache:
         return self._kept.bytes
 
     def close(self) -> None:
-        """Frees what is kept; what lies in a folder is brought to disk and stays there."""
+        """Frees what is kept. Rows in a folder are brought to disk and stay there."""
         self._kept.close()
         self._closed = True
 
     def state_dict(self) -> dict:
-        """What the views are of, and how many there are; what lies in a folder is on disk when this returns."""
+        """What the views are of, and how many there are. Rows in a folder are on disk when state_dict returns."""
         self._kept.commit()
         auto = self._choice.state_dict(self._freezeout) if self.views.auto and self._freezeout is not None else None
         return self._described() | ({"auto": auto} if auto else {})
@@ -212,7 +222,9 @@ class FeatureCache:
     # For FreezeOut
 
     def attach(self, freezeout: FreezeOutLike) -> None:
-        """Whose frozen layers' outputs are kept. How many are frozen is read where it matters, so nothing is missed.
+        """From now on the outputs of freezeout's frozen layers are kept.
+
+        The number of frozen layers is read wherever it matters, so no change of it is missed.
 
         Raises:
             ValueError: the cache is another FreezeOut's.
@@ -229,7 +241,7 @@ class FeatureCache:
         self._forwards.moved(0, {})
         self._freezeout = self._kept.model = None
 
-    # For steps that are captured: what is gathered is an input of theirs, and the frozen layers are no part of them.
+    # For captured steps: gathered rows are an input of such a step, and the frozen layers are no part of the step.
 
     @property
     def takes_part(self) -> bool:
@@ -238,12 +250,12 @@ class FeatureCache:
         return self._forwards.keys is not None and not self._forwards.as_ever(self._forwards.keys)
 
     def rows(self) -> tuple[Tensor, ...] | None:
-        """-> what a forward now reads, gathered; None where it must run on its own: it keeps, watches or checks."""
+        """-> the gathered rows that a forward now reads; None where the forward must keep, watch or check."""
         return self._forwards.rows()
 
     @contextmanager
     def given(self, rows: tuple[Tensor, ...]) -> Iterator[None]:
-        """Inside, forwards run on these rows, such as the static inputs of a captured step."""
+        """Inside, forwards run on `rows`, such as the static inputs of a captured step."""
         self._forwards.given = rows
         try:
             yield
@@ -251,7 +263,7 @@ class FeatureCache:
             self._forwards.given = None
 
     def _run(self) -> Callable:
-        """Forwards.run, which no compiler may trace: it does something else at every step."""
+        """Forwards.run. No compiler may trace it, since each step may do something else."""
         if self._untraced is None and "torch._dynamo" in sys.modules:
             self._untraced = torch.compiler.disable(self._forwards.run)
         return self._untraced or self._forwards.run

@@ -1,4 +1,4 @@
-"""Claims: what a folder's rows are views of, and how many of these were decided for them."""
+"""Claims: what a folder's rows are views of, and how many views of each sample were decided for them."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ VIEWS, DECISION = "views.json", "decided.json"
 
 
 def claim(folder: Path, described: dict) -> None:
-    """Makes the folder one of these views.
+    """Claims the folder for the views that `described` describes.
 
     Raises:
-        ValueError: it is one of others.
+        ValueError: the folder holds rows of other views.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / VIEWS
@@ -26,7 +26,7 @@ def claim(folder: Path, described: dict) -> None:
 
 
 def decided(folder: Path) -> dict | None:
-    """-> what was decided for the folder's rows, None where nothing was."""
+    """-> what was decided for the folder's rows, None where nothing was decided."""
     path = folder / DECISION
     return json.loads(path.read_text()) if path.exists() else None
 

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def unwatchable(model: nn.Module, frozen: Mapping[str, nn.Module]) -> str | None:
-    """-> why frozen modules of this model cannot be left out of a forward; None if nothing speaks against it."""
+    """-> why frozen modules of this model cannot be left out of a forward; None where no reason is known."""
     for name, module in frozen.items():
         for inner, m in module.named_modules():
             where = f"{name}.{inner}" if inner else name

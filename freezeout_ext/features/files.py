@@ -16,18 +16,18 @@ from torch import Tensor
 
 # key, row, first position, number of positions, and the checksum of these.
 RECORD = struct.Struct("<4qI")
-# How often written rows are brought to disk. A kill in between costs what was computed since, nothing else.
+# How often written rows are brought to disk. A kill in between loses only the rows written since.
 COMMIT_SECONDS = 10.0
 
 
 class Files:
     """One file a tensor, mapped and shared; `entries` are the rows int64 [R, 4] that were committed.
 
-    A row counts from the moment on at which its data is on disk: data first (msync), then its line in the journal.
+    A row's data is brought to disk first (msync), then its line in the journal. From then on the row counts.
 
     Raises:
         ValueError: another process has the folder open.
-        OSError: there is not enough room on the disk; said before anything is written.
+        OSError: there is not enough room on the disk. Nothing was written.
     """
 
     def __init__(self, folder: Path, layout: Sequence[tuple[tuple[int, ...], torch.dtype]], fingerprint: str) -> None:
@@ -74,7 +74,7 @@ class Files:
             self.commit()
 
     def save_scales(self, scales: dict) -> None:
-        """Brings the scales to disk; they must be there before any row that needs them."""
+        """Brings the scales to disk. That must come before any row that needs the scales."""
         if scales != self.scales:
             write_whole(self.folder / "scales.json", json.dumps(scales))
             self.scales = scales
@@ -94,17 +94,17 @@ class Files:
         os.fsync(self._journal.fileno())
 
     def clear(self) -> None:
-        """No row counts any more."""
+        """From now on no row counts any more."""
         self._pending, self.scales = [], {}
         self._journal.truncate(0)
         os.fsync(self._journal.fileno())
         (self.folder / "scales.json").unlink(missing_ok=True)
 
     def grow(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
-        """Files of these shapes, longer than they are, with the same tensors in front.
+        """Lengthens the files to these shapes. The present tensors stay in front.
 
         Raises:
-            OSError: there is not enough room on the disk; nothing was changed.
+            OSError: there is not enough room on the disk. Nothing was changed.
         """
         self.commit()
         self._make_room(layout)
@@ -143,7 +143,7 @@ class Files:
             return
         file = os.open(self.folder / f"column-{i}", os.O_RDWR | os.O_CREAT)
         try:
-            # Really taken: a hole that finds no room when it is written to kills the process.
+            # The room is really taken: writing into a hole of a file on a full disk would kill the process.
             os.posix_fallocate(file, 0, size)
             mapped = mmap.mmap(file, size)
         finally:
@@ -165,7 +165,7 @@ class Files:
 
 
 def _holds(found: dict, said: dict) -> bool:
-    """Whether files as `found` become those that are `said` by growing."""
+    """Whether files of the layout `found` become files of the layout `said` by growing."""
     longer = [one[0][:1] <= two[0][:1] for one, two in zip(found["layout"], said["layout"], strict=False)]
     units = [[[layout[0][1:], layout[1]] for layout in each["layout"]] for each in (found, said)]
     return found["fingerprint"] == said["fingerprint"] and units[0] == units[1] and all(longer)
@@ -179,7 +179,7 @@ def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file so that it is there whole or not at all."""
     fresh = path.with_suffix(".new")
     with open(fresh, "w") as file:
         file.write(text)

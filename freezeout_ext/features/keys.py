@@ -12,10 +12,10 @@ from .views import Views
 class Keys:
     """The keys of a batch's views: `tensor` is int64 [B] on the CPU.
 
-    No tensor itself, so that whatever moves batches to a device leaves the keys on the host.
+    Keys is no tensor itself, so that code that moves batches to a device leaves the keys on the host.
 
     Attributes:
-        views: whose loader made them, which need not be checked again; None where somebody else did.
+        views: those of the loader that made the keys, which then need no check; None where other code made the keys.
     """
 
     __slots__ = ("tensor", "views")
@@ -37,7 +37,7 @@ def keys_in(batch: Any) -> Keys:
     """-> the keys of a batch that a cache's loader made.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the batch has none.
     """
     entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
     found = [entry for entry in entries if isinstance(entry, Keys)]
@@ -50,7 +50,8 @@ def checked_keys(keys: Keys | Tensor | Sequence[int], views: Views, note: Callab
     """-> keys as int64 [B] on the CPU.
 
     Raises:
-        TypeError, ValueError: they are not one each, different, and of these views.
+        TypeError: keys are neither the loader's nor int64.
+        ValueError: there is not one key for each sample, a key comes twice, or a key is not of these views.
     """
     if isinstance(keys, Keys):
         if keys.views is views:

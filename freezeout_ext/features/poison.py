@@ -1,4 +1,4 @@
-"""Poison: what stands in for a value that nobody reads, so that whoever reads it sees it at once."""
+"""Poison: stands in for a value that nobody should read, so that a read shows at once."""
 
 from collections.abc import Sequence
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-# Of what is free; the rest is the model's and the batches'.
+# The part of free memory that may be taken. The rest is left to the model and the batches.
 SHARE = 0.8
 
 
 def room_for(needed: int, device: torch.device, folder: Path | None, limit: int | None, taken: int) -> int:
-    """-> bytes that may be taken, at most `needed`; `taken` counts against the limit."""
+    """-> bytes that may be taken, at most `needed`. Bytes that were `taken` already count against the limit."""
     if limit is not None:
         return max(0, min(needed, limit - taken))
     return min(needed, int(SHARE * _free(device, folder)))
@@ -21,7 +21,7 @@ def room_for(needed: int, device: torch.device, folder: Path | None, limit: int 
 def ensure_room(needed: int, room: int, device: torch.device, folder: Path | None, cache: Any) -> None:
     """
     Raises:
-        MemoryError: what is needed is more than what is free.
+        MemoryError: more is needed than `room`.
     """
     if room < needed:
         where = folder or ("host memory" if device.type == "cpu" else str(device))

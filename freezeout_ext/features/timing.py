@@ -1,4 +1,4 @@
-"""Stopwatch: medians of measured seconds; on a GPU read from events, which no one waits for."""
+"""Stopwatch: medians of measured seconds. On a GPU they are read from events, without waiting for the device."""
 
 import statistics
 import time
@@ -12,10 +12,16 @@ MOST = 32
 
 
 class Stopwatch:
-    """start(), pause(), stop(count) around work on `count` samples; what lies between pause and start is left out.
+    """Times work: start(), pause() and stop(count), with stop behind work on `count` samples.
 
-    median(), least(): seconds a sample; None before `calls` calls of stop. On a CPU they are this thread's own, so that
-    other programs do not lengthen them; `waits`: those of the clock, where the work waits for a disk.
+    The time between pause and start is left out.
+    median() and least() are seconds a sample. Both are None before `calls` calls of stop.
+
+    Args:
+        device: where the work runs. On a CPU the seconds are this thread's CPU time, which other programs do not
+            lengthen.
+        calls: how many calls of stop a result needs.
+        waits: whether the work waits for a disk. Then the seconds on a CPU are those of the wall clock.
     """
 
     def __init__(self, device: torch.device, calls: int = 4, *, waits: bool = False) -> None:
@@ -45,7 +51,7 @@ class Stopwatch:
             self._seconds.append(sum(end - start for start, end in spans) / count)
 
     def add(self, seconds: float, count: int) -> None:
-        """Notes work on `count` samples that somebody else has timed."""
+        """Notes work on `count` samples that other code has timed."""
         if count:
             self._seconds.append(seconds / count)
 
@@ -71,7 +77,7 @@ class Stopwatch:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, *, waits: bool = False) -> float:
-    """-> seconds that work() takes, the device's included; on a CPU see `Stopwatch`."""
+    """-> seconds that work() takes, those of the device included. On a CPU see `Stopwatch`."""
     clock = time.perf_counter if waits or device.type == "cuda" else time.thread_time
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -18,13 +18,13 @@ try:
 except ImportError:  # an extra of the package
     numpy = None  # type: ignore[assignment]  # None is its absence
 
-# With "auto": more have not been measured to bring anything.
+# The most views with "auto". No measurement has shown that more views bring anything.
 MOST_VIEWS = 8
 
 
 @runtime_checkable
 class BatchDataset(Protocol):
-    """A data set that makes whole batches, such as one that lies on the device as uint8 and is augmented there."""
+    """A data set that makes whole batches, such as images that lie on the device as uint8 and are augmented there."""
 
     def __len__(self) -> int:
         """-> N, the number of samples."""
@@ -40,9 +40,10 @@ class BatchDataset(Protocol):
 
 
 class Views:
-    """Which views there are, which one an epoch shows, and what each one is drawn from.
+    """Which views there are, which view an epoch shows, and from which seed each view is drawn.
 
-    key = sample * stride + view for one of the views; -1 - sample for a fresh view, which is never kept.
+    The key of a kept view is sample * stride + view.
+    The key of a fresh view, which is never kept, is -1 - sample.
 
     Args:
         dataset: map-style, or a `BatchDataset`.
@@ -51,8 +52,8 @@ class Views:
 
     Attributes:
         count: K.
-        stride: between the keys of two samples, which no decision changes.
-        first_epoch: the one that kept the first views, where K is to be decided.
+        stride: between the keys of two samples. No decision changes the stride.
+        first_epoch: the epoch that kept the first views, where K is to be decided.
     """
 
     def __init__(self, dataset: Any, views: int | str, seed: int) -> None:
@@ -90,19 +91,19 @@ class Views:
         self.count, self.decided = count, True
 
     def keys(self, samples: Tensor, epoch: int) -> Tensor:
-        """key of the view of each sample that this epoch shows: views take turns and differ among samples.
+        """The key of the view that this epoch shows, for each sample. Views take turns and differ among samples.
 
-        With "auto" an epoch shows the same number of each, so that the first views are among any K.
+        With "auto" an epoch shows the view of the same number for all samples, so that any K includes the first views.
         """
         turn = epoch - (self.first_epoch or 0) if self.auto else samples + epoch
         return samples * self.stride + turn % self.count
 
     def samples(self, keys: Tensor) -> Tensor:
-        """-> the samples of keys, fresh ones too."""
+        """-> the samples of keys, those of fresh views included."""
         return torch.where(keys < 0, -1 - keys, keys.div(self.stride, rounding_mode="floor"))
 
     def seeds(self, keys: Tensor, epoch: int) -> Tensor:
-        """seeds[b] = hash(seed, sample, view); a fresh view is numbered by its epoch, behind all kept ones."""
+        """seeds[b] = hash(seed, sample, view). A fresh view's number is its epoch, counted on from all kept views."""
         views = torch.where(keys < 0, self.stride + epoch, keys % self.stride)
         return _mix(_mix(_mix(torch.full_like(keys, self.seed)) ^ self.samples(keys)) ^ views) & (2**63 - 1)
 
@@ -112,7 +113,7 @@ class Views:
             return self.dataset[sample]
 
     def digest(self) -> str:
-        """-> a hash of one sample's view: another data set of the same length has another one."""
+        """-> a hash of one sample's view, by which another data set of the same length is noticed."""
         self.check()
         seed = 20170603
         item = self.dataset.batch(*torch.tensor([[0], [seed]], device="cpu")) if self.batched else self.load(0, seed)
@@ -149,7 +150,7 @@ def order_seed(seed: int, epoch: int) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch (CPU), numpy and random draw from `seed` inside, and go on as if nothing had been drawn afterwards."""
+    """Inside, torch (CPU), numpy and random draw from `seed`. Afterwards they go on as if nothing had been drawn."""
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     numpy_state: Any = numpy.random.get_state() if numpy else None
     # Not torch.manual_seed, which would seed the devices too.

@@ -18,7 +18,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
 
     Arguments, errors, param groups, `state_dict`, hooks and closures are those of torch.optim.Adam.
     Results in float32 and float64, on a CPU with FMA, are bit-equal to those of torch.optim.Adam's for-loop.
-    Only where torch takes square roots by MKL's AVX-512 code may a step differ, by 3 ulp (csrc/adamw_update.h).
+    Only where torch takes square roots by MKL may a step differ, by at most 3 ulp (csrc/adamw_update.h).
     FusedOptimizer says what the class adds.
 
     `foreach` and `fused` are accepted for compatibility and change nothing.

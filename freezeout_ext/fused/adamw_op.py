@@ -82,7 +82,7 @@ def fused_adamw_(
 
     Args:
         params: dense tensors of one dtype (float32, float64, float16, bfloat16) on one device.
-        grads: one for each parameter, with the parameter's layout in memory.
+        grads: one for each parameter, laid out in memory as it.
         exp_avgs: m of each parameter, with the parameter's layout in memory; zeros before the first step.
         exp_avg_sqs: v of each parameter, likewise.
         max_exp_avg_sqs: the largest v so far, likewise; empty without amsgrad.

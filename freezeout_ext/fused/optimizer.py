@@ -415,10 +415,7 @@ class _Prepared:
 
 
 def _share_memory(params: list[Tensor]) -> set[int]:
-    """ids of the parameters that overlap another one or are listed twice.
-
-    torch's for-loop updates these, in its own order.
-    """
+    """ids of the parameters that overlap another, or are listed twice: in what order to update them is torch's."""
     spans = sorted(
         (p.device.type, p.device.index or 0, p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), id(p))
         for p in params

@@ -64,7 +64,7 @@ def fused_sgd_(
 
     Args:
         params: dense tensors of one dtype (float32, float64, float16, bfloat16) on one device.
-        grads: one for each parameter, with the parameter's layout in memory.
+        grads: one for each parameter, laid out in memory as it.
         momentum_buffers: one for each parameter, with the parameter's layout in memory. They are zeros before the
             first step. Empty without momentum.
         layer_of: for each parameter, the index of its rate; ascending.

@@ -34,7 +34,9 @@ def build_model(name: str, num_classes: int = 10, in_channels: int = 3, image_si
 
     Args:
         name: a form of model_names(), such as "wrn-40-4", "densenet-76-12", "vgg-16", "resnet-18", "vgg-16-x0.25".
-        image_size: H = W of the images, at least 4; only VGG depends on it (it stops pooling at one pixel).
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        image_size: H = W of the images, at least 4. Only VGG depends on image_size: VGG stops pooling at one pixel.
 
     Raises:
         ValueError: a name of no known form, or a depth or width that its net does not have.

@@ -47,14 +47,16 @@ class Transition(nn.Module):
 class DenseNet(nn.Module):
     """logits = head(blocks(stem(x))): three dense blocks of n = (depth - 4) / 6 bottlenecks, two halving transitions.
 
-    Layers 0..L: the stem conv, 3n bottlenecks and 2 transitions in order, the head (last bn and fc), so
-    L = 3n + 3: 39 for (76, 12).
+    Layers 0..L: the stem conv, then 3n bottlenecks and 2 transitions in order, then the head (last bn and fc).
+    So L = 3n + 3: 39 for (76, 12).
 
-    Shapes: [N, in_channels, H, W] -> [N, num_classes]; H, W >= 4, maps of H, H/2 and H/4.
+    Shapes: [N, in_channels, H, W] -> [N, num_classes]; H, W >= 4. The maps have sides of H, H/2 and H/4.
 
     Args:
-        depth: convolutions and fc, with the two transitions: 6n + 4.
+        depth: 6n + 4. The convolutions, those of the two transitions included, and fc are counted.
         growth: channels that each bottleneck adds; the stem has twice as many.
+        num_classes: number of logits.
+        in_channels: channels of the images.
 
     Raises:
         ValueError, TypeError: depth not 6n + 4 with n >= 1, a count below 1.

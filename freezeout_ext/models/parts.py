@@ -22,9 +22,11 @@ def pre_activation_head(channels: int, num_classes: int) -> nn.Sequential:
 
 
 def init_weights(model: nn.Module) -> None:
-    """Convolutions N(0, 2 / (k * k * out_channels)), linear biases 0; norms and linear weights keep torch's own.
+    """Convolutions N(0, 2 / (k * k * out_channels)), linear biases 0.
 
-    Source: He et al. 2015, arXiv 1502.01852, with the fan-out, as in the code of all the nets' authors.
+    Norms and linear weights keep torch's initialisation.
+
+    Source: He et al. 2015, arXiv 1502.01852, with the fan-out, as the code of all the nets' authors has it.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

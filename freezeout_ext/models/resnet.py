@@ -39,13 +39,15 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """logits = fc(mean over H, W of blocks(relu(bn(conv3x3(x))))): four stages of basic blocks.
 
-    Layers 0..L: the stem (conv and bn), the blocks in order, fc, so L = 9 for ResNet-18.
+    Layers 0..L: the stem (conv and bn), the blocks in order, fc. So L = 9 for ResNet-18.
 
-    Shapes: [N, in_channels, H, W] -> [N, num_classes]; maps of H, H/2, H/4 and H/8.
+    Shapes: [N, in_channels, H, W] -> [N, num_classes]. The maps have sides of H, H/2, H/4 and H/8.
 
     Args:
         depth: 18 or 34.
-        width: multiplies all channels, for small nets.
+        width: factor of all channels, below 1 for small nets.
+        num_classes: number of logits.
+        in_channels: channels of the images.
 
     Raises:
         ValueError, TypeError: another depth, a width that leaves no channel.

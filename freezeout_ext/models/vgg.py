@@ -11,7 +11,7 @@ CHANNELS = (64, 128, 256, 512, 512)
 
 
 class ConvUnit(nn.Module):
-    """y = max_pool2x2(relu(bn(conv3x3(x)))), the pooling only where asked for.
+    """y = max_pool2x2(relu(bn(conv3x3(x)))), or without the pooling.
 
     Shapes: [N, C, H, W] -> [N, C', H, W], or [N, C', H // 2, W // 2].
     """
@@ -30,15 +30,19 @@ class ConvUnit(nn.Module):
 class VGG(nn.Module):
     """logits = classifier(mean over H, W of features(x)): five stages of conv units, each stage halving the map.
 
-    Layers 0..L: the depth - 3 conv units in order, the classifier, so L = depth - 3: 13 for VGG-16.
-    The classifier is that of the FreezeOut authors (two hidden linear layers with bn and relu, a third bn).
+    Layers 0..L: the depth - 3 conv units in order, the classifier. So L = depth - 3: 13 for VGG-16.
+    The classifier is that of the FreezeOut authors: two hidden linear layers with bn and relu, a third bn.
 
-    Shapes: [N, in_channels, H, W] -> [N, num_classes]. A stage ends without pooling once an image of image_size
-    is down to one pixel: at 32 all five pool, at 8 the first three; larger images are averaged at the end.
+    Shapes: [N, in_channels, H, W] -> [N, num_classes].
+    A stage ends without pooling once an image of image_size is down to one pixel. At 32 all five stages pool, at 8 the
+    first three. The maps of larger images are averaged at the end.
 
     Args:
         depth: 11, 13, 16 or 19.
-        width: multiplies all channels and the hidden size, for small nets.
+        width: factor of all channels and of the hidden size, below 1 for small nets.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        image_size: H = W of the images for which the pooling is chosen.
 
     Raises:
         ValueError, TypeError: another depth, a width that leaves no channel, a count below 1.

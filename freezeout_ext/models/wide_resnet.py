@@ -34,13 +34,15 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """logits = head(blocks(stem(x))): three groups of n = (depth - 4) / 6 pre-activation blocks, 16, 32, 64 x width.
 
-    Layers 0..L: the stem conv, 3n blocks in order, the head (last bn and fc), so L = 3n + 1: 19 for (40, 4).
+    Layers 0..L: the stem conv, 3n blocks in order, the head (last bn and fc). So L = 3n + 1: 19 for (40, 4).
 
-    Shapes: [N, in_channels, H, W] -> [N, num_classes]; maps of H, H/2 and H/4.
+    Shapes: [N, in_channels, H, W] -> [N, num_classes]. The maps have sides of H, H/2 and H/4.
 
     Args:
-        depth: convolutions, with the 1x1 shortcuts as in the paper's counting: 6n + 4.
+        depth: 6n + 4: the convolutions, the 1x1 shortcuts included, as the paper counts them.
         width: the widening factor k.
+        num_classes: number of logits.
+        in_channels: channels of the images.
 
     Raises:
         ValueError, TypeError: depth not 6n + 4 with n >= 1, a count below 1.

@@ -1,4 +1,4 @@
-"""StepCosts: what a training step costs with k layers frozen; predict: what a schedule then saves."""
+"""StepCosts is what a training step costs with k layers frozen. predict is what a schedule then saves."""
 
 import math
 from collections.abc import Iterator
@@ -16,22 +16,25 @@ class StepCosts:
     """T(k) = sum_{i<k} frozen_forward_i + sum_{i>=k} forward_i + loss + backward_first_k + sum_{i>k} backward_i
     + optimizer_k: the step with layers 0 .. k-1 frozen, in `unit`.
 
-    A loader that works ahead hides behind T(k) where it is faster; one that does not is added to it.
+    A loader that works ahead costs only what T(k) does not cover. The time of any other loader is added to T(k).
 
     Attributes:
         forward: of layer i in training.
-        frozen_forward: of layer i in eval mode, nothing saved for backward (the last never freezes: its `forward`).
-        backward: of layer i with its weights' and its input's gradients.
-        backward_first: of layer i where it is the first active one, so that its input needs no gradient.
+        frozen_forward: of layer i in eval mode, with nothing saved for backward. The last layer never freezes: its
+            entry is its `forward`.
+        backward: of layer i, with the gradients of its weights and its input.
+        backward_first: of layer i where layer i is the first active one, so that its input needs no gradient.
         optimizer: the update with k layers frozen, k = 0 .. L.
-        loss: the criterion's forward; its backward counts with layer L.
-        loader: to fetch one batch with nothing else going on; `loader_ahead`: it works while the step runs.
-        memory: bytes at the peak with k layers frozen: parameters, buffers, gradients, optimizer state and tensors
-            saved for backward, counted (no workspaces); None where not measured.
-        whole_step: the step with nothing frozen, measured whole and without instruments; None where counted.
-        saving_error: the sd of saving(k), from its scatter over the rounds of measuring; None for fewer than two.
+        loss: the criterion's forward. The criterion's backward counts with layer L.
+        loader: to fetch one batch while nothing else runs.
+        loader_ahead: whether the loader works while the step runs.
+        memory: bytes at the peak with k layers frozen, None where not measured. Counted are parameters, buffers,
+            gradients, optimizer state and tensors saved for backward. Workspaces are not.
+        whole_step: the step with nothing frozen, measured whole and without instruments; None where costs are counted.
+        saving_error: the sd of saving(k), from its scatter over the rounds of measuring; None for fewer than two
+            rounds.
         unit: "s" or "FLOP".
-        source: how they were found, for people.
+        source: how the costs were found, for people.
     """
 
     layers: tuple[str, ...]
@@ -56,7 +59,12 @@ class StepCosts:
                 raise ValueError(f"{name} must have one value a layer, got {len(values)} for {len(self.layers)} layers")
 
     def step(self, num_frozen: int, *, free_prefix: bool = False) -> float:
-        """T(num_frozen) with the loader's wait; `free_prefix`: were the frozen layers' forward free."""
+        """T(num_frozen), with the wait for the loader.
+
+        Args:
+            num_frozen: layers.
+            free_prefix: leaves the frozen layers' forward out.
+        """
         k = num_frozen
         prefix = 0.0 if free_prefix else sum(self.frozen_forward[:k])
         compute = prefix + sum(self.forward[k:]) + self.loss + self.optimizer[k]
@@ -64,7 +72,7 @@ class StepCosts:
         return max(compute, self.loader) if self.loader_ahead else compute + self.loader
 
     def saving(self, num_frozen: int) -> float:
-        """1 - T(num_frozen) / T(0): what a step saves while so many layers are frozen."""
+        """1 - T(num_frozen) / T(0): what a step saves while num_frozen layers are frozen."""
         return 1 - self.step(num_frozen) / self.step(0)
 
     @property
@@ -80,7 +88,11 @@ class StepCosts:
 
     @classmethod
     def from_dict(cls, values: dict) -> "StepCosts":
-        """Raises ValueError where `values` are not what to_dict returned."""
+        """The StepCosts of which to_dict returned `values`.
+
+        Raises:
+            ValueError: `values` are not what to_dict returns.
+        """
         try:
             known: dict[str, Any] = {
                 name: value for name, value in values.items() if name != "other"
@@ -104,12 +116,16 @@ class Prediction:
     """saving = 1 - sum over the run's steps of T(num_frozen(step)) / (total_steps * T(0)).
 
     Attributes:
-        saving_error: the sd of `saving`, from the scatter over the rounds of measuring, as if the errors of all phases
-            were one; None where there is none.
-        ceiling: the saving were the frozen layers' forward free.
-        cost, full_cost: of the whole run, with FreezeOut and without, in the costs' unit.
-        memory: bytes at the peak (while nothing is frozen, as without FreezeOut), at the end of the run, and their mean
-            over the steps; None where not measured.
+        how_scale: the strategy.
+        t_0: of the schedule.
+        saving: a fraction of the run's cost without FreezeOut.
+        saving_error: the sd of `saving`, as if the errors of all phases were one error; None where the costs have no
+            saving_error.
+        ceiling: what `saving` would be if the frozen layers' forward were free.
+        cost: of the whole run with FreezeOut, in the costs' unit.
+        full_cost: of the whole run without FreezeOut, in the costs' unit.
+        memory: three numbers of bytes; None where not measured. The first is at the peak, while nothing is frozen, as
+            without FreezeOut. The second is at the end of the run. The third is the mean over the steps.
     """
 
     how_scale: str | float
@@ -124,7 +140,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The largest t_0 whose predicted saving reaches `wanted`; None where none does, and the most that is possible."""
+    """The largest t_0 whose predicted saving reaches `wanted`, None where none does; and the most that is possible."""
 
     how_scale: str | float
     wanted: float
@@ -139,7 +155,7 @@ def phases(schedule: Schedule, tail: Tail | None = None) -> Iterator[tuple[int, 
     """(num_frozen, steps) of each stretch of the run between two transitions.
 
     Args:
-        tail: (step, num_frozen): from that step on no more layers than these are frozen, and no further one freezes.
+        tail: (step, num_frozen). From that step on at most num_frozen layers are frozen, and no further one freezes.
     """
     end = schedule.total_steps if tail is None else tail[0]
     starts = [0]
@@ -152,10 +168,13 @@ def phases(schedule: Schedule, tail: Tail | None = None) -> Iterator[tuple[int, 
 
 
 def predict(costs: StepCosts, schedule: Schedule, tail: Tail | None = None) -> Prediction:
-    """What `schedule` would save of a run whose steps cost `costs`, with a tail that thaws as in `phases`.
+    """What `schedule` would save of a run whose steps cost `costs`.
+
+    Args:
+        tail: see `phases`.
 
     Raises:
-        ValueError: they are not of equally many layers.
+        ValueError: `schedule` and `costs` have different numbers of layers.
     """
     if schedule.num_layers != len(costs.layers):
         raise ValueError(f"schedule must have the {len(costs.layers)} layers of costs, got {schedule.num_layers}")
@@ -173,10 +192,13 @@ def predict(costs: StepCosts, schedule: Schedule, tail: Tail | None = None) -> P
 
 
 def steps_within(costs: StepCosts, schedule: Schedule, seconds: float, *, filling: int | None = None) -> int:
-    """n, 1 at least, with: a run of n steps by `schedule`, whose length only scales its milestones, costs `seconds`.
+    """n, at least 1, so that a run of n steps by `schedule` costs `seconds`.
+
+    The length of a run only scales the schedule's milestones.
 
     Args:
-        filling: so many steps run the frozen layers and keep their outputs, all others read these; None keeps nothing.
+        filling: how many steps run the frozen layers and keep their outputs. All other steps read what was kept.
+            None: nothing is kept.
     """
     found = predict(costs, schedule)
     paid = found.cost / schedule.total_steps
@@ -194,7 +216,7 @@ def suggest_t_0(
     Args:
         wanted: a fraction in (0, 1).
         tail: see `phases`.
-        schedule: total_steps and what else `Schedule` takes.
+        schedule: total_steps and further arguments of `Schedule`.
     """
     if not 0 < wanted < 1:
         raise ValueError(f"wanted must be a saving in (0, 1), got {wanted}")

@@ -15,13 +15,13 @@ def flop_costs(
 ) -> StepCosts:
     """forward_i = FLOP of layer i's convolutions and products; backward_i = `backward` * forward_i; all else free.
 
-    The frozen forward costs what the forward does, and every active layer its whole backward: the paper's model, which
-    takes backward = 1; nearer the truth is 2. Works on the meta device too. The model is not changed.
+    This is the paper's model: a frozen forward costs as much as a forward, and each active layer a whole backward.
+    The paper takes backward = 1. 2 is nearer the truth.
+    The model may be on the meta device. The model is not changed.
 
     Args:
         example_inputs: one batch.
-        backward: FLOP of the backward pass over those of the forward pass.
-
+        backward: FLOP of the backward pass, divided by those of the forward pass.
     Source: Brock et al. 2017, arXiv 1706.04983, section 3 (its speed-up counts FLOP).
     """
     if not backward > 0:

@@ -25,7 +25,7 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 class LayerBench:
-    """Copies of a model in training, and what their steps took: each part once or more a round."""
+    """Copies of a model in training, and what each part of their steps took, once or more a round."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class LayerBench:
         make_optimizer: MakeOptimizer | None = None,
         amp_dtype: torch.dtype | None = None,
     ) -> None:
-        self.clock = cpu_clock()  # CUDA has events
+        self.clock = cpu_clock()  # for the CPU; on CUDA events are the clock
         self._original = model, layers or find_layers(model)
         self._make_optimizer = make_optimizer or _make_optimizer
         self.inputs, self.targets, self.criterion = detached(inputs), targets, criterion
@@ -48,7 +48,7 @@ class LayerBench:
 
     def _copy(self) -> None:
         for name in ("model", "layers", "optimizer"):
-            self.__dict__.pop(name, None)  # the old ones go first
+            self.__dict__.pop(name, None)  # the old copies are freed before the new ones are made
         self.model, self.layers = copy.deepcopy(self._original)
         for p in self.model.parameters():
             p.grad = None
@@ -69,7 +69,7 @@ class LayerBench:
         self.whole: list[float] = []
 
     def round(self, on_layer: Callable[[int], None] = lambda done: None) -> None:
-        """Every part of a step once or more; calls on_layer(layers done in all rounds) before each layer."""
+        """Times every part of a step once or more. Calls on_layer(layers done in all rounds) before each layer."""
         done = self.rounds * len(self.layers)
         on_layer(done)
         self._copy()
@@ -81,7 +81,7 @@ class LayerBench:
             self.step(0)
         for k in range(1, len(self.layers)):
             on_layer(done + k)
-            # The update of the first step after a change prepares its tables anew: the second one counts.
+            # After a change the first step's update prepares its tables anew, so the second step's update counts.
             self.step(k, skip_optimizer=True)
             self.step(k)
         self.rounds += 1
@@ -97,7 +97,7 @@ class LayerBench:
             self.whole.append(self._seconds(start, self._now()))
 
     def step(self, k: int, *, skip_optimizer: bool = False) -> None:
-        """One step with layers 0 .. k-1 frozen, its parts into the lists."""
+        """Runs one step with layers 0 .. k-1 frozen, and adds the times of its parts to the lists."""
         self._freeze(k)
         with LayerMarks(self.model, self.layers, self._now, self._difference) as marks:
             start = self._now()
@@ -122,7 +122,11 @@ class LayerBench:
             self.optimizer_step[k].append(self._difference(end, backwarded))
 
     def costs(self, **others) -> StepCosts:
-        """The medians over all rounds; `others`: further fields of StepCosts."""
+        """StepCosts of the medians over all rounds.
+
+        Args:
+            others: further fields of StepCosts.
+        """
         error = None
         if self.rounds > 1:
             # Of two values or more there is one.
@@ -154,7 +158,7 @@ class LayerBench:
         }
 
     def memory(self) -> tuple[int, ...]:
-        """Bytes with k layers frozen, counted: what a storage holds counts to the last layer that saved it."""
+        """Bytes with k layers frozen, counted. A storage counts to the last layer that saved it."""
         self._freeze(0)
         held = sum(_bytes(t) for t in (*self.model.parameters(), *self.model.buffers()))
         with LayerMarks(self.model, self.layers, lambda: 0) as marks:
@@ -208,7 +212,10 @@ class LayerBench:
 
 
 def cpu_clock() -> Callable[[], float]:
-    """CPU time of this thread where it does all the work (a CPU graph's backward runs in the thread that calls it)."""
+    """The CPU time of this thread, where this thread does all the work.
+
+    The backward of a CPU graph runs in the thread that calls it.
+    """
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 

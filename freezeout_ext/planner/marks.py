@@ -12,11 +12,12 @@ from ..layers import Layers
 class LayerMarks:
     """begins[i] = now() as layer i's first module is called; ends[i] = now() as its inputs have their gradients.
 
-    So layer i's forward is begins[i + 1] - begins[i], with all that runs between two layers counted to the first, and
-    its backward is ends[i] - ends[i + 1]. A context manager: outside it the model has no hooks of ours.
+    Layer i's forward is begins[i + 1] - begins[i]. What runs between two layers counts to the first of them.
+    Layer i's backward is ends[i] - ends[i + 1].
+    LayerMarks is a context manager. The model has the hooks only inside.
 
     Args:
-        now: reads the clock: a number, or something that `difference` takes.
+        now: reads the clock. The reading is a number, or something that `difference` takes.
         difference: (later, earlier) -> float, asked for after the step.
     """
 
@@ -52,7 +53,12 @@ class LayerMarks:
         self.current = 0
 
     def forward_intervals(self, start: Any, end: Any, first: int = 0) -> tuple[float, ...]:
-        """Forward of layers first .. L, given when the model was called (used where first = 0) and returned."""
+        """Forward of layers first .. L.
+
+        Args:
+            start: when the model was called; used where first = 0.
+            end: when the model returned.
+        """
         edges = [end]
         for i in reversed(range(first, len(self._layers))):
             # A layer without a module of its own runs inside the one before it.
@@ -60,7 +66,13 @@ class LayerMarks:
         return tuple(self._difference(edges[j], edges[j + 1]) for j in reversed(range(len(edges) - 1)))
 
     def backward_intervals(self, start: Any, end: Any, first: int = 0) -> tuple[float, ...]:
-        """Backward of layers first .. L, given when it started and ended; `first` is where it stops."""
+        """Backward of layers first .. L.
+
+        Args:
+            start: when the backward pass started.
+            end: when the backward pass ended.
+            first: the layer where the backward pass stops.
+        """
         edges = [start]
         for i in reversed(range(first + 1, len(self._layers))):
             edges.append(self.ends.get(i, edges[-1]))

@@ -30,25 +30,30 @@ def measure_costs(
     loader_ahead: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> StepCosts:
-    """StepCosts in seconds: medians over `rounds` rounds, in each of which every layer is the first active one.
+    """StepCosts in seconds: medians over `rounds` rounds. In each round every layer is the first active one once.
 
-    Each step is a whole training step, so caches, allocator and kernel choice are those of training. What precedes
-    the first active layer is in eval mode and needs no gradient: no FreezeOut runs, and its saving is put together
-    from the layers' times, not measured. Steps without instruments, in turn with the others, give `whole_step`. Each
-    round happens on a copy of the model of its own, with rates of 0, since where a net lies in memory decides some
-    percent of its time; the model, its gradients and torch's generators stay as they are.
+    Each step is a whole training step, so caches, allocator and kernel choice are those of training.
+    The layers in front of the first active one are in eval mode and need no gradient.
+    No FreezeOut runs: its saving is computed from the layers' times, not measured.
+    Steps without instruments, in turn with the others, give `whole_step`.
+    Each round has its own copy of the model, since a net's place in memory decides some percent of its time.
+    The learning rates are 0. The model, its gradients and torch's generators stay as they are.
 
     On a CPU with one thread the clock is that thread's CPU time, which stands still while other programs have the core.
 
     Args:
-        example_inputs, targets: one batch of the size to train with; for inputs that are no tensor see `batch.call`.
+        example_inputs: the inputs of one batch of the size to train with. For inputs that are no tensor see
+            `batch.call`.
+        targets: the targets of that batch.
         criterion: (outputs, targets) -> scalar loss.
         layers: of `model`, as find_layers gives them.
-        make_optimizer: param groups -> optimizer (FusedSGD with Nesterov momentum).
-        amp_dtype: autocast's dtype, None for none.
-        max_seconds: no further round begins after it; the first is always whole.
-        loader, loader_ahead: seconds a step, see `StepCosts` and `measure_loader`.
-        on_progress: called with (layers done, layers of all rounds) again and again.
+        make_optimizer: param groups -> optimizer. Default: FusedSGD with Nesterov momentum.
+        amp_dtype: autocast's dtype; None: no autocast.
+        rounds: how many rounds are measured.
+        max_seconds: no further round begins after so many seconds. The first round is always whole.
+        loader: seconds to fetch one batch, see `measure_loader`.
+        loader_ahead: whether the loader works while the step runs.
+        on_progress: called with (layers done, layers of all rounds) before each layer.
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module")
     check_callable("criterion", criterion, "(outputs, targets)")
@@ -91,13 +96,16 @@ def measure_loader(
     batches: int = LOADER_BATCHES,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[float, bool]:
-    """(seconds a batch with nothing else going on, whether the loader works ahead while a step runs).
+    """(seconds a batch while nothing else runs, whether the loader works ahead while a step runs).
 
-    The first batch is not counted. One that works ahead is a torch DataLoader with workers.
+    The first batch is not counted. A loader works ahead where it has workers, as torch's DataLoader may have.
 
     Args:
-        batches: to count at most.
-        on_progress: called with (batches counted, batches) before each.
+        batches: the most batches that are counted.
+        on_progress: called with (batches counted, batches) at each batch.
+
+    Raises:
+        ValueError: the loader gives fewer than two batches.
     """
     iterator = iter(loader)
     count = -1

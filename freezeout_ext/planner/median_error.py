@@ -1,4 +1,4 @@
-"""median_error: how far the median of a few noisy times may be off."""
+"""median_error: the standard deviation of the median of a few noisy times."""
 
 from collections.abc import Sequence
 from statistics import median, stdev
@@ -9,8 +9,8 @@ FEW = 8
 def median_error(values: Sequence[float]) -> float | None:
     """1.2533 * sd / sqrt(n), the standard deviation of a median where the values scatter normally; None for n < 2.
 
-    sd: of the values where they are few, else 1.4826 times their median absolute deviation, which single steps that
-    something interrupted do not move.
+    sd is that of the values where they are few. Else sd is 1.4826 times their median absolute deviation, which a few
+    interrupted steps do not move.
     """
     n = len(values)
     if n < 2:

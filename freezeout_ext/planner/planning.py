@@ -22,11 +22,15 @@ T_0S = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Plan:
-    """predictions[j] = predict(costs, schedule j); prints as tables: the layers' costs, the predictions.
+    """predictions[j] = predict(costs, schedule j).
+
+    `str()` of a Plan is two tables: the layers' costs and the predictions.
 
     Attributes:
+        costs: of a step.
         schedule: total_steps, warmup_steps and max_transitions, as for `Schedule`.
-        tail: that thaws, see `costs.phases`.
+        predictions: one for each schedule.
+        tail: the tail that thaws, see `costs.phases`; None where nothing thaws.
     """
 
     costs: StepCosts
@@ -35,7 +39,12 @@ class Plan:
     tail: Tail | None = None
 
     def suggest(self, saving: float, how_scales: Sequence[str | float] | None = None) -> list[Suggestion]:
-        """For each strategy (those of the predictions) the largest t_0 that saves the fraction `saving`."""
+        """For each strategy the largest t_0 that saves the fraction `saving`.
+
+        Args:
+            saving: in (0, 1).
+            how_scales: the strategies. Default: those of the predictions.
+        """
         scales = how_scales or list(dict.fromkeys(p.how_scale for p in self.predictions))
         return [suggest_t_0(self.costs, saving, how_scale=scale, tail=self.tail, **self.schedule) for scale in scales]
 
@@ -73,11 +82,20 @@ def plan(
     """Plan of every (how_scale, t_0), from forward and backward of each layer measured on the model's device.
 
     Args:
-        example_inputs, targets: one batch of the size to train with.
+        example_inputs: the inputs of one batch of the size to train with.
+        targets: the targets of that batch.
         criterion: (outputs, targets) -> scalar loss.
-        total_steps, warmup_steps, max_transitions: the run, see `Schedule`.
-        layers, make_optimizer, amp_dtype, rounds, max_seconds: see `measure_costs`.
-        loader: the batches to train with, whose wait is measured (None: already on the device).
+        total_steps: of the run.
+        t_0s: each is predicted with each of how_scales.
+        how_scales: the strategies.
+        warmup_steps: see `Schedule`.
+        max_transitions: see `Schedule`.
+        layers: see `measure_costs`.
+        make_optimizer: see `measure_costs`.
+        amp_dtype: see `measure_costs`.
+        loader: the batches to train with. The wait for them is measured. None: batches are on the device already.
+        rounds: see `measure_costs`.
+        max_seconds: see `measure_costs`.
     """
     check_kind("t_0s", t_0s, Iterable, "several numbers")
     check_kind("how_scales", how_scales, Iterable, "several names or powers")
@@ -88,7 +106,7 @@ def plan(
         "total_steps": total_steps, "warmup_steps": warmup_steps, "max_transitions": max_transitions
     }  # fmt: skip
     t_0s, how_scales = list(t_0s), list(how_scales)
-    for how_scale, t_0 in product(how_scales, t_0s):  # what is wrong is said before anything is measured
+    for how_scale, t_0 in product(how_scales, t_0s):  # bad arguments raise before anything is measured
         Schedule(len(layers), t_0=t_0, how_scale=how_scale, **schedule)
     wait, ahead = measure_loader(loader) if loader is not None else (0.0, False)
     costs = measure_costs(
@@ -115,7 +133,15 @@ def plan_from_costs(
     *,
     tail: Tail | None = None,
 ) -> Plan:
-    """Plan of every (how_scale, t_0) from costs that are known already; `schedule` and `tail` as in `Plan`."""
+    """Plan of every (how_scale, t_0) from costs that are known already.
+
+    Args:
+        costs: of a step.
+        schedule: see `Plan`.
+        t_0s: each is predicted with each of how_scales.
+        how_scales: the strategies.
+        tail: see `Plan`.
+    """
     t_0s = list(t_0s)
     predictions = (
         predict(costs, Schedule(len(costs.layers), t_0=t_0, how_scale=how_scale, **schedule), tail)

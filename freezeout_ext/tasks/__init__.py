@@ -1,6 +1,7 @@
-"""Tasks: what is trained, apart from how its layers freeze. A user's own file, or a built-in task by its options.
+"""Tasks: what is trained, apart from how its layers freeze.
 
-A `Task` is a frozen dataclass; all that a trainer needs of it:
+A task is a user's own file, or a built-in one by its options.
+A `Task` is a frozen dataclass. These calls are all that a trainer needs:
 
     task = load_task("my_task.py")                   # or "my_task.py:name"; checks it with two samples
     task = built_in("cifar10", "wrn-16-2", data_dir="data", device="cuda")
@@ -13,19 +14,22 @@ A `Task` is a frozen dataclass; all that a trainer needs of it:
         loss, outputs = task.loss(model, (inputs, targets))   # criterion(call(model, inputs), targets)
     loss, metric = task.evaluate(model, batches(task.evaluation, batch_size, ...))
 
-Order and augmentation are functions of (seed, epoch), whatever the number of workers and whatever was drawn before, so
-a run goes on at any step. `freezeout_ext.batch` has `size` (samples in a batch), `to` (onto a device), `part`.
+Order and augmentation are functions of (seed, epoch) alone. The number of workers and earlier draws change nothing.
+So a run can be resumed at any step.
+`freezeout_ext.batch` has `size` (samples in a batch), `to` (onto a device) and `part`.
 
-Data is a map-style dataset, or one that makes its batches itself on the device: `DeviceData`, and `images.Split` of
-the built-in sets. Both kinds give a feature cache its views: `dataset[i]` with seeded generators, or
-`batch(samples, seeds)` and `targets(samples)`.
+Data is a map-style dataset, or a dataset that makes its batches itself on the device.
+Datasets of the second kind are `DeviceData`, and `images.Split` of the built-in sets.
+A feature cache reads its views by `dataset[i]` with seeded generators from the first kind.
+From the second kind a feature cache reads them by `batch(samples, seeds)` and `targets(samples)`.
 
-A `Metric` is sums that add up over batches and processes: `metric.value(total of metric.sums(outputs, targets))`. Its
-`name`, `higher_is_better`, `unit` and `text(value)` are for printing. Where `task.metric` is None, the loss is the
-metric (`task.metric_name` is "loss", lower is better).
+A `Metric` is sums that add up over batches and processes: `metric.value(total of metric.sums(outputs, targets))`.
+The metric's `name`, `higher_is_better`, `unit` and `text(value)` are for printing.
+Where `task.metric` is None, the loss is the metric: `task.metric_name` is "loss", and lower is better.
 
-A fault of a task or its file is a `TaskFault`, a ValueError of one sentence with the line of the file.
-`faults_of(task.file)` turns what a user's lines raise later into one. `task.notes` are lines to print before a run.
+A fault of a task or its file is a `TaskFault`: a ValueError of one sentence, with the line of the file.
+`faults_of(task.file)` turns errors that the user's lines raise later into a `TaskFault`.
+`task.notes` are lines to print before a run.
 `task.fingerprint` changes with the code of the user's file, so that a run is not resumed with another task.
 """
 

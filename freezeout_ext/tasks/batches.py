@@ -31,20 +31,25 @@ def batches(
 ) -> Iterator[tuple[Batch, Batch]]:
     """Yields (inputs, targets) of one epoch.
 
-    A dataset that has a method `batches` makes its batches itself (see `DeviceData`). Of any other, sample i is taken
-    with torch's, numpy's and Python's generators seeded from (seed, epoch, i), in whatever process; those of the caller
-    stay as they are.
+    A dataset with a method `batches` makes its batches itself, see `DeviceData`.
+    Of any other dataset, sample i is drawn with torch's, numpy's and Python's generators seeded from (seed, epoch, i).
+    That holds in every process. The caller's generators stay as they are.
 
     Args:
+        dataset: map-style, or one with a method `batches`.
+        batch_size: samples in a batch.
         shuffle: a new order each epoch; else that of the dataset.
         drop_last: leave out a last batch smaller than batch_size.
-        first_step: batches of this epoch to leave out, for resuming within it; they are not loaded.
+        seed: of order and augmentation.
+        epoch: the number of the epoch.
+        first_step: how many batches at the epoch's beginning to leave out. These are not loaded.
         collate: samples -> batch. Default: torch's.
         workers: processes that load samples.
+        pin_memory: as in torch's DataLoader.
 
     Raises:
         ValueError: batch_size < 1 or first_step < 0.
-        TypeError: a batch that is no pair.
+        TypeError: a batch is neither a pair nor a dict with "labels".
     """
     check_counts(batch_size, first_step)
     if hasattr(dataset, "batches"):
@@ -71,7 +76,7 @@ def _loaded(dataset: "_Seeded", **options: Any) -> Iterator[tuple[Batch, Batch]]
 
 
 def _context() -> str | None:
-    # A user's file is no module that a fresh process could import.
+    # A fresh process could not import a user's file as a module.
     return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 
 
@@ -99,10 +104,12 @@ def collated(dataset: Any, collate: Callable[[list], Any] | None, count: int) ->
 
 
 def as_batch(batch: Batch) -> tuple[Batch, Batch]:
-    """The pair (inputs, targets) that a batch is; a dict with "labels" is the pair of all else and the labels.
+    """The batch as a pair (inputs, targets).
+
+    In a dict with "labels", the labels are the targets and all other entries are the inputs.
 
     Raises:
-        TypeError: the batch is neither.
+        TypeError: the batch is neither a pair nor such a dict.
     """
     if isinstance(batch, dict | UserDict) and "labels" in batch:
         return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
@@ -113,7 +120,7 @@ def as_batch(batch: Batch) -> tuple[Batch, Batch]:
 
 
 def generator(*seeds: int) -> torch.Generator:
-    """A generator seeded by all of `seeds`; neighbouring ones do not share streams."""
+    """A generator seeded by all of `seeds`. Neighbouring seeds share no stream."""
     return torch.Generator(device="cpu").manual_seed(hashed(*seeds))
 
 
@@ -124,7 +131,7 @@ def hashed(*seeds: int) -> int:
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """torch's CPU generator, numpy's and Python's are afterwards as they were."""
+    """Restores torch's CPU generator, numpy's and Python's on leaving."""
     numpy = sys.modules.get("numpy")
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
     try:

@@ -1,4 +1,4 @@
-"""built_in: the tasks that have a name: digits, CIFAR-10, CIFAR-100, and a folder of images."""
+"""built_in: the tasks that have a name. These are digits, CIFAR-10, CIFAR-100 and a folder of images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +33,18 @@ def built_in(
 
     Args:
         data: one of DATA.
-        model, weights: see `nets.find_net`.
-        data_dir, download, val_fraction: see `images.load_data` and `image_folder_task`.
+        model: see `nets.find_net`.
+        data_dir: see `images.load_data` and `image_folder_task`.
+        download: see `images.load_data`.
+        val_fraction: see `images.load_data` and `image_folder_task`.
         seed: of the split.
-        device: where whole sets lie; a folder's images are read batch by batch.
-        image_size: side of the inputs; a folder's default is 224, other sets keep theirs.
-        workers, skip_broken, on_progress: of a folder, see `image_folder_task`.
+        device: where whole sets lie. A folder's images are read batch by batch.
+        augment: see `images.image_task` and `image_folder_task`.
+        image_size: side of the inputs. Default: 224 for a folder; other sets keep theirs.
+        weights: see `nets.find_net`.
+        workers: of a folder, see `image_folder_task`.
+        skip_broken: of a folder, see `image_folder_task`.
+        on_progress: of a folder, see `image_folder_task`.
 
     Raises:
         ValueError, OSError, ImportError: one sentence on what is wrong with the data or the net.

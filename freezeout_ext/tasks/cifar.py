@@ -64,15 +64,15 @@ Images = tuple[Tensor, Tensor]  # uint8 [N, 3, 32, 32], int64 [N]
 
 
 def read_cifar(name: str, data_dir: str | Path | None, *, download: bool = False) -> tuple[Images, Images, str]:
-    """(train, test, what they are) of data_dir's official folder, each a pair of images and labels in file order.
+    """(train, test, what they are) of data_dir's official folder. Train and test are (images, labels) in file order.
 
-    A file of the official size must have the official md5. Any other is taken as it is, a subset for instance, and
-    said to be not checked.
+    A file of the official size must have the official md5.
+    A file of another size, such as a subset, is taken as it is. The third value says that it was not checked.
 
     Shapes: images uint8 [N, 3, 32, 32], labels int64 [N].
 
     Raises:
-        ValueError: data_dir is None, or a file is not what it should be.
+        ValueError: data_dir is None, or a file is damaged or holds something else.
         FileNotFoundError: the folder or one of its files is missing.
         ConnectionError: the download failed.
     """
@@ -116,7 +116,7 @@ def _read_split(cifar: Cifar, folder: Path, files: dict[str, tuple[int, str]]) -
 def _parse(cifar: Cifar, path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     try:
         loaded = _ArrayUnpickler(content).load()
-    # A broken pickle raises whatever the operation it breaks at raises.
+    # A broken pickle raises whatever error the operation raises at which loading breaks.
     except Exception as error:
         raise ValueError(f"{path} must be a pickle of arrays and lists, it does not load: {error}") from None
     if not isinstance(loaded, dict):
@@ -170,7 +170,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _download(cifar: Cifar, data_dir: Path) -> None:
-    """data_dir/folder from the official archive, md5-checked; there whole or not at all."""
+    """Makes data_dir/folder from the official archive, whose md5 is checked. The folder is made whole or not at all."""
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as scratch:
         archive = Path(scratch) / "archive.tar.gz"

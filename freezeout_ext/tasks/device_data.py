@@ -14,18 +14,19 @@ MOST_SEED = 2**63 - 1
 class DeviceData:
     """inputs[b] = prepare(augment(inputs[b], seeds[b])): samples 0 .. N - 1 of one tensor, and their targets.
 
-    A map-style dataset too: sample i draws its seed from torch's generator.
+    DeviceData is a map-style dataset too. There sample i draws its seed from torch's generator.
 
     Args:
         inputs: of all samples, on the device on which batches are made.
         targets: of all samples, on the same device.
-        augment: (inputs [B, ...], seeds) -> inputs [B, ...], drawn from the seeds alone, one a sample; see `uniform`.
+        augment: (inputs [B, ...], seeds) -> inputs [B, ...]. Each sample is augmented by its own seed alone; see
+            `uniform`.
         prepare: inputs [B, ...] -> what the model takes, such as floats of bytes.
 
     Shapes: inputs [N, ...], targets [N, ...], seeds int64 [B] on the CPU.
 
     Raises:
-        ValueError: not as many targets as inputs.
+        ValueError: there are not as many targets as inputs.
     """
 
     def __init__(
@@ -85,13 +86,13 @@ class DeviceData:
 
 
 def uniform(seeds: Tensor, count: int) -> Tensor:
-    """u[b, j] = hash(seeds[b], j) / 2**24 in [0, 1): `count` random numbers of each seed, in whatever batch it comes.
+    """u[b, j] = hash(seeds[b], j) / 2**24 in [0, 1): `count` random numbers of each seed, the same in every batch.
 
     Shapes: seeds int64 [B] -> float32 [B, count], on the device of the seeds.
     """
     x = seeds[:, None] + torch.arange(1, count + 1, device=seeds.device) * -7046029254386353131  # 0x9E3779B97F4A7C15
-    # splitmix64, on int64 that wraps. Source: Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195. The masks take away
-    # the sign that >> copies.
+    # splitmix64, on int64 that wraps. Source: Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195.
+    # >> copies the sign, which the masks remove.
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
     x = x ^ ((x >> 31) & 0x1FFFFFFFF)

@@ -14,11 +14,11 @@ from .nets import find_net
 from .task import Task
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-# ImageNet's, which most pretrained nets were fed with.
+# ImageNet's mean and std, with which the inputs of most pretrained nets were normalised.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EVALUATION_FRACTION = 0.2  # where there is no val/
-# Of torch's and timm's recipes: an eighth of the side is cut off before an image is judged; crops of a training image
-# keep at least this part of its area.
+# From torch's and timm's recipes: an eighth of an image's side is cut off in evaluation, and a crop of a training image
+# keeps at least LEAST_AREA of the image's area.
 MARGIN = 256 / 224
 LEAST_AREA = 0.35
 
@@ -27,7 +27,7 @@ class ImageFiles:
     """Map-style dataset of (input float32 [3, size, size], class) from image files, by Pillow.
 
     Args:
-        augmented: a random crop, scaled, and a flip, drawn from torch's generator; else the middle.
+        augmented: whether a random crop, scaled, and a flip are drawn from torch's generator; else the middle is taken.
     """
 
     def __init__(
@@ -61,12 +61,13 @@ class ImageFiles:
 
 
 def opened(path: Path, size: int):
-    """The decoded image as RGB of 8 bits, turned as its EXIF says; JPEGs at a scale not far above `size`.
+    """The decoded image as RGB of 8 bits, turned as its EXIF says.
 
-    Of 16 bits the upper 8 are taken.
+    A JPEG is decoded at a scale not far above `size`.
+    Of pixels with 16 bits the upper 8 bits are taken.
 
     Raises:
-        ValueError: the file is broken or no image, or its pixels have 32 bits, by name.
+        ValueError: the file is broken, is no image, or has pixels of 32 bits. The error names the file.
     """
     from PIL import Image, ImageOps
 
@@ -75,7 +76,7 @@ def opened(path: Path, size: int):
             file.draft("RGB", (2 * size, 2 * size))
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG"):
-                # Pillow would cut all above 255 off.
+                # Pillow would clip all values above 255.
                 image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             if image.mode in ("I", "F"):
                 raise ValueError("pixels of 32 bits do not say which values are black and white")
@@ -99,19 +100,24 @@ def image_folder_task(
 ) -> Task:
     """The task of classifying the images below data_dir.
 
-    data_dir/train/CLASS/* and data_dir/val/CLASS/* (or test/), or data_dir/CLASS/*, of which a fifth, drawn by `seed`
-    and each class in proportion, is the evaluation. Folders below a class belong to it; what is hidden (its name begins
-    with a dot) is left out.
+    The images are data_dir/train/CLASS/* and data_dir/val/CLASS/* (or test/), or data_dir/CLASS/*.
+    In the last case a fifth, drawn by `seed` and each class in proportion, is the evaluation.
+    Folders below a class belong to the class. Files and folders whose names begin with a dot are left out.
 
     Args:
-        model, weights: see `nets.find_net`.
+        data_dir: the folder.
+        model: see `nets.find_net`.
+        image_size: side of the inputs.
+        weights: see `nets.find_net`.
         val_fraction: part of the training images that chooses best.pt.
-        workers: processes that read images (None: one a core but one, at most 8).
-        skip_broken: leave out files that cannot be read; else they are an error. All files are tried first.
-        on_progress: called with (files tried, files) after each.
+        seed: of the splits.
+        augment: whether training images are cropped and flipped at random.
+        workers: processes that read images. None: one for each core but one, at most 8.
+        skip_broken: leave out files that cannot be read; else such a file is an error. All files are tried first.
+        on_progress: called with (files tried, files) after each file.
 
     Raises:
-        ValueError: data_dir is no such folder, or holds files that cannot be read, by name.
+        ValueError: data_dir is no such folder, or holds files that cannot be read. The error names them.
         ModuleNotFoundError: Pillow is missing.
     """
     if data_dir is None:
@@ -125,7 +131,7 @@ def image_folder_task(
     root = Path(data_dir)
     notes: list[str] = []
     train, evaluation, classes = _splits(root, seed)
-    net = find_net(model, len(classes), image_size=image_size, weights=weights)  # before the long part
+    net = find_net(model, len(classes), image_size=image_size, weights=weights)  # before all files are tried
     train, evaluation = _readable(root, train, evaluation, image_size, skip_broken, notes, on_progress)
     validation: Files = []
     if val_fraction:
@@ -191,12 +197,18 @@ def _files(folder: Path, classes: list[str]) -> Files:
 
 
 def _is_hidden(path: Path) -> bool:
-    """Whether the path, or a folder on it, is hidden, such as what macOS puts beside each file of a foreign disk."""
+    """Whether the path's name, or that of a folder on the path, begins with a dot.
+
+    On a foreign disk macOS puts such a file beside each file.
+    """
     return any(part.startswith(".") for part in path.parts)
 
 
 def _divided(files: Files, fraction: float, num_classes: int, seed: int) -> tuple[Files, Files]:
-    """(the rest, a part of each class in proportion, one of each at least where it has two), drawn by seed."""
+    """(the rest, a part): the part holds `fraction` of each class, drawn by seed.
+
+    A class of two or more files has at least one file in each. A class of one file has it in the rest.
+    """
     rest: Files = []
     part: Files = []
     for label in range(num_classes):
@@ -218,7 +230,11 @@ def _readable(
     notes: list[str],
     on_progress: Callable[[int, int], None],
 ) -> tuple[Files, Files]:
-    """(train, evaluation) without what cannot be read, where that is to be skipped."""
+    """(train, evaluation), without the files that cannot be read where `skip` is true.
+
+    Raises:
+        ValueError: a file cannot be read and `skip` is false.
+    """
 
     def fault(file: tuple[Path, int]) -> str | None:
         try:
@@ -244,7 +260,7 @@ def _readable(
 
 
 def _random_box(width: int, height: int) -> tuple[float, float, float, float]:
-    """A crop of LEAST_AREA..1 of the area, its sides in a ratio of 3:4 to 4:3."""
+    """A random crop. Its area is LEAST_AREA..1 of the image's, and the ratio of its sides is between 3:4 and 4:3."""
     area = (LEAST_AREA + (1 - LEAST_AREA) * torch.rand((), device="cpu").item()) * width * height
     ratio = math.exp((2 * torch.rand((), device="cpu").item() - 1) * math.log(4 / 3))
     w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))

@@ -1,4 +1,4 @@
-"""Whole image sets on the device: splits, batches cropped, flipped and normalised there, and the tasks of them."""
+"""Whole image sets on the device: their splits, their batches and the tasks of them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,12 +19,13 @@ DIGITS_TEST_IMAGES = 450
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What a set looks like, whether it is there or not.
+    """What a set looks like, also where the set itself is missing.
 
     Attributes:
         shape: (C, H, W) of an image.
-        train_images: how many the whole set has.
-        padding, flip: the augmentation that suits it, see `Split`.
+        train_images: how many training images the whole set has.
+        padding: of the augmentation that suits the set, see `Split`.
+        flip: of the augmentation that suits the set, see `Split`.
     """
 
     shape: tuple[int, int, int]
@@ -47,11 +48,12 @@ class Split:
     """Images with labels, and how inputs are made of them: a map-style dataset that also makes whole batches.
 
     Attributes:
-        mean, std: one a channel, those of the training split with pixels in 0..1.
-        padding, flip: the augmentation that suits the set: shifts of up to `padding` pixels, and whether left and
-            right may be swapped.
+        mean: of each channel of the training split, with pixels in 0..1.
+        std: of each channel of the training split, with pixels in 0..1.
+        padding: augmentation shifts images by up to so many pixels.
+        flip: whether augmentation may swap left and right.
         augmented: whether samples and the batches of a task are augmented.
-        size: side of the inputs, to which the images are scaled; None leaves them as they are.
+        size: side of the inputs, to which the images are scaled; None leaves the images as they are.
         channels: of the inputs; images of one channel are repeated.
     """
 
@@ -69,7 +71,7 @@ class Split:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """(input, target) of sample i; its augmentation draws from torch's generator."""
+        """(input, target) of sample i. Augmentation draws from torch's generator."""
         images = self.images[i : i + 1]
         if self.augmented:
             top, left = torch.randint(2 * self.padding + 1, (2, 1), device="cpu").to(images.device)
@@ -78,7 +80,9 @@ class Split:
         return self.inputs(images)[0], self.labels[i]
 
     def batch(self, samples: Tensor, seeds: Tensor) -> Tensor:
-        """The inputs of the samples; where the split is augmented each shift and flip follows from its seed alone.
+        """The inputs of the samples.
+
+        Where the split is augmented, a sample's shift and flip follow from its seed alone.
 
         Shapes: samples, seeds int64 [B] on the CPU -> float32 [B, C, H, W] on the split's device.
         """
@@ -95,7 +99,7 @@ class Split:
         return self.labels[samples.to(self.labels.device)]
 
     def batches(self, batch_size: int, **options) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `batches` below, augmented where the split is."""
+        """The batches that `batches` below yields. They are augmented where the split is augmented."""
         return batches(self, batch_size, augment=self.augmented, **options)
 
     def inputs(self, images: Tensor) -> Tensor:
@@ -113,7 +117,15 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class DataSplits:
-    """The parts of a set. val is None unless asked for; conditions says what was loaded, in one line."""
+    """The parts of a set.
+
+    Attributes:
+        train: the training split.
+        val: the validation split; None unless asked for.
+        test: the test split.
+        num_classes: of the set.
+        conditions: one line on what was loaded.
+    """
 
     train: Split
     val: Split | None
@@ -140,9 +152,10 @@ def image_task(
     """The task of classifying a set with the net called `model`.
 
     Args:
-        model, weights: see `nets.find_net`.
-        augment: shifts and flips, where they suit the set.
-        image_size: side to which the images are scaled; None leaves them.
+        model: see `nets.find_net`.
+        augment: whether training images are shifted and, where that suits the set, flipped.
+        image_size: side to which the images are scaled; None leaves the images as they are.
+        weights: see `nets.find_net`.
     """
     channels, side, _ = data.image_shape
     net = find_net(model, data.num_classes, in_channels=channels, image_size=image_size or side, weights=weights)
@@ -169,7 +182,7 @@ def _papers_optimizer(parameters: Iterable) -> torch.optim.Optimizer:
 
 
 def random_images(name: str, count: int, seed: int = 0, device: str | torch.device = "cpu") -> DataSplits:
-    """`count` images of noise in the shape of the set called `name`, for measuring without it."""
+    """`count` images of noise in the shape of the set called `name`, for measuring without the set."""
     known, drawn = SETS[name], generator(seed)
     images = torch.randint(256, (count, *known.shape), dtype=torch.uint8, generator=drawn, device="cpu")
     labels = torch.randint(known.num_classes, (count,), generator=drawn, device="cpu")
@@ -189,19 +202,23 @@ def load_data(
 ) -> DataSplits:
     """The set called `name` on `device`, as uint8.
 
-    digits: scikit-learn's 1,797 images [1, 8, 8], of which 450, always the same, are the test split; needs no
-    data_dir. cifar10, cifar100: see `read_cifar`.
+    digits: scikit-learn's 1,797 images [1, 8, 8]. 450 of them, always the same, are the test split. No data_dir is
+    needed.
+    cifar10, cifar100: see `read_cifar`.
 
     Args:
         data_dir: the folder that holds cifar-10-batches-py or cifar-100-python.
-        download: fetch that folder into data_dir where it is missing.
-        val_fraction: part of the training images that become the validation split, at least one image, each class
-            in proportion, drawn by `seed`.
+        download: fetch that folder into data_dir where the folder is missing.
+        val_fraction: part of the training images that becomes the validation split, each class in proportion. Above 0
+            the split has at least one image.
+        seed: draws the validation split.
+        device: where the images lie.
 
     Raises:
-        ValueError: an argument out of its range; a corrupt file.
-        FileNotFoundError, ConnectionError: the folder is missing, or cannot be fetched.
-        ModuleNotFoundError: digits without scikit-learn, CIFAR without numpy.
+        ValueError: an argument is out of its range, or a file is corrupt.
+        FileNotFoundError: the folder is missing.
+        ConnectionError: the folder cannot be fetched.
+        ModuleNotFoundError: digits without scikit-learn, or CIFAR without numpy.
     """
     if name not in NAMES:
         raise ValueError(f"data must be one of {', '.join(NAMES)}, got {name!r}")
@@ -245,15 +262,15 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (inputs, targets): inputs = (crop_flip(images) / 255 - mean) / std.
 
-    Order, shifts and flips are a function of (seed, epoch) alone, on any device, so a run can go on at any step.
-    Shifts are uniform in -padding..padding, the border is black.
+    Order, shifts and flips are a function of (seed, epoch) alone, on any device. So a run can be resumed at any step.
+    Shifts are uniform in -padding..padding. The border is black.
 
     Shapes: inputs float32 [B, C, H, W], targets int64 [B], on the split's device; the last batch may be smaller.
 
     Args:
         shuffle: a new order each epoch; else that of the split.
         augment: random shifts, and flips where they suit the set.
-        first_step: batches of this epoch to leave out, for resuming within it.
+        first_step: how many batches at the epoch's beginning to leave out.
         drop_last: leave out a last batch smaller than batch_size.
 
     Raises:
@@ -265,7 +282,7 @@ def batches(
 
 def _batches(split, batch_size, shuffle, augment, drawn, first_step, drop_last):
     n, padding, device = len(split), split.padding, split.images.device
-    # All of the epoch at once: one copy to the device, and every draw is made whatever is used of it.
+    # The draws of the whole epoch at once: one copy to the device, and all draws are made wherever the epoch begins.
     order = torch.randperm(n, generator=drawn, device="cpu") if shuffle else torch.arange(n)
     shifts = torch.randint(2 * padding + 1, (2, n), generator=drawn, device="cpu")
     flips = torch.randint(2, (n,), generator=drawn, device="cpu").bool() & split.flip
@@ -285,7 +302,7 @@ def _crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, *, paddi
     Shapes: images [N, C, H, W]; top, left int64 [N] in 0..2 * padding, flip bool [N].
     """
     height, width = images.shape[2:]
-    # A view of all crops, [N, C, 2 * padding + 1, 2 * padding + 1, H, W]; the indexing copies one for each image.
+    # A view of all crops, [N, C, 2 * padding + 1, 2 * padding + 1, H, W]. Indexing copies one crop of each image.
     crops = functional.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     chosen = crops[torch.arange(len(images), device=images.device), :, top, left]
     return torch.where(flip.view(-1, 1, 1, 1), chosen.flip(3), chosen)
@@ -306,12 +323,12 @@ def _held_out(labels: Tensor, count: int, seed: int) -> Tensor:
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, pixels in 0..1: uint8 [N, C, H, W] -> C numbers each."""
     values = torch.arange(256, dtype=torch.float64, device="cpu") / 255
-    # From counts: exact, and no float copy of the set.
+    # Counting the pixels of each value is exact, and needs no float copy of the set.
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
     weights = counts / counts.sum(1, keepdim=True, dtype=torch.float64)
     mean = weights @ values
     variance = (weights * (values - mean[:, None]).square()).sum(1)
-    # A channel of one value has nothing to scale.
+    # A channel with one value only has a std of 0, and is not scaled.
     std = variance.sqrt().where(variance > 0, 1.0)
     return tuple(mean.tolist()), tuple(std.tolist())
 
@@ -324,7 +341,7 @@ def _read_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], str]:
         message = "digits needs scikit-learn, found none: pip install 'freezeout_ext[train]'"
         raise ModuleNotFoundError(message) from error
     digits = load_digits()
-    # Pixels are 0..16; times 15 they fill a byte and stay exact.
+    # Pixels are 0..16. Times 15 they span a byte and stay exact.
     images = torch.from_numpy(digits.images).mul(15).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(digits.target).to(torch.int64)
     test = _held_out(labels, DIGITS_TEST_IMAGES, seed=0)

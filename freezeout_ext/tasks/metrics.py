@@ -28,7 +28,7 @@ class Metric:
         sums: (outputs, targets) -> tensor [K] of what adds up over batches.
         value: sums [K] -> the metric. Default: sums[0] / sums[1].
         higher_is_better: whether a larger value is a better one.
-        unit: printed behind the value; "%" prints 100 times the value.
+        unit: printed behind the value. With "%" the value is printed times 100.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Metric:
 
 
 def mean_of(name: str, function: Callable[[Any, Any], Any], *, higher_is_better: bool, unit: str = "") -> Metric:
-    """The mean over samples of function(outputs, targets), itself a mean over the samples of a batch."""
+    """The mean over all samples of a metric whose function(outputs, targets) is the mean over a batch's samples."""
 
     def sums(outputs: Any, targets: Any) -> Tensor:
         count = size(targets)
@@ -57,7 +57,7 @@ def mean_of(name: str, function: Callable[[Any, Any], Any], *, higher_is_better:
 
 
 def logits_of(outputs: Any) -> Any:
-    """outputs.logits where there are any, as in the outputs of Transformers' models; else outputs."""
+    """outputs.logits where there are any, as Transformers' models give them; else outputs."""
     return getattr(outputs, "logits", outputs)
 
 
@@ -69,12 +69,12 @@ def _hits(outputs: Any, targets: Tensor) -> Tensor:
     return torch.stack([((found == targets) & counted).sum(), counted.sum()]).double()
 
 
-# argmax(outputs, dim=1) == targets, as a part of all samples, pixels or tokens whose target is not -100.
+# The part of samples, pixels or tokens with argmax(outputs, dim=1) == targets. A target of -100 is left out.
 accuracy = Metric("accuracy", _hits, unit="%")
 
 
 def mean_iou(num_classes: int) -> Metric:
-    """Mean over classes of intersection over union, counted over the whole set; a class that never comes is left out.
+    """Mean over classes of intersection over union, counted over the whole set. A class that never occurs is left out.
 
     Shapes: outputs [N, C, ...], targets int64 [N, ...], -100 where a pixel does not count.
     """

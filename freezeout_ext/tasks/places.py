@@ -1,4 +1,4 @@
-"""TaskFault, and where in a user's file a fault lies."""
+"""TaskFault, and the line of a user's file where a fault lies."""
 
 import re
 import traceback
@@ -19,7 +19,7 @@ def where_raised(file: Path | None, error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename == str(file):
         return f"{file.name}, line {error.lineno}: "
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-    # What a worker of a loader raises comes as text.
+    # An error in a loader's worker comes as text.
     lines = lines or [int(n) for n in re.findall(rf'File "{re.escape(str(file))}", line (\d+)', str(error))]
     return f"{file.name}, line {lines[-1]}: " if lines else ""
 

