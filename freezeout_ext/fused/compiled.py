@@ -108,6 +108,22 @@ def op_takes(tensors: list[Tensor | None]) -> bool:
     return p.dim() == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in alike)
 
 
+def share_memory(params: list[Tensor]) -> set[int]:
+    """ids of the parameters that overlap another, or are listed twice: in what order to update them is torch's."""
+    spans = sorted(
+        (p.device.type, p.device.index or 0, p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), id(p))
+        for p in params
+        if type(p) in PLAIN and p.layout == torch.strided and p.numel() > 0
+    )
+    shared, reach = set(), None
+    for span in spans:
+        if reach is not None and span[:2] == reach[:2] and span[2] < reach[3]:
+            shared |= {span[4], reach[4]}
+        if reach is None or span[:2] != reach[:2] or span[3] > reach[3]:
+            reach = span
+    return shared
+
+
 def device_of(batch: Any) -> torch.device:
     """Where a TensorBatch's tensors are."""
     return torch.device("cpu") if batch.device_type == 1 else torch.device("cuda", batch.device_index)
@@ -144,7 +160,10 @@ def check_lists(
         raise ValueError(f"layer_of must ascend within 0..{num_rates - 1}, got {layer_of}")
     if params[0].device.type not in DEVICE_TYPES:
         raise ValueError(f"params must be on the CPU or a CUDA device, got {params[0].device}")
+    shared = share_memory(params)
     for i, p in enumerate(params):
+        if id(p) in shared:  # threads would race
+            raise ValueError(f"params must not share memory with one another, parameter {i} does")
         if (p.dtype, p.device) != (params[0].dtype, params[0].device):
             raise ValueError(f"params must share dtype and device, got {p.dtype} on {p.device} (parameter {i})")
         if p.dtype not in DTYPES or not is_dense(p):

@@ -40,7 +40,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     # On the class: an instance's flag would not survive deepcopy and pickle.
     _step_supports_amp_scaling = True
     _prepared: "_Prepared | None" = None
-    _was_traced = False  # by torch.compile
+    # Set once torch.compile traced a step: for each group the positions of parameters that share memory.
+    _sharing: list[tuple[int, ...]] | None = None
     _device_schedule: tuple[Tensor, list[tuple[float, float, float]]] | None = None
     # Tables: a graph reads them for as long as it may be replayed.
     _captured: frozenset[Tensor] = frozenset()
@@ -81,8 +82,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         # that is made later would be lost. torch's for-loop asks with a copy of a group.
         groups = [group]
         if any(group is each for each in self.param_groups):
-            self._was_traced = True
             groups = self.param_groups
+            # Traced code cannot ask for addresses.
+            shared = self._share_memory()
+            self._sharing = [
+                tuple(j for j, p in enumerate(each["params"]) if id(p) in shared) for each in self.param_groups
+            ]
         for each in groups:
             for p in () if each.get("frozen") else each["params"]:
                 if p.grad is None or p.grad.is_sparse or not self._lacks_state(p, each):
@@ -143,7 +148,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for i, (group, reasons) in enumerate(zip(self.param_groups, self._reasons(), strict=True)):
             for j, (p, reason) in enumerate(zip(group["params"], reasons, strict=False)):  # [] for a frozen group
                 reason = reason or _reason_against_grad(p)
-                if reason is None and self._was_traced and not compiled.op_takes(self._op_tensors(p)):
+                if reason is None and self._sharing is not None and not compiled.op_takes(self._op_tensors(p)):
                     reason = "is neither contiguous nor channels-last with all its states, as the traced op needs it"
                 if reason is not None:
                     report[f"group {i}, parameter {j}"] = reason
@@ -283,17 +288,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         # What equal numbers have in common: lists of tensors, the layer of each, and the layers' rates.
         calls: dict[tuple, tuple[list[list[Tensor]], list[int], list[Any]]] = {}
         rest = []
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             if group.get("frozen"):
                 continue
             lists = self._op_lists(group)
+            assert self._sharing is not None  # _op_lists asked
+            positions = [j for j, p in enumerate(group["params"]) if p.grad is not None]
             numbers = self._op_numbers(group)
             begun = []
             for i, p in enumerate(lists[0]):
                 tensors = [each[i] if each else None for each in lists]
                 # SGD's first step with dampening has no momentum buffer yet.
                 lacks_state = any(len(each) > 0 and each[i] is None for each in lists)
-                if lacks_state or not compiled.op_takes(tensors):
+                if lacks_state or positions[i] in self._sharing[index] or not compiled.op_takes(tensors):
                     rest.append((group, [p]))
                     continue
                 key: tuple[Any, ...] = (p.dtype, p.device, *numbers.items())
@@ -325,8 +332,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         A gradient that only one step brings is no reason here.
         """
         of_all = self._reason_against_containers()
-        active = [group for group in self.param_groups if not group.get("frozen")]
-        shared = _share_memory([p for group in active for p in group["params"]])
+        shared = self._share_memory()
         found: list[list[str | None]] = []
         for group in self.param_groups:
             if group.get("frozen"):
@@ -343,6 +349,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 ]
             )
         return found
+
+    def _share_memory(self) -> set[int]:
+        active = [group for group in self.param_groups if not group.get("frozen")]
+        return compiled.share_memory([p for group in active for p in group["params"]])
 
     def _reason_against_containers(self) -> str | None:
         if not isinstance(self.param_groups, list):
@@ -404,22 +414,6 @@ class _Prepared:
         for i, positions in self.by_torch:
             params = list(groups[i]["params"])
             yield groups[i], params if positions is None else [params[j] for j in positions]
-
-
-def _share_memory(params: list[Tensor]) -> set[int]:
-    """ids of the parameters that overlap another, or are listed twice: in what order to update them is torch's."""
-    spans = sorted(
-        (p.device.type, p.device.index or 0, p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), id(p))
-        for p in params
-        if type(p) in compiled.PLAIN and p.layout == torch.strided and p.numel() > 0
-    )
-    shared, reach = set(), None
-    for span in spans:
-        if reach is not None and span[:2] == reach[:2] and span[2] < reach[3]:
-            shared |= {span[4], reach[4]}
-        if reach is None or span[:2] != reach[:2] or span[3] > reach[3]:
-            reach = span
-    return shared
 
 
 def _reason_against_container(group: Any) -> str | None:
