@@ -1,5 +1,5 @@
 #!/bin/sh
-# Usage: [NAME=value ...] sh bench/gpu.sh [PART ...]       default: build test sanitize optimizer adamw kernels step report
+# Usage: [NAME=value ...] sh bench/gpu.sh [PART ...]       default: build test sanitize optimizer adamw kernels step features report
 #
 # What a machine with a GPU is asked, in parts that each end within ten minutes. No network is needed: the machine's own
 # python3 has torch with Triton, nvcc, cmake, ninja, pybind11, setuptools, numpy, pytest, pytest-benchmark, pytest-xdist
@@ -17,6 +17,7 @@
 #   kernels    bench_kernels.py without torch.compile
 #   compile    bench_kernels.py, torch.compile on the same prefixes: minutes of compiling
 #   step       bench_training_step.py, one net after the other
+#   features   bench_features.py: a cached step over its suffix, captured where it can be, and the rate of a gather
 #   train      full training, cubic scaled 0.8 and the shortened cosine, WRN-40-4 on CIFAR-100, run by run: finished runs
 #              are kept, an unfinished one goes on where WORK is still there
 #   figure     one of the paper's figures, run by run likewise: FIGURE (wrn-cifar100), SETTING (paper, or modern: batch 512)
@@ -35,7 +36,7 @@ cd "$(dirname "$0")/.."
 out=${OUT:-gpu-results}
 work=${WORK:-build/gpu}
 mkdir -p "$out" "$work/logs" "$work/benchmarks"
-[ $# -gt 0 ] || set -- build test sanitize optimizer adamw kernels step
+[ $# -gt 0 ] || set -- build test sanitize optimizer adamw kernels step features
 python=${PYTHON:-python3}
 COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || true)}
 given_path=${PYTHONPATH:-}
@@ -174,6 +175,8 @@ step() {
   return $status
 }
 
+features() { bench features 280 bench_features.py; }
+
 train() {
   [ -n "${CIFAR:-}" ] || { echo "train needs CIFAR=folder with cifar-100-python in it"; return 1; }
   [ -z "${RUNS:-}" ] || tar xzf "$RUNS" -C "$work" || return 1
@@ -202,11 +205,11 @@ report() {
 for part in "$@"; do
   say "$part"
   case $part in
-    build | sanitize | optimizer | adamw | kernels | step | train | figure) $part || failed="$failed $part" ;;
+    build | sanitize | optimizer | adamw | kernels | step | features | train | figure) $part || failed="$failed $part" ;;
     test) tests || failed="$failed $part" ;;
     compile) compiled || failed="$failed $part" ;;
     report) ;;
-    *) echo "part must be one of build, test, sanitize, optimizer, adamw, kernels, compile, step, train, figure, report, got $part" >&2; exit 2 ;;
+    *) echo "part must be one of build, test, sanitize, optimizer, adamw, kernels, compile, step, features, train, figure, report, got $part" >&2; exit 2 ;;
   esac
   # After every part: a call that is stopped leaves what it has.
   report >"$work/logs/report.log" 2>&1 || { cat "$work/logs/report.log"; failed="$failed report"; }

@@ -86,6 +86,15 @@ def optimizer_ratio(tests: Tests) -> float | None:
     return value(tests, "test_step", "ratio", **one_a_layer)
 
 
+def cached_over_replay(net: str) -> Callable[[Tests], float | None]:
+    return lambda tests: value(tests, "test_cached_step", "captured_over_replay", name=net, share=0.5)
+
+
+def gather_rate(tests: Tests) -> float | None:
+    """Of rows kept as they were computed, the largest ones: launches are least of it."""
+    return value(tests, "test_gather", "rate", shape=[197, 192], kept=None)
+
+
 TARGETS = [
     Target("optimizer, DenseNet-76-12, one group a layer: torch fused over ours", ">=", 20, "x", optimizer_ratio),
     Target("optimizer, 100 M parameters: share of the copy bandwidth", ">=", 92, "%", bandwidth),
@@ -115,4 +124,11 @@ TARGETS = [
         "x",
         step_ratio("densenet-76-12", 0.5, "graph, bf16", of="epoch_over_authors"),
     ),
+    *(
+        Target(
+            f"kept features, {net}, half frozen: captured step over its graph", "<=", 1.05, "", cached_over_replay(net)
+        )
+        for net in ("densenet-40-12", "wrn-16-4", "vgg-16")
+    ),
+    Target("gather of kept rows: rate over a plain copy's", ">=", 0.8, "", gather_rate),
 ]

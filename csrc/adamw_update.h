@@ -1,13 +1,19 @@
 // m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2;
-// p -= lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps), after p *= 1 - lr * weight_decay (AdamW)
-// or with g + weight_decay * p for g (Adam); amsgrad: the largest v so far for v.
+// p -= lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 //
-// THE formula of FusedAdamW and FusedAdam for one element, on host and device, in the order of roundings of
-// torch.optim.AdamW's for-loop: see sgd_update.h for how to compile it. On a CPU float and double are bit-equal to that
-// loop but for the square root. torch takes MKL's, which round the last place otherwise than IEEE 754: MKL's AVX-512
-// code in 0.6 % of all float and 0.8 % of all double values, its AVX2 code in no float (then float is bit-equal)
-// and 1.5 % of double values. Moments take no root and are always equal. A step's parameter differs by at most 3 ulp of
-// the largest of itself, before and after, and its change: an ulp of the root is up to two of each quotient.
+// AdamW: p *= 1 - lr * weight_decay comes first.
+// Adam: g + weight_decay * p takes g's place.
+// amsgrad: the largest v so far takes v's place in the second line.
+//
+// THE formula of FusedAdamW and FusedAdam for one element, on host and device.
+// The roundings are those of torch.optim.AdamW's for-loop, in its order. sgd_update.h says how to compile the formula.
+//
+// On a CPU, float and double are bit-equal to torch's loop but for the square root, for which torch calls MKL.
+// MKL's AVX2 code rounds the roots of floats as IEEE 754 says, and then float is bit-equal.
+// That code rounds the last place otherwise for 1.5 % of all double values, MKL's AVX-512 code for 0.6 % of all float
+// and 0.8 % of all double values. Then the moments are still equal, and the parameter differs by at most 3 ulp after a
+// step. That ulp is of the largest of three: the parameter before the step, the parameter after the step, and the
+// change. The bound holds since one ulp of the root is up to two ulp of each quotient.
 #pragma once
 
 #include <limits>
@@ -17,7 +23,7 @@
 namespace freezeout {
 
 struct AdamW {
-  enum Option : unsigned { kAmsgrad = 4, kCoupled = 8 };  // kCoupled with kWeightDecay only: Adam's decay
+  enum Option : unsigned { kAmsgrad = 4, kCoupled = 8 };  // kCoupled, Adam's decay, only together with kWeightDecay
   enum Coefficient { kBeta1, kBeta2, kEps };
 
   static constexpr int kStates = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
@@ -25,8 +31,8 @@ struct AdamW {
 
   template <class R>
   struct Rates {
-    R decay;  // 1 - lr * weight_decay, or weight_decay where it is coupled
-    R lerp;   // towards g where positive, else back from it: torch's lerp goes from the nearer end
+    R decay;  // 1 - lr * weight_decay, or weight_decay where the decay is coupled
+    R lerp;   // positive: m moves towards g; else from g back: torch's lerp starts at the nearer end
     R beta2;
     R rest2;  // 1 - beta2
     R root_correction2;
@@ -42,7 +48,7 @@ struct AdamW {
     return state < 2 || (options & kAmsgrad);
   }
 
-  // `step` counts this update too.
+  // step: how many updates there were, this one included.
   template <class R>
   FREEZEOUT_HOST_DEVICE static Rates<R> rates(const ParamGroup& group, double lr, float step) {
     const double beta1 = group.coefficients[kBeta1];
@@ -85,10 +91,12 @@ struct AdamW {
     p = p + rates.minus_step_size * states[0] / (root + rates.eps);
   }
 
-  // x / c rounded as a division is, for y = 1 / c rounded, in a third of a vector division's time. The first correction
-  // makes the quotient faithful; then the remainder is exact, and the second rounds right (Markstein 1990,
-  // https://doi.org/10.1147/rd.341.0111). As x is a square root, 0 or between 2^-75 and 2^64 in float, and c at most 1
-  // and not tiny, nothing over- or underflows but what a division would too: an infinite quotient is kept.
+  // x / c, rounded as a division rounds, in a third of a vector division's time.
+  // y: 1 / c, rounded.
+  // The first correction makes the quotient faithful. Then the remainder is exact, and the second correction rounds the
+  // quotient right. Source: Markstein 1990, https://doi.org/10.1147/rd.341.0111.
+  // x is a square root: in float 0 or between 2^-75 and 2^64. c is at most 1 and not tiny. So nothing overflows or
+  // underflows that would not do so in a division. An infinite quotient is kept.
   template <class R>
   FREEZEOUT_HOST_DEVICE static R root_over(R x, R c, R y) {
     const R product = x * y;

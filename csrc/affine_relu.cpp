@@ -7,7 +7,7 @@
 namespace freezeout {
 namespace {
 
-// Below this a second thread costs more than it saves.
+// With fewer elements a thread, a second thread costs more than it saves.
 constexpr std::int64_t kElementsPerThread = 1 << 15;
 
 // Compiled for each width of vector, chosen when the module loads.

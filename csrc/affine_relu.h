@@ -8,7 +8,7 @@ namespace freezeout {
 template <class T>  // float or BFloat16
 struct AffineSlices {
   const T* x;          // [rows, channels], row r at x + r * x_stride
-  T* y;                // likewise; y == x with equal strides is allowed
+  T* y;                // likewise, with y_stride; y may be x where the strides are equal
   const float* scale;  // [channels]
   const float* shift;  // [channels]
   std::int64_t rows;   // N * H * W

@@ -1,4 +1,4 @@
-// The Python module freezeout_ext._C: every function and class of it, checked before it reaches an address.
+// The Python module freezeout_ext._C. Arguments are checked before any address is read.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -15,13 +15,13 @@ enum class Formula : int { kSgd, kAdamW };
 struct TensorWork {
   void* param;
   void* states[kMaxStates];  // null where the formula uses none
-  void* grad;                // null: not updated; written only where gradients are unscaled
-  float* step;  // how often the tensor was updated, advanced by each update; null unless the formula counts
+  void* grad;                // null: the tensor is not updated; written only where gradients are unscaled
+  float* step;  // how often the tensor was updated; each update advances it; null unless the formula counts
   std::int64_t size;
   std::uint32_t group;
 };
 
-// What an empty tensor has for the address of its gradient.
+// The gradient's address of an empty tensor, which has no elements to point at.
 inline void* const kNoElements = reinterpret_cast<void*>(std::uintptr_t{64});
 
 // Tensors of one dtype, in the ascending order of their groups.
@@ -32,29 +32,32 @@ struct Batch {
   std::vector<ParamGroup> groups;
 };
 
-// Where the numbers lie that all tensors of a step share: on the device, or on the host for the CPU.
+// Addresses of the numbers that all tensors of a step share: on the batch's device.
 struct SharedInputs {
-  const std::int64_t* schedule_step;  // null: rates as given
-  const float* grad_scale;            // null: gradients are not scaled; else they are divided by it, in place
-  const float* found_inf;             // null, or nothing happens where it is not 0
+  const std::int64_t* schedule_step;  // null: each group's lr is its rate; else the schedule gives the rate
+  const float* grad_scale;            // null: gradients are not scaled; else gradients are divided by it, in place
+  const float* found_inf;             // not null and not 0: nothing is updated
 };
 
 void fused_update_cpu(const Batch& batch, const SharedInputs& inputs, int num_threads);
 
-// Instruction sets that were compiled in and that this CPU has, fastest first; and the one in use.
+// Instruction sets that were compiled in and that this CPU has, fastest first.
 std::vector<std::string> cpu_isas();
+// The instruction set in use.
 std::string cpu_isa();
 void use_cpu_isa(const std::string& name);  // throws std::invalid_argument
 
 #ifdef FREEZEOUT_WITH_CUDA
-// One launch (more only where addresses and rates outgrow 32 KB of kernel arguments) on `stream` of `device`.
-// `table` is on the device, as made by make_tensor_table of the same work.
-// Returns whether the stream is being captured into a graph. Throws std::runtime_error with CUDA's message.
+// One launch on `stream` of `device`. There are more launches only where addresses and rates outgrow 32 KB of kernel
+// arguments.
+// table: on the device; make_tensor_table of batch.work made it.
+// Returns whether the stream is being captured into a graph.
+// Throws std::runtime_error with CUDA's message.
 bool fused_update_cuda(const Batch& batch, TensorEntry* table, const SharedInputs& inputs, int device,
                        std::uintptr_t stream);
 #endif
 
-// In the order of `work`; gradients are not in it.
+// The table of `work`, in the same order. Gradients are not in the table, since each step may bring others.
 inline std::vector<TensorEntry> make_tensor_table(const std::vector<TensorWork>& work) {
   std::vector<TensorEntry> table;
   table.reserve(work.size());

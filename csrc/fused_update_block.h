@@ -16,16 +16,18 @@ template <class F>
 constexpr int kInFlight = F::kStates > 1 ? 1 : 2;
 constexpr int kGroupWords = sizeof(ParamGroup) / sizeof(std::uint64_t);
 
-// A kernel's arguments; all of them together may have 32,764 bytes (CUDA 12.1 and later).
+// A kernel's arguments. CUDA 12.1 and later take 32,764 bytes of them.
 template <int kWords>
 struct LaunchArguments {
   SharedInputs inputs;
   TensorEntry* table;
-  std::int32_t first_tensor;  // of the table
+  std::int32_t first_tensor;  // its index in the table
   std::int32_t num_tensors;
   std::uint32_t first_chunk;  // block 0's
   std::uint32_t first_group;
-  std::uint64_t words[kWords];  // num_tensors gradients, 0 where not updated, then the ParamGroups from first_group on
+  // First the gradients of num_tensors tensors, 0 for one that is not updated. Then the ParamGroups from first_group
+  // on.
+  std::uint64_t words[kWords];
 };
 constexpr int kWordSizes[] = {512, 1024, 4064};
 constexpr int kMaxWords = kWordSizes[2];
@@ -38,7 +40,7 @@ struct alignas(16) Vector {
 };
 
 #ifdef __CUDA_ARCH__
-// Pointers out of a table are generic to the compiler; these are global, which makes LDG and STG of them.
+// To the compiler a pointer out of a table is generic. Told that the pointer is global, it emits LDG and STG.
 #define FREEZEOUT_ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
 #define FREEZEOUT_UNROLL _Pragma("unroll")
 #else
@@ -69,7 +71,7 @@ template <class F, class T>
 FREEZEOUT_HOST_DEVICE void update_element(T& param, T* (&states)[F::kStates], T& grad, const RatesOf<F, T>& rates,
                                           unsigned options, float inverse_scale) {
   using R = typename Compute<T>::type;
-  // Rounded before use: the update sees what the gradient is left with.
+  // Rounded before use, so that the update sees the value that is written back to the gradient.
   grad = store<T, R>(load(grad) * static_cast<R>(inverse_scale));
   R p = load(param);
   R s[F::kStates];
@@ -105,8 +107,9 @@ FREEZEOUT_HOST_DEVICE void update_scalars(const Chunk<F, T>& chunk, std::int64_t
   }
 }
 
-// As many whole vectors as there are; returns the number of elements done. Param and states are aligned; a gradient may
-// be off (DDP's bucket views are by 8 bytes) and is then read lane by lane, out of the same cache lines.
+// Updates the chunk's whole vectors. Returns the number of elements updated.
+// Param and states are aligned. The gradient may not be: DDP's bucket views are off by 8 bytes. Such a gradient is read
+// lane by lane, out of the same cache lines.
 template <class F, class T>
 FREEZEOUT_HOST_DEVICE std::int64_t update_vectors(const Chunk<F, T>& chunk, const RatesOf<F, T>& rates,
                                                   float inverse_scale, bool scaled, int thread) {
@@ -178,8 +181,8 @@ FREEZEOUT_HOST_DEVICE const ParamGroup& group_of_tensor(const LaunchArguments<kW
   return reinterpret_cast<const ParamGroup*>(arguments.words + arguments.num_tensors)[group];
 }
 
-// The tensor's step, this update counted. One thread of each block asks; of the launch's blocks of this tensor the last
-// to ask advances the counter, when all the others have read it.
+// The tensor's step, this update counted. One thread of each block calls.
+// The last of the tensor's blocks to call advances the counter, since all other blocks have then read the counter.
 FREEZEOUT_HOST_DEVICE float advance_step(TensorEntry& entry) {
   float* const counter = entry.step;
   FREEZEOUT_ASSUME_GLOBAL(counter);
@@ -197,7 +200,7 @@ FREEZEOUT_HOST_DEVICE float advance_step(TensorEntry& entry) {
   return step;
 }
 
-// For one thread of the block: powers and cosines are in double.
+// Only one thread of the block calls, since powers and cosines in double are slow.
 template <class F, class T, int kWords>
 FREEZEOUT_HOST_DEVICE RatesOf<F, T> rates_of_block(const LaunchArguments<kWords>& arguments, int tensor) {
   const ParamGroup& group = group_of_tensor(arguments, tensor);
@@ -239,8 +242,8 @@ FREEZEOUT_HOST_DEVICE void update_block(const LaunchArguments<kWords>& arguments
   update_scalars<F, T>(chunk, done, rates, inverse_scale, scaled, thread);
 }
 
-// Calls launch(arguments, num_blocks) for consecutive tensors, as many at a time as the arguments hold. Tensors without
-// a gradient at either end of a launch get no blocks.
+// Calls launch(arguments, num_blocks) for consecutive tensors, as many at a time as the arguments hold. Returns the
+// number of launches. Tensors without a gradient at either end of a launch get no blocks.
 template <class Launch>
 int for_each_launch(const Batch& batch, TensorEntry* table, const SharedInputs& inputs, const Launch& launch) {
   const std::vector<TensorWork>& work = batch.work;

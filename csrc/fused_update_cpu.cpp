@@ -16,11 +16,11 @@ namespace freezeout {
 
 namespace {
 
-// Below this many elements a thread, waking it costs more than it saves.
+// With fewer elements a thread, waking the thread costs more than it saves.
 constexpr std::int64_t kMinPerThread = 16384;
 // Elements unscaled at a time, so that the update finds them in the first-level cache.
 constexpr std::int64_t kUnscaleBlock = 1024;
-// Bytes of each operand: the hardware's own prefetching stops at each page, and alone leaves a tenth of the bandwidth.
+// Bytes ahead in each operand. The hardware's own prefetching stops at each page, which costs a tenth of the bandwidth.
 constexpr int kPrefetchAhead = 2048;
 constexpr int kPrefetchBlock = 256;
 constexpr int kCacheLine = 64;
@@ -65,7 +65,7 @@ FREEZEOUT_HOST_DEVICE void update_span(const Slice<T>& slice, std::int64_t begin
   }
 }
 
-// Asks for what the loop reads kPrefetchAhead bytes later; an address beyond the tensor is no error.
+// Prefetches what the loop reads kPrefetchAhead bytes later. An address beyond the tensor is no error.
 template <class F, unsigned kOptions, class T>
 FREEZEOUT_HOST_DEVICE void prefetch_block(const Slice<T>& slice, std::int64_t begin) {
   const auto ask = [&](const T* array) {
@@ -130,7 +130,7 @@ FREEZEOUT_HOST_DEVICE void update(const Slice<T>& slice, const RatesOf<F, T>& ra
   }
 }
 
-// The same code once for each instruction set. Without FMA in hardware std::fma is a slow, right library call.
+// The same code once for each instruction set. Without FMA in hardware, std::fma is a library call: slow, but correct.
 struct Baseline {
   static constexpr const char* kName = "baseline";
   static bool is_supported() { return true; }
@@ -194,7 +194,7 @@ int& chosen_isa() {
   return chosen;
 }
 
-// Advances the counters; the rates of each tensor that is updated.
+// Advances the counters. Returns the rates of each tensor that is updated.
 template <class F, class T>
 std::vector<RatesOf<F, T>> rates_of(const Batch& batch, const SharedInputs& inputs) {
   std::vector<double> lrs;
@@ -210,7 +210,7 @@ std::vector<RatesOf<F, T>> rates_of(const Batch& batch, const SharedInputs& inpu
     if (!tensor.grad) continue;
     float step = 0;
     if constexpr (F::kCounts) step = *tensor.step += 1;
-    // As a rule the tensors of a group are at the same step, and powers cost.
+    // Powers cost time, and the tensors of a group are mostly at the same step.
     if (last && last->group == tensor.group && last_step == step) {
       rates[i] = rates[last - batch.work.data()];
     } else {

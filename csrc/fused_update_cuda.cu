@@ -25,12 +25,12 @@ __global__ void __launch_bounds__(kThreads)
 
 void check(cudaError_t error, const char* what, int device) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // forgets it: the next launch's check must not find this one
+  cudaGetLastError();  // clears the error, which the next launch's check must not find
   throw std::runtime_error("fused_update_cuda: " + std::string(what) + " failed on cuda:" + std::to_string(device) +
                            ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
 }
 
-// Makes `device` current, and the one before current again.
+// Makes `device` current. The destructor makes the device before it current again.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

@@ -1,6 +1,6 @@
 // float16 and bfloat16 as torch stores them: 16 bits in memory, float in registers, rounded to nearest even.
 //
-// Plain integer code on the host: it vectorises, and _Float16 is missing from the C++ of GCC before 13.
+// On the host in plain integer code, which vectorises. GCC's C++ has no _Float16 before GCC 13.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +48,7 @@ FREEZEOUT_HOST_DEVICE float load(Half x) {
 #ifdef __CUDA_ARCH__
   return __half2float(bit_copy<__half>(x.bits));
 #else
-  // The 15 bits below the sign, placed as a float's, are the value times 2^-112; exact also for subnormals.
+  // The 15 bits below the sign, placed where a float's are, read as the value times 2^-112. Subnormals are exact too.
   const float magnitude = bit_copy<float>((std::uint32_t{x.bits} & 0x7fffu) << 13) * 0x1p112f;
   std::uint32_t bits = bit_copy<std::uint32_t>(magnitude);
   bits |= magnitude >= 0x1p16f ? 0x7f800000u : 0u;  // infinities and NaN
@@ -90,7 +90,7 @@ FREEZEOUT_HOST_DEVICE Half store<Half, float>(float x) {
   const std::uint32_t magnitude = bits & 0x7fffffffu;
   // Normal halves: rebias the exponent by 112, round the 13 dropped bits to even; a carry grows the exponent.
   const std::uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  // Subnormal halves: adding 1/2 leaves units of 2^-24 in the last place, rounded by the addition itself.
+  // Subnormal halves: after adding 1/2 the last place counts units of 2^-24, and the addition itself has rounded.
   const std::uint32_t subnormal = bit_copy<std::uint32_t>(bit_copy<float>(magnitude) + 0.5f) - 0x3f000000u;
   std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;  // 2^-14
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;                   // 65520 rounds to infinity

@@ -1,4 +1,4 @@
-// A param group as the formulas read it, and its learning rate at a step of a schedule; host and device; <cmath> only.
+// A param group as the formulas read it, and its learning rate at a step of a schedule. For host and device.
 #pragma once
 
 #include <cmath>
@@ -12,10 +12,10 @@
 
 namespace freezeout {
 
-// What a formula does with a tensor, one bit each. The formulas add their own from 4 on.
+// What a formula does with a tensor, one bit each. Each formula adds bits of its own, from 4 on.
 enum Option : unsigned { kWeightDecay = 1, kMaximize = 2 };
 constexpr unsigned kOptionSets = 16;
-// Beyond them: the rate is a float32 tensor, with which torch computes in float.
+// A bit beyond those of the formulas: the rate is a float32 tensor, with which torch computes in float.
 constexpr std::uint64_t kFloatRate = kOptionSets;
 
 struct ParamGroup {
@@ -23,13 +23,14 @@ struct ParamGroup {
   double milestone;  // in steps: a scheduled rate is 0 from here on
   double warmup;     // steps of a scheduled rate's linear rise
   double weight_decay;
-  double coefficients[3];  // the formula's own, see there
+  double coefficients[3];  // see enum Coefficient of each formula
   std::uint64_t options;
 };
 static_assert(sizeof(ParamGroup) == 64, "passed to kernels as eight 8-byte words");
 
-// peak * cos^2(pi / 2 * (step - warmup) / (milestone - warmup)), 0 from the milestone on; FreezeOut's annealing with
-// cos^2 of half the angle for (1 + cos) / 2, which cancels near the end.
+// peak * cos^2(pi / 2 * (step - warmup) / (milestone - warmup)); 0 from the milestone on.
+// Below warmup: peak * (step + 1) / (warmup + 1).
+// FreezeOut's annealing has (1 + cos) / 2, which cancels near the end. cos^2 of half the angle equals it and does not.
 FREEZEOUT_HOST_DEVICE double scheduled_rate(const ParamGroup& group, double step) {
   if (step >= group.milestone) return 0.0;
   if (step < group.warmup) return group.lr * (step + 1.0) / (group.warmup + 1.0);

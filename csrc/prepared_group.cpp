@@ -46,7 +46,7 @@ constexpr KnownKey kKnownKeys[] = {{"params", kParams, 0, kOfSgd | kOfAdamW},
                                    {"amsgrad", kFlag, kAmsgradFlag, kOfAdamW},
                                    {"decoupled_weight_decay", kFlag, kDecoupled, kOfAdamW}};
 
-// Numbers and flags of other types run code of their own, which may let other threads in: hence the references.
+// A number or flag of another type runs code of its own, which may let other threads in. So references are held.
 double as_number(PyObject* object) {
   if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
   const py::object held = py::reinterpret_borrow<py::object>(object);
@@ -64,7 +64,7 @@ bool as_bool(PyObject* object) {
   return value != 0;
 }
 
-// The two numbers of a pair; false if it is none.
+// Reads the two numbers of a pair. Returns false where `value` is no pair of numbers.
 bool as_pair(PyObject* object, double* pair) {
   const py::object held = py::reinterpret_borrow<py::object>(object);
   const bool is_tuple = PyTuple_CheckExact(object);

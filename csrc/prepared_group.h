@@ -1,4 +1,4 @@
-// A param group of an optimizer, looked at in each step: is it still as it was prepared, and its hyperparameters.
+// A param group of an optimizer. Each step reads its hyperparameters and compares it with what was prepared.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,17 +12,17 @@ namespace freezeout {
 
 class PreparedGroup {
  public:
-  // `dict` is one of the optimizer's param_groups. What is no dict is never active.
+  // dict: one of the optimizer's param_groups. A group that is no dict is never active.
   PreparedGroup(Formula formula, PyObject* dict);
 
   PyObject* dict() const { return dict_; }
-  // Whether this is a dict with a list of parameters that is not frozen.
+  // Whether the group is a dict, is not frozen, and holds its parameters in a list.
   bool is_active() const { return is_active_; }
-  // The list of parameters; borrowed, and null where there is none.
+  // The list of parameters: a borrowed reference, null where there is none.
   PyObject* list() const { return list_; }
 
-  // Returns null, or what has changed.
-  // hyperparameters: where they go; null: only "params" and "frozen" are looked at.
+  // Reads the group. Returns null, or what has changed.
+  // hyperparameters: takes the group's numbers. Null: only "params" and "frozen" are read.
   // list: becomes a reference to the list of parameters.
   const char* read(const TensorReader& reader, bool is_scheduled, ParamGroup* hyperparameters,
                    pybind11::object& list) const;

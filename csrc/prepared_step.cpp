@@ -75,7 +75,7 @@ PreparedStep::PreparedStep(std::shared_ptr<TensorReader> reader, int formula, co
 void PreparedStep::add_group(const py::object& dict, const py::list& native, int index) {
   Group group{PreparedGroup(formula_, dict.ptr()), {}, {}, false, 0, {}};
   if (group.prepared.is_active() || !native.empty()) {
-    // A copy, which keeps the parameters until they are read.
+    // A copy of the list, which keeps the parameters alive until they are read.
     if (group.prepared.is_active()) {
       group.list = py::reinterpret_steal<py::object>(PyList_AsTuple(group.prepared.list()));
     }
@@ -214,8 +214,8 @@ const char* PreparedStep::read_gradients(Group& group, int index, py::list& upda
     if (tensor.grad.is_none()) continue;
     if (tensor.lacks_state) return "a parameter got its first gradient";
     updated.append(py::handle(tensor.param));
-    // A negative view made by public functions is every second element of complex ones, and dense with one element
-    // only.
+    // Public functions make a negative view of complex elements only. The view is every second real number there, so
+    // it is dense only where it has one element.
     if ((is_first_ || tensor.is_single) && reader_->is_plain(tensor.grad.ptr()) && reader_->is_neg(tensor.grad.ptr())) {
       leftover_.emplace_back(index, tensor.position);
       tensor.grad = py::none();
@@ -320,7 +320,7 @@ py::object PreparedStep::run(const py::object& groups, const py::object& state, 
   if (!PyList_Check(groups.ptr()) || !PyDict_Check(state.ptr())) return py::str("param_groups or state was replaced");
   py::list updated;
   if (const char* changed = read(py::reinterpret_borrow<py::list>(groups), updated)) return py::str(changed);
-  // Before the update, which leaves none of what it finds here in the caches.
+  // Before the update, after which none of these objects would be in the caches.
   reader_->increment_versions(updated);
 
   // From here on no Python code runs until all is updated.

@@ -14,26 +14,36 @@
 
 namespace freezeout {
 
-// Prepared once, and compared at every step with the optimizer's own lists and dicts before anything is written.
+// A PreparedStep is prepared once. Every step compares it with the optimizer's own lists and dicts before anything is
+// written.
 //
-// A PreparedStep keeps no tensor alive from step to step, so that a state that was popped frees its memory at once.
+// A PreparedStep keeps no tensor alive from step to step. So a state that is popped frees its memory at once.
 //
-// Threads: a step first runs all that may run Python code and so let other threads in, and takes references. Then it
-// reads every address and updates, with the GIL held throughout: nothing can be freed meanwhile.
+// Threads: a step has two parts. The first part runs everything that may run Python code, and takes references. Other
+// threads may run meanwhile. The second part reads every address and updates, with the GIL held throughout. So nothing
+// can be freed meanwhile.
 class PreparedStep {
  public:
-  // groups, state: the optimizer's.
-  // native: for each group, for each parameter, whether it is updated here; empty for a group that is left alone, which
-  // may be no dict then.
-  // schedule: None, or for each group (peak, milestone, warmup), which replace its "lr".
+  // groups: the optimizer's param_groups.
+  // state: the optimizer's state.
+  // native: for each group a list that says, for each parameter, whether the compiled update takes the parameter. Empty
+  //     for a group that is left alone. Such a group need not be a dict.
+  // schedule: None, or for each group (peak, milestone, warmup), which take the place of its "lr".
   PreparedStep(std::shared_ptr<TensorReader> reader, int formula, const pybind11::list& groups,
                const pybind11::dict& state, const pybind11::list& native, const pybind11::object& schedule);
 
-  // One step. inputs: None, or for each batch (schedule_step, grad_scale, found_inf), each a tensor of one element on
-  // the batch's device or None.
-  // Returns a string that says what has changed so that the step must be prepared anew, and no tensor is written then.
-  // Else (leftover, whether a graph captures the update), leftover being None or [(group, position)] of parameters
-  // whose gradients have no address or another layout. The versions of all parameters with a gradient are advanced.
+  // One step.
+  // groups, state: as above.
+  // num_threads: on the CPU.
+  // inputs: None, or for each batch (schedule_step, grad_scale, found_inf). Each of the three is None or a tensor of
+  // one
+  //     element on the batch's device.
+  //
+  // Returns a string where something has changed, so that the step must be prepared anew. Then no tensor was written.
+  // Else returns (leftover, whether a graph captures the update).
+  // leftover: None, or (group, position) of each parameter whose gradient the compiled update does not take: a gradient
+  //     without an address, with another layout, or a negative view.
+  // The versions of all parameters with a gradient are advanced.
   pybind11::object run(const pybind11::object& groups, const pybind11::object& state, int num_threads,
                        const pybind11::object& inputs);
 
@@ -42,7 +52,7 @@ class PreparedStep {
  private:
   struct Tensor {
     PyObject* param;
-    PyObject* states[kMaxStates];  // null where unused, and before the first gradient
+    PyObject* states[kMaxStates];  // null for a state that is not used, or not made yet
     PyObject* step;
     bool lacks_state;
     bool is_single;  // one element
@@ -55,19 +65,19 @@ class PreparedStep {
   struct Group {
     PreparedGroup prepared;
     std::vector<PyObject*> params;
-    std::vector<int> tensor_of;  // -1: not updated here
-    bool is_native;              // some parameter is
+    std::vector<int> tensor_of;  // for each parameter its index in tensors_, -1 where torch updates it
+    bool is_native;              // whether some parameter has such an index
     unsigned states;             // a bit for each state that the formula uses
     pybind11::object list;       // of parameters, held during a step
   };
-  // state[param], an item at a time, in the dict's order.
+  // One item of state[param]. All items stand in the dict's order.
   struct StateItem {
     PyObject* param;
     PyObject* values;
     PyObject* key;  // null: the dict is empty
     PyObject* value;
   };
-  // The time from the begin of a step to its end, however that comes.
+  // Marks a step as running, from its begin to its end, also where the step throws.
   struct Turn {
     explicit Turn(PreparedStep& step);
     ~Turn();
@@ -78,7 +88,7 @@ class PreparedStep {
   void add_states(const pybind11::dict& state);
   void add_tensor(Group& group, int index, int position);
   std::size_t batch_of(const dlpack::Tensor& view, const std::string& where);
-  PyObject* state_of(PyObject* param, const char* name) const;  // borrowed; null if there is none
+  PyObject* state_of(PyObject* param, const char* name) const;  // borrowed; null where there is no such state
 
   // Each returns null, or what has changed.
   const char* read(const pybind11::list& groups, pybind11::list& updated);

@@ -1,10 +1,13 @@
 // d = g + weight_decay * p;  v = momentum * b + (1 - dampening) * d;  p -= lr * (nesterov ? d + momentum * v : v)
 //
-// THE formula of FusedSGD for one element, on host and device, in torch.optim.SGD's order of roundings: torch fuses
-// `add(x, alpha)` into one fma and rounds `mul_(momentum)` by itself. Compile without implicit contraction
-// (-ffp-contract=off, -fmad=false): then float and double are bit-equal to torch's for-loop on a CPU with FMA.
-// On CUDA torch's foreach and for-loop kernels are compiled with -fmad and contract the same a + alpha * b, so the
-// result is the same wherever nvcc did contract there: at most 1 ulp of the larger addend per operation.
+// THE formula of FusedSGD for one element, on host and device.
+// The roundings are those of torch.optim.SGD, in its order: torch fuses `add(x, alpha)` into one fma and rounds
+// `mul_(momentum)` by itself.
+// Compile without implicit contraction (-ffp-contract=off, -fmad=false). Then float and double are bit-equal to torch's
+// for-loop on a CPU with FMA.
+// torch's CUDA kernels, foreach and for-loop, are compiled with -fmad, which may contract the same a + alpha * b.
+// Where nvcc contracted there, the result is the same. Elsewhere it differs by at most 1 ulp of the larger addend per
+// operation.
 #pragma once
 
 #include "param_group.h"
@@ -12,8 +15,8 @@
 namespace freezeout {
 
 struct Sgd {
-  enum Option : unsigned { kMomentum = 4, kNesterov = 8 };  // kNesterov with kMomentum only
-  enum Coefficient { kMomentumOf, kUndamped };  // momentum; 1 - dampening, rounded from double as torch does
+  enum Option : unsigned { kMomentum = 4, kNesterov = 8 };  // kNesterov only together with kMomentum
+  enum Coefficient { kMomentumOf, kUndamped };  // momentum; 1 - dampening, rounded from double as torch rounds it
 
   static constexpr int kStates = 1;  // momentum_buffer, which starts as zeros
   static constexpr bool kCounts = false;

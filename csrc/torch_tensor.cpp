@@ -21,7 +21,7 @@ TensorReader::TensorReader(py::type tensor_type, py::type parameter_type, py::di
       parameter_type_(std::move(parameter_type)),
       dtypes_(std::move(dtypes)),
       increment_version_(std::move(increment_version)) {
-  // The attribute's own getter: half the time of looking `grad` up on every tensor.
+  // The attribute's own getter takes half the time of looking `grad` up on every tensor.
   grad_descriptor_ = tensor_type_.attr("grad");
   if (Py_TYPE(grad_descriptor_.ptr()) == &PyGetSetDescr_Type) {
     get_grad_ = reinterpret_cast<PyGetSetDescrObject*>(grad_descriptor_.ptr())->d_getset;

@@ -1,5 +1,6 @@
-// A torch tensor read without torch: where its elements are, by the parts of DLPack 1.x's C ABI that read a tensor
-// without owning it (https://dmlc.github.io/dlpack/latest/c_api.html).
+// Where a torch tensor's elements are, read without torch.
+// DLPack 1.x's C ABI reads a tensor without owning it; its structs stand here as far as that takes.
+// Source: https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -48,14 +49,15 @@ struct ExchangeApi {
   void* allocate;
   void* managed_from_object;
   void* managed_to_object;
-  int (*tensor_from_object)(void* object, Tensor* out);  // may be null; 0 on success, else a Python error is set
-  // 0 on success. torch: at::cuda::getCurrentCUDAStream(device_index).stream(), null for the default stream.
+  // May be null. Returns 0 on success; else a Python error is set.
+  int (*tensor_from_object)(void* object, Tensor* out);
+  // Returns 0 on success. torch gives at::cuda::getCurrentCUDAStream(device_index).stream(), null for the default one.
   int (*current_stream)(std::int32_t device_type, std::int32_t device_index, void** stream);
 };
 
 }  // namespace dlpack
 
-// DLPack's view of a tensor. The slow reader keeps shape and strides here; the fast one points into the tensor.
+// DLPack's view of a tensor. The fast reader's shape and strides point into the tensor, the slow reader's into `owned`.
 struct TorchTensor {
   dlpack::Tensor view;
   std::vector<std::int64_t> owned;
@@ -69,11 +71,11 @@ struct TorchTensor {
   bool is(dlpack::TypeCode code, int bits) const {
     return view.dtype.code == code && view.dtype.bits == bits && view.dtype.lanes == 1;
   }
-  // Shape and strides into `owned`, so that the tensor may go.
+  // Copies shape and strides into `owned`, so that the tensor may be freed.
   void own_layout();
 };
 
-// Whether b's elements, in memory order, belong to a's: equal dtype, device, shape and strides.
+// Whether a and b have equal dtype, device, shape and strides. Then their elements correspond in memory order.
 inline bool same_layout(const TorchTensor& a, const TorchTensor& b) {
   if (a.view.ndim != b.view.ndim || std::memcmp(&a.view.dtype, &b.view.dtype, sizeof(a.view.dtype)) ||
       std::memcmp(&a.view.device, &b.view.device, sizeof(a.view.device))) {
@@ -90,14 +92,18 @@ inline bool same_layout(const TorchTensor& a, const TorchTensor& b) {
 // Reads tensors by `torch.Tensor.__dlpack_c_exchange_api__` (torch 2.11 and later), else by attributes.
 class TensorReader {
  public:
-  // torch.Tensor, torch.nn.Parameter, {torch.dtype: (DLPack code, bits)}, torch.autograd.graph.increment_version;
-  // `exchange` false: by attributes in any case.
+  // tensor_type: torch.Tensor.
+  // parameter_type: torch.nn.Parameter.
+  // dtypes: {torch.dtype: (DLPack code, bits)}.
+  // increment_version: torch.autograd.graph.increment_version.
+  // exchange: false reads by attributes even where torch has the exchange.
   TensorReader(pybind11::type tensor_type, pybind11::type parameter_type, pybind11::dict dtypes,
                pybind11::function increment_version, bool exchange);
 
   bool exchanges() const { return tensor_from_object_ != nullptr; }
 
-  // torch's current stream of a CUDA device. False, without a Python error, where torch does not tell.
+  // Sets `stream` to torch's current stream of a CUDA device.
+  // Returns false, without a Python error, where torch does not tell.
   bool current_stream(int device_index, std::uintptr_t& stream) const {
     void* handle = nullptr;
     if (!current_stream_ || current_stream_(dlpack::kCuda, device_index, &handle) != 0) {
@@ -108,14 +114,16 @@ class TensorReader {
     return true;
   }
 
-  // Exactly torch.Tensor or torch.nn.Parameter: a DTensor or FakeTensor must not reach the exchange (it crashes).
+  // Whether the type is exactly torch.Tensor or torch.nn.Parameter. The exchange crashes on a DTensor or FakeTensor.
   bool is_plain(PyObject* object) const {
     return Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr()) ||
            Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(parameter_type_.ptr());
   }
   bool is_tensor(PyObject* object) const { return PyObject_IsInstance(object, tensor_type_.ptr()) == 1; }
 
-  // False, without a Python error, for what has no address: not plain, no strides, a null pointer to elements.
+  // Reads where the object's elements are.
+  // Returns false, without a Python error, for what has no address: an object that is not plain, a tensor without
+  // strides, a null pointer to elements.
   bool read(PyObject* object, TorchTensor& tensor) const {
     if (!is_plain(object)) return false;
     if (!tensor_from_object_) {
@@ -127,19 +135,19 @@ class TensorReader {
     return tensor.view.data != nullptr || tensor.size() == 0;
   }
 
-  // tensor.grad; throws error_already_set.
+  // object.grad. Throws error_already_set.
   pybind11::object grad(PyObject* object) const {
     PyObject* grad = get_grad_ ? get_grad_->get(object, get_grad_->closure) : PyObject_GetAttrString(object, "grad");
     if (!grad) throw pybind11::error_already_set();
     return pybind11::reinterpret_steal<pybind11::object>(grad);
   }
 
-  // Counts an in-place change of each of the tensors, for autograd to notice.
+  // Counts an in-place change of each tensor, which autograd compares.
   void increment_versions(const pybind11::list& tensors) const {
     if (!tensors.empty()) increment_version_(tensors);
   }
 
-  // Whether elements are the negatives of those in memory, as the imaginary part of a conjugate is.
+  // Whether the elements are the negatives of what is in memory, as those of a conjugate's imaginary part are.
   bool is_neg(PyObject* object) const;
 
  private:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-Batch = Any  # Tensor | Mapping[str, Batch] | tuple[Batch, ...] | list[Batch] | what is no tensor
+Batch = Any  # Tensor | Mapping[str, Batch] | tuple[Batch, ...] | list[Batch] | any other value
 
 
 def call(model: nn.Module, inputs: Batch) -> Any:
-    """model(**inputs) of a dict, model(*inputs) of a tuple or list, else model(inputs)."""
+    """model(**inputs) for a dict, model(*inputs) for a tuple or list, model(inputs) for anything else."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
@@ -29,7 +29,7 @@ def size(batch: Batch) -> int:
     """How many samples the batch has: the length of its first tensor.
 
     Raises:
-        TypeError: there is no tensor in it, or one without dimensions.
+        TypeError: the batch holds no tensor, or its first tensor has no dimensions.
     """
     found = tensors(batch)
     if not found or not found[0].dim():
@@ -39,9 +39,10 @@ def size(batch: Batch) -> int:
 
 
 def to(batch: Batch, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> Batch:
-    """The batch on `device`; images [N, C, H, W] of floats in `memory_format`.
+    """The batch on `device`.
 
-    Mappings become dicts, sequences tuples.
+    Floating-point images [N, C, H, W] get `memory_format`.
+    Mappings become dicts. Lists become tuples.
     """
     if isinstance(batch, Tensor):
         batch = batch.to(device, non_blocking=True)
@@ -51,14 +52,17 @@ def to(batch: Batch, device: torch.device, memory_format: torch.memory_format = 
 
 
 def part(batch: Batch, index: int, parts: int) -> Batch:
-    """Part `index` of the batch's samples, cut into `parts` of equal length."""
+    """Part `index` of the batch, whose samples are cut into `parts` parts."""
     if isinstance(batch, Tensor):
         return batch.chunk(parts)[index] if parts > 1 else batch
     return _rebuilt(batch, lambda value: part(value, index, parts))
 
 
 def layout(batch: Batch) -> Any:
-    """Shape, dtype and strides of each tensor, and everything else: equal where one batch can take another's place."""
+    """Shape, dtype and strides of each tensor, and every other value.
+
+    Two batches with equal layouts can take each other's place.
+    """
     if isinstance(batch, Tensor):
         return batch.shape, batch.dtype, batch.stride()
     if isinstance(batch, Mapping):
@@ -67,7 +71,7 @@ def layout(batch: Batch) -> Any:
 
 
 def mapped(outputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The batch, or the outputs of a model, with function(t) for each tensor t; containers keep their type."""
+    """`outputs` with function(t) in the place of each tensor t; containers keep their type."""
     return tree_map(lambda value: function(value) if isinstance(value, Tensor) else value, outputs)
 
 

@@ -1,12 +1,14 @@
-"""The compiled half, `freezeout_ext._C`, or the reason why it is not there.
+"""The compiled half, `freezeout_ext._C`, or the reason why it is missing.
 
-`C` is the module or None, `import_error` the reason or None. Nothing here warns: whoever needs the module does.
+`C` is the module, or None where the module is missing.
+`import_error` is the reason, or None where the module is there.
+Nothing here warns. Whoever needs the module warns.
 """
 
 from importlib import metadata
 from typing import Any
 
-# Before _C: both need an OpenMP runtime by the name libgomp.so.1, and the loader serves the copy that came first.
+# torch before _C: both need an OpenMP runtime named libgomp.so.1, and the loader gives both the copy that came first.
 import torch
 
 try:
@@ -27,11 +29,17 @@ def version() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled, and with what.
+    """What was compiled, and with what, as a dict.
 
-    version (str), compiler (str), build_type (str), openmp (bool), cuda (bool), cuda_version (str or None),
-    cuda_architectures (list of str, "sm_80"), module (path of the compiled file, str or None), and error (str),
-    present only where the compiled half is missing.
+    version: str.
+    compiler: str; None where the compiled half is missing.
+    build_type: str; None where the compiled half is missing.
+    openmp: bool.
+    cuda: bool.
+    cuda_version: str; None without CUDA.
+    cuda_architectures: list of str, such as "sm_80".
+    module: path of the compiled file, str; None where the compiled half is missing.
+    error: why the compiled half is missing, str; absent where it is there.
     """
     if C is not None:
         return {**C.build_info(), "module": C.__file__}
@@ -49,9 +57,12 @@ def build_info() -> dict[str, Any]:
 
 
 def cuda_unavailable_reason(device: torch.device | int | None = None) -> str | None:
-    """Why the compiled CUDA half cannot run on `device` (default: torch's current one); None if it can.
+    """Why the compiled CUDA half cannot run on `device`; None where it can run.
 
-    Asks torch and the driver; creates no CUDA context of its own.
+    torch and the driver are asked. The compiled half creates no CUDA context of its own.
+
+    Args:
+        device: a CUDA device. Default: torch's current one.
     """
     if C is None:
         return import_error

@@ -1,4 +1,4 @@
-"""Rows as aligned text, and seconds in words: for whatever prints them."""
+"""Rows as aligned text, and seconds in words."""
 
 from collections.abc import Iterable, Sequence
 
@@ -22,7 +22,12 @@ def table(rows: Sequence[Sequence[str]], *, left: Iterable[int] = (), rule: bool
 
 
 def duration(seconds: float, digits: int = 0) -> str:
-    """ "90 s", "12 min", "3.5 h": hours have one digit behind the point at least."""
+    """ "90 s", "12 min", "3.5 h".
+
+    Args:
+        seconds: the time.
+        digits: behind the point; hours have one at least.
+    """
     if seconds < 120:
         return f"{seconds:.{digits}f} s"
     return f"{seconds / 60:.{digits}f} min" if seconds < 7200 else f"{seconds / 3600:.{max(digits, 1)}f} h"

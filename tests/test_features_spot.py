@@ -103,7 +103,8 @@ def test_a_fault_is_found_also_in_rows_that_passed_through_several_frontiers(dty
 
 
 def test_a_row_is_rounded_as_it_would_be_read_back():
-    from freezeout_ext.features.store import Column, Store
+    from freezeout_ext.features.columns import Column
+    from freezeout_ext.features.store import Store
 
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(6, 3, 4, 4, generator=generator).to(memory_format=torch.channels_last)

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from freezeout_ext.features.columns import Column
 from freezeout_ext.features.rounding import BOUNDS
-from freezeout_ext.features.store import Column, Store
+from freezeout_ext.features.store import Store
 
 KEYS = 40
 
@@ -193,7 +194,8 @@ def test_too_little_room_on_disk_is_said_with_the_bytes_before_anything_is_writt
 CHILD = """
     import sys, torch
     from freezeout_ext.features import files
-    from freezeout_ext.features.store import Column, Store
+    from freezeout_ext.features.columns import Column
+    from freezeout_ext.features.store import Store
     files.COMMIT_SECONDS = 0.002
     torch.set_num_threads(1)
     store = Store([Column.like(torch.zeros(1, 1000), kept)], 5000, 5000, "cpu", folder=sys.argv[1], fingerprint="f")

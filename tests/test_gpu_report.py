@@ -193,7 +193,7 @@ def test_every_part_of_the_script_runs_its_files(tmp_path):
     stub.write_text(f'#!/bin/sh\necho "$@" >>"{asked}"\n')
     stub.chmod(0o755)
     environment = os.environ | {"PYTHON": str(stub), "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")}
-    parts = ["test", "optimizer", "kernels", "compile", "step"]
+    parts = ["test", "optimizer", "adamw", "kernels", "compile", "step", "features"]
     done = subprocess.run(["sh", BENCH / "gpu.sh", *parts], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = asked.read_text()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..arguments import check_count, check_flag, check_kind
 from . import claims
 from .auto import Choice
+from .columns import KEPT_DTYPES
 from .forwards import Forwards
 from .generations import Generations
 from .keys import Keys, checked_keys
@@ -20,10 +21,9 @@ from .loader import CacheLoader
 from .moves import Moves
 from .report import CacheReport, report_of
 from .serving import Serving
-from .store import KEPT_DTYPES
+from .through import through
 from .timing import Stopwatch
 from .views import Views
-from .watch import through
 from .worth import Left
 
 logger = logging.getLogger("freezeout_ext")

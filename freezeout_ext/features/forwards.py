@@ -11,11 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 from .eligible import unwatchable
 from .frontier import merged, sliced
-from .generations import Generation, Generations
+from .generation import Generation
+from .generations import Generations
 from .moves import Moves
 from .probe import Forward, Seen, autocast_state, lengths_of, right_padded
 from .spot import Schedule, spot_check
 from .timing import Stopwatch, seconds_of
+from .unread import Unread
 from .watch import Refused
 
 logger = logging.getLogger("freezeout_ext")
@@ -32,6 +34,7 @@ class Forwards:
     Attributes:
         frozen: name -> module of what is frozen, and how many layers these are.
         keys, lengths: of the present batch.
+        unread: which of its inputs were not read.
         given: rows that the next forward runs on, whatever its keys are; see FeatureCache.given.
         refused: why nothing is kept behind the present number of layers.
         hits, pushed, misses, checks, difference: see CacheReport.
@@ -44,9 +47,7 @@ class Forwards:
         self.num_frozen = 0
         self.keys: Tensor | None = None
         self.lengths: Tensor | None = None
-        # Of which views the last batch brought no input.
-        self._absent = torch.zeros(generations.views.num_keys, dtype=torch.bool, device="cpu")
-        self._any_absent = False
+        self.unread = Unread(generations.views.num_keys)
         self.given: tuple[Tensor, ...] | None = None
         self.refused: str | None = None
         self.hits = self.pushed = self.misses = self.checks = self.count = self.watches = 0
@@ -75,7 +76,7 @@ class Forwards:
     def is_idle(self) -> bool:
         """Whether no forward reads or keeps anything, whatever its keys are."""
         nothing = self._kept.latest is None and self.refused is not None
-        return (nothing or not self.num_frozen) and not self._any_absent and self.given is None
+        return (nothing or not self.num_frozen) and not self.unread.ever and self.given is None
 
     def comes(self, samples: int) -> None:
         """A forward in training over so many samples comes next."""
@@ -101,7 +102,7 @@ class Forwards:
             return self._from_given(original, args, kwargs)
         keys = self.keys
         assert keys is not None  # forwards go through here inside samples()
-        absent = self._absent_of(keys)
+        absent = self.unread.among(keys)
         self._check_batch(keys, args, kwargs)
         if not self.num_frozen:
             # A batch that lacks inputs was fetched before all was thawed.
@@ -152,29 +153,11 @@ class Forwards:
         self._kept.drop_changed()
         if now not in self._kept or not bool(now.store.has(keys).all()) or now.frontier.length is not None:
             return None
-        if self._checks_due.due() and not bool(self._absent_of(keys).any()):
+        if self._checks_due.due() and not bool(self.unread.among(keys).any()):
             return None
         self._checks_due.pass_on(done=False)
         self.hits += len(keys)
         return tuple(now.store.gather(keys, self._kept.device))
-
-    def note_absent(self, keys: Tensor, absent: Tensor) -> None:
-        """The inputs of some samples of the batch that comes next were not read."""
-        if self._any_absent or bool(absent.any()):
-            self._any_absent, kept = True, keys >= 0
-            self._absent[keys[kept]] = absent[kept]
-
-    def needs_inputs(self, absent: Tensor) -> None:
-        """
-        Raises:
-            RuntimeError: these samples were not read from the data set.
-        """
-        if bool(absent.any()):
-            raise RuntimeError(
-                f"{int(absent.sum())} samples of this batch were not read, since their features were kept, and these "
-                "cannot be used in this forward. Freeze and thaw between a step and the next batch, not between a "
-                "batch and its forward, and let nothing fetch batches far ahead"
-            )
 
     # The ways
 
@@ -187,7 +170,7 @@ class Forwards:
             return original(*args, **kwargs)
 
     def _as_ever(self, original: Callable, args: tuple, kwargs: dict, absent: Tensor) -> Any:
-        self.needs_inputs(absent)
+        self.unread.refuse(absent)
         return original(*args, **kwargs)
 
     def _as_before(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
@@ -223,7 +206,7 @@ class Forwards:
     def _filling(self, now, original, args, kwargs, keys: Tensor, have: Tensor, absent: Tensor) -> Any:
         """Some views are new: their rows are computed and kept, as far as there is room."""
         frontier, length = now.frontier, now.length(args, kwargs)
-        groups = self._kept.groups(now, keys)
+        groups = self._kept.groups(now, keys, have)
         if not bool(have.any()) and len(groups) == 1:
             return self._whole(now, groups[0][0], original, args, kwargs, keys, absent)
         if not frontier.sliceable:
@@ -231,7 +214,7 @@ class Forwards:
         parts = []
         for base, places in groups:
             if base is None:
-                self.needs_inputs(absent[places])
+                self.unread.refuse(absent[places])
             some = sliced((args, kwargs), places, len(keys))
             with self._kept.standing_in(base, keys[places], some):
                 watch = self._watch("prefix")
@@ -252,7 +235,7 @@ class Forwards:
     def _whole(self, now, base: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
         """The forward as ever, from kept rows of fewer layers where `base` has them; its frontier is kept."""
         if base is None:
-            self.needs_inputs(absent)
+            self.unread.refuse(absent)
         watch = self._watch("prefix")
         with self._kept.standing_in(base, keys, (args, kwargs)):
             watch.start()
@@ -308,11 +291,6 @@ class Forwards:
         self._note(f"not kept behind {self.num_frozen} layers: {reason}")
 
     # Parts of these
-
-    def _absent_of(self, keys: Tensor) -> Tensor:
-        if not self._any_absent:
-            return torch.zeros(len(keys), dtype=torch.bool, device="cpu")
-        return self._absent[keys.clamp(min=0)] & (keys >= 0)
 
     def _keep(
         self, now: Generation, base: Generation | None, keys: Tensor, rows: list[Tensor], kwargs: Mapping,

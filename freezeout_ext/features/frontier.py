@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from .columns import Column
 from .poison import poison
-from .store import Column
-from .watch import Refused, Watch, through
+from .through import through
+from .watch import Refused, Watch
 
 
 class _Reached(BaseException):

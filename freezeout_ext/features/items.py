@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .columns import Column
 from .poison import poison
 from .serving import Serving
-from .store import Column, Store
+from .store import Store
 
 
 class Items:

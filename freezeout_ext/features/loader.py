@@ -139,7 +139,7 @@ class CacheLoader:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator:
         """The batches of an epoch from `first_step` on."""
-        self._serving.views.check()
+        self._serving.begins()
         for step, batch in enumerate(self._loaded(epoch, first_step), first_step + 1):
             self._at = (epoch, step)
             yield batch

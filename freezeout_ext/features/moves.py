@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from torch import nn
 
-from .generations import Generation, Generations
+from .generation import Generation
+from .generations import Generations
 from .weighing import Weighing
 from .worth import Left, Pace, Times, reason_against
 
 # Forwards that a watch takes besides its own, until one was timed.
 WATCHED = 3.0
 # Seconds of a forward that the calls around reading take, and those around writing besides.
-CALLS = 5e-4
+CALLS = 1e-3
 
 
 class Moves:
@@ -70,18 +72,23 @@ class Moves:
         found = self._weighing.times()
         if found is None:
             return False
-        layers, fill, gather, forward = found
-        calls = CALLS / self._weighing.samples
-        fitting, drops = self._kept.fitting(self._weighing.row_bytes)
+        (layers, forward), calls = found, CALLS / self._weighing.samples
         times = Times(
             layers=layers + ((self._loading() or 0.0) if now is None else 0.0),
-            fill=fill + calls,
-            gather=gather + calls,
-            gathered=0.0 if now is None else (gathered or gather) + calls,
-            again=now.layers_seconds if now is not None and drops else 0.0,
+            fill=calls,
+            gather=calls,
+            gathered=0.0 if now is None else (gathered or 0.0) + calls,
             watch=WATCHED * forward if self.watch_seconds is None else self.watch_seconds,
         )
-        reason = reason_against(times, samples, rows, fitting)
+        # Without the times of rows first: to try them takes a while itself.
+        reason = reason_against(times, samples, rows, rows)
+        if reason is None:
+            fill, gather = self._weighing.trial()
+            fitting, drops = self._kept.fitting(self._weighing.row_bytes)
+            again = now.layers_seconds if now is not None and drops else 0.0
+            gathered = 0.0 if now is None else (gathered or gather) + calls
+            times = replace(times, fill=fill + calls, gather=gather + calls, gathered=gathered, again=again)
+            reason = reason_against(times, samples, rows, fitting)
         self._weighing = None
         if reason is not None:
             return reason

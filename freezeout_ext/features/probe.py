@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .effects import leaves_of
 from .frontier import Frontier, sliced
 from .poison import poison
 from .rounding import BOUNDS
-from .watch import Refused, Watch, through
+from .through import through
+from .watch import Refused, Watch
 
 try:
     import numpy
@@ -109,7 +111,7 @@ class Forward:
                 found = self.original(*args, **kwargs)
         except Exception as error:
             raise Seen(f"a forward from kept features alone fails: {error}") from error
-        ours, theirs = (list(_tensors(tree)) for tree in (found, output))
+        ours, theirs = (list(leaves_of(tree)) for tree in (found, output))
         if len(ours) != len(theirs) or not all(map(self._same, ours, theirs)):
             raise Seen("a forward from kept features alone gives something else than the watched one")
         return given
@@ -224,16 +226,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
         return False
     bound = max(BOUNDS[None], 4 * torch.finfo(a.dtype).eps) * float(b.abs().max())
     return float((a.double() - b.double()).abs().max()) <= bound
-
-
-def _tensors(tree: Any):
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from _tensors(dict(leaf))
-        elif hasattr(leaf, "__dataclass_fields__"):
-            yield from _tensors(vars(leaf))
 
 
 @contextmanager

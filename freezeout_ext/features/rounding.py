@@ -41,8 +41,10 @@ class Rounding:
         return q.to(torch.int8), factor
 
     def decode(self, q: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        scaled = q.to(torch.float32).mul_(factor.view(-1, *[1] * (q.dim() - 1)))
-        return scaled.mul_(self._scale_like(q)).to(dtype)
+        factor, scale = factor.view(-1, *[1] * (q.dim() - 1)), self._scale_like(q)
+        if q.dim() > 2:
+            return q.to(torch.float32).mul_(factor * scale).to(dtype)  # one pass less: their product is small
+        return q.to(torch.float32).mul_(factor).mul_(scale).to(dtype)
 
     def state(self) -> dict:
         assert self.scale is not None  # a state is that of rows

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from .auto import Choice
+from .columns import Column
 from .forwards import Forwards
 from .generations import Generations
 from .spot import Schedule
-from .store import Column, Store
+from .store import Store
 from .timing import Stopwatch
 
 
@@ -42,6 +43,16 @@ class Serving:
         self._kept, self._forwards, self._choice = kept, forwards, choice
         self._loading, self._follow = loading, follow
 
+    def begins(self) -> None:
+        """An epoch begins: views are views, and the frozen weights are by value what rows were computed with.
+
+        Raises:
+            ValueError: a view is not the same in two reads.
+        """
+        self.views.check()
+        self._follow()
+        self._kept.drop_changed(thorough=True)
+
     @property
     def is_idle(self) -> bool:
         """Whether all views are fresh and nothing is to be kept of them."""
@@ -62,10 +73,12 @@ class Serving:
         """-> bool [B]: whose inputs no forward needs."""
         self._follow()
         now, found = self._kept.latest, torch.zeros(len(keys), dtype=torch.bool, device="cpu")
-        if now is None or self._forwards.gave_up or now.guard.changed() is not None:
+        if now is None or self._forwards.gave_up:
             return found
         for generation in self._kept:
             found |= generation.store.has(keys)
+        if not bool(found.any()) or now.guard.changed() is not None:
+            return torch.zeros_like(found)
         # Where something that trains runs in front of the frontier, a batch is computed whole or not at all.
         return found if now.frontier.sliceable or bool(now.store.has(keys).all()) else torch.zeros_like(found)
 
@@ -83,7 +96,7 @@ class Serving:
     def delivered(self, keys: Tensor, skipped: Tensor, samples_read: int, seconds: float) -> None:
         """Notes which inputs a batch lacks, before it is handed out, and how long it was waited for."""
         self._loading.add(seconds, samples_read)
-        self._forwards.note_absent(keys, skipped)
+        self._forwards.unread.note(keys, skipped)
         self.read += samples_read
         self.skipped += int(skipped.sum())
         freezeout = self._follow()

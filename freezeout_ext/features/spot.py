@@ -1,12 +1,15 @@
 """Spot checks: cached batches that are computed anew now and then, and compared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 from .frontier import merged, sliced
-from .generations import Generation, Generations
+from .generation import Generation
+from .generations import Generations
+from .store import Store
 from .timing import Stopwatch
 
 # Cached batches between two spot checks: 1, 2, 4, ... and no more than this.
@@ -60,7 +63,7 @@ def spot_check(
             some = inputs if len(places) == len(keys) else sliced(inputs, places, len(keys))
             parts.append((places, _passed(now.origins[number], now, forward, some, keys[places])))
         computed = [merged(len(keys), [(places, rows[i]) for places, rows in parts]) for i in range(len(exact))]
-    worst, place = now.store.compare(keys, computed, now.length(args, kwargs), exact)
+    worst, place = compared(now.store, keys, computed, now.length(args, kwargs), exact)
     if not worst <= 1:
         sample = int(kept.views.samples(keys[place]))
         kept.close()
@@ -87,3 +90,40 @@ def _passed(
         standing_in = generation.frontier.replaced(rows, generation.length(args, kwargs), whole=False)
     with standing_in:
         return now.frontier.computed(forward, args, kwargs)
+
+
+def compared(
+    store: Store,
+    keys: Tensor,
+    batches: Sequence[Tensor],
+    length: int | None = None,
+    others: Sequence[Tensor] | None = None,
+) -> tuple[float, int]:
+    """-> the largest difference between kept rows and computed ones over what rounding explains, and its place.
+
+    others: the same rows computed otherwise; how far they are from `batches` is explained too.
+    """
+    kept, worst, place = store.gather(keys, batches[0].device, length=length), 0.0, 0
+    explained = store.allowed(keys, batches)
+    for i, (column, a, b) in enumerate(zip(store.columns, kept, batches, strict=True)):
+        valid = None
+        if column.padded:
+            valid = torch.arange(b.shape[1], device="cpu") < store.lengths(keys)[:, None]
+            valid = valid.to(b.device).view(*valid.shape, *[1] * (b.dim() - 2))
+        allowed = explained[i].double()
+        if others is not None:
+            allowed = allowed + _apart(others[i], b, valid)
+        apart = _apart(a, b, valid)
+        over = apart / allowed.clamp(min=torch.finfo(torch.float64).tiny)
+        over = over.where(apart != 0, 0).nan_to_num(torch.inf, torch.inf)
+        if float(over.max()) > worst:
+            worst, place = float(over.max()), int(over.argmax())
+    return worst, place
+
+
+def _apart(a: Tensor, b: Tensor, valid: Tensor | None) -> Tensor:
+    """-> float64 [B], the largest difference in each row, where it is valid."""
+    difference = (a.double() - b.double()).abs()
+    if valid is not None:
+        difference = difference.where(valid, 0.0)
+    return difference.flatten(1).amax(1) if difference.dim() > 1 else difference

@@ -1,63 +1,17 @@
 """Store: rows of kept tensors by key, on a device, in host memory or in files; what is kept is known on the host."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .columns import Column
 from .files import Files
 from .rounding import BOUNDS, Rounding
 
 # Of a row's number in the journal: set where the row was computed from earlier rows.
 ORIGIN_BIT = 48
-KEPT_DTYPES = (None, torch.bfloat16, torch.float16, torch.int8)
-
-
-@dataclass(frozen=True)
-class Column:
-    """One kept tensor of a sample.
-
-    shape: of a row; its first number is 0 where that dimension is the sample's length, which differs.
-    dtype: as computed.
-    order: the dimensions of a row as they lie in memory, so that a gathered batch has the strides of a computed one.
-    kept: the dtype of what is stored, None for `dtype`.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    order: tuple[int, ...]
-    kept: torch.dtype | None = None
-    padded: bool = False
-
-    @classmethod
-    def like(cls, batch: Tensor, kept: torch.dtype | None = None, *, padded: bool = False) -> "Column":
-        """The column of one tensor [B, ...]; floating-point ones are stored as `kept`."""
-        dims = range(batch.dim() - 1)
-        order = tuple(dims) if padded else tuple(sorted(dims, key=lambda d: -batch.stride(d + 1)))
-        shape = (0, *batch.shape[2:]) if padded else tuple(batch.shape[1:])
-        return cls(shape, batch.dtype, order, kept if batch.is_floating_point() else None, padded)
-
-    @property
-    def stored(self) -> torch.dtype:
-        return self.kept or self.dtype
-
-    @property
-    def unit(self) -> tuple[int, ...]:
-        """The shape of what is stored at once: a row, or one position of it where rows differ in length."""
-        return self.shape[1:] if self.padded else tuple(self.shape[d] for d in self.order)
-
-    @property
-    def unit_bytes(self) -> int:
-        count = 1
-        for size in self.unit:
-            count *= size
-        return count * self.stored.itemsize
-
-    def row_bytes(self, length: int = 1) -> int:
-        """Bytes of a row (of this length, where rows differ in it), an int8 row's own factor included."""
-        return self.unit_bytes * (length if self.padded else 1) + (4 if self.kept is torch.int8 else 0)
 
 
 class Store:
@@ -123,7 +77,7 @@ class Store:
 
     def has(self, keys: Tensor) -> Tensor:
         """-> bool [B]: which keys are kept; a key below 0 never is."""
-        return (keys >= 0) & (self._row_of[keys.clamp(min=0)] >= 0)
+        return (torch.index_select(self._row_of, 0, keys.clamp(min=0)) >= 0) & (keys >= 0)
 
     def keys(self) -> Tensor:
         """-> all keys that are kept."""
@@ -220,37 +174,12 @@ class Store:
                 row_of = torch.arange(len(batch), device=batch.device).repeat_interleave(batch.shape[1])
             q, factors = rounding.encode(here, row_of, len(batch))
             here = rounding.decode(q, factors if row_of is None else factors[row_of], column.dtype)
-            back = sorted(range(len(column.order)), key=column.order.__getitem__)
-            found.append(here.view(batch.shape) if column.padded else here.permute(0, *(d + 1 for d in back)))
+            found.append(here.view(batch.shape) if column.padded else here.permute(column.back))
         return found
 
     def lengths(self, keys: Tensor) -> Tensor:
         """-> int64 [B], of rows that differ in length."""
         return self._spans[self._row_of[keys].to(torch.int64), 1]
-
-    def compare(
-        self, keys: Tensor, batches: Sequence[Tensor], length: int | None = None, others: Sequence[Tensor] | None = None
-    ) -> tuple[float, int]:
-        """-> the largest difference between kept rows and computed ones over what rounding explains, and its place.
-
-        others: the same rows computed otherwise; how far they are from `batches` is explained too.
-        """
-        kept, worst, place = self.gather(keys, batches[0].device, length=length), 0.0, 0
-        explained = self.allowed(keys, batches)
-        for i, (column, a, b) in enumerate(zip(self.columns, kept, batches, strict=True)):
-            valid = None
-            if column.padded:
-                valid = torch.arange(b.shape[1], device="cpu") < self.lengths(keys)[:, None]
-                valid = valid.to(b.device).view(*valid.shape, *[1] * (b.dim() - 2))
-            allowed = explained[i].double()
-            if others is not None:
-                allowed = allowed + _apart(others[i], b, valid)
-            apart = _apart(a, b, valid)
-            over = apart / allowed.clamp(min=torch.finfo(torch.float64).tiny)
-            over = over.where(apart != 0, 0).nan_to_num(torch.inf, torch.inf)
-            if float(over.max()) > worst:
-                worst, place = float(over.max()), int(over.argmax())
-        return worst, place
 
     def allowed(self, keys: Tensor, batches: Sequence[Tensor]) -> list[Tensor]:
         """-> for each column the largest difference [B] that rounding explains between kept rows and computed ones."""
@@ -336,8 +265,7 @@ class Store:
         if column.padded:
             found = found.view(*shape, *found.shape[1:])
             return found.masked_fill_(~valid.to(device).view(*shape, *[1] * (found.dim() - 2)), 0)
-        back = sorted(range(len(column.order)), key=column.order.__getitem__)
-        return found.permute(0, *(d + 1 for d in back))
+        return found.permute(column.back)
 
     def _rows(self, i: int, index: Tensor, device: torch.device) -> Tensor:
         if device == self.device or device.type != "cuda":
@@ -384,20 +312,7 @@ class Store:
             self._used_positions = int(entries[:, 2:].sum(1).max())
 
 
-def row_bytes_of(columns: Sequence[Column], length: int = 1) -> int:
-    """-> bytes of a row of all columns, of this length where rows differ in it."""
-    return sum(column.row_bytes(length) for column in columns)
-
-
 def _longer(tensor: Tensor, size: int) -> Tensor:
     longer = tensor.new_empty((size, *tensor.shape[1:]))
     longer[: len(tensor)] = tensor
     return longer
-
-
-def _apart(a: Tensor, b: Tensor, valid: Tensor | None) -> Tensor:
-    """-> float64 [B], the largest difference in each row, where it is valid."""
-    difference = (a.double() - b.double()).abs()
-    if valid is not None:
-        difference = difference.where(valid, 0.0)
-    return difference.flatten(1).amax(1) if difference.dim() > 1 else difference

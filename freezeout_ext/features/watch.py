@@ -1,8 +1,6 @@
 """Watch: which frozen outputs and which inputs of a model the rest of its forward reads, seen in one forward."""
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,10 +9,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-try:
-    import numpy
-except ImportError:
-    numpy = None  # type: ignore[assignment]  # None is its absence
+from .effects import (
+    address_of,
+    device_states,
+    gives_tensors,
+    host_states,
+    is_view_of,
+    leaves_of,
+    storage_of,
+    tensors_in,
+    version_of,
+    versions_of,
+    written_by,
+)
 
 Taint = frozenset
 NONE: Taint = frozenset()
@@ -99,9 +106,9 @@ class Watch(TorchDispatchMode):
         for i, x in enumerate(self.inputs):
             if isinstance(x, Tensor):
                 self._mark(x, Taint({("input", i)}))
-        self._input_storages = {_address(x) for x in self.inputs if isinstance(x, Tensor)}
-        self._own_storages = {_address(t) for t in self._state_tensors.values()}
-        self._host_states = _host_states()
+        self._input_storages = {address_of(x) for x in self.inputs if isinstance(x, Tensor)}
+        self._own_storages = {address_of(t) for t in self._state_tensors.values()}
+        self._host_states = host_states()
         self._dropouts = [
             name
             for name, m in model.named_modules()
@@ -128,7 +135,7 @@ class Watch(TorchDispatchMode):
             kind = type(opaque[0]).__name__
             advice = ": set model.config.use_cache = False" if "Cache" in kind else ""
             self._refuse(f"{name} is handed a {kind}, which it may change{advice}")
-        if RANDOM in taint or _host_states() != self._host_states:
+        if RANDOM in taint or host_states() != self._host_states:
             advice = f": set p = 0 in {', '.join(self._dropouts[:3])}, or name it in layers=" if self._dropouts else ""
             self._refuse(f"random numbers are drawn in front of {name}, and differ at every step{advice}")
         if INSIDE in taint:
@@ -138,14 +145,14 @@ class Watch(TorchDispatchMode):
         self._called.add(module)
         for state in (s for s in taint if isinstance(s, tuple) and s[0] == "state"):
             self.states[state[1]] = self._state_tensors[state[1]]
-        self._before = {_address(x): self._of([x]) for x in given if isinstance(x, Tensor)}
+        self._before = {address_of(x): self._of([x]) for x in given if isinstance(x, Tensor)}
         buffers = list(module.buffers())
-        own, versions, drawn = _versions(buffers), _versions(given), _device_states(given)
+        own, versions, drawn = versions_of(buffers), versions_of(given), device_states(given)
         output = self._run(original, args, kwargs, NONE)
-        if _versions(buffers) != own:
+        if versions_of(buffers) != own:
             self._refuse(f"{name} changes a buffer of its own at every call")
         self._check_changed(name, given, versions)
-        if _device_states(given) != drawn or _host_states() != self._host_states:
+        if device_states(given) != drawn or host_states() != self._host_states:
             self._refuse(f"{name} draws random numbers")
         self._source(name, module, output, taint if self._aliases else NONE)
         return output
@@ -156,7 +163,7 @@ class Watch(TorchDispatchMode):
         Raises:
             Refused: with all reasons.
         """
-        for leaf in _leaves_of(output):
+        for leaf in leaves_of(output):
             self.needed |= _real(self._of([leaf]))
             if INSIDE in self._of([leaf]):
                 self._refuse("the model returns a value from inside a frozen module")
@@ -177,7 +184,7 @@ class Watch(TorchDispatchMode):
             self._depth -= 1
         for i, leaf in enumerate(tree_leaves(output)):
             if isinstance(leaf, Tensor):
-                shared = given & self._before.get(_address(leaf), NONE)
+                shared = given & self._before.get(address_of(leaf), NONE)
                 self._mark(leaf, shared | {("call", len(self.calls), i)})
         self.calls.append(call)
 
@@ -194,9 +201,9 @@ class Watch(TorchDispatchMode):
 
     def _check_changed(self, name: str, given: list, versions: list) -> None:
         changed = [
-            x for x, v in zip((x for x in given if isinstance(x, Tensor)), versions, strict=True) if _version(x) != v
+            x for x, v in zip((x for x in given if isinstance(x, Tensor)), versions, strict=True) if version_of(x) != v
         ]
-        if any(_address(x) in self._input_storages for x in changed):
+        if any(address_of(x) in self._input_storages for x in changed):
             self._refuse(f"{name} changes an input of the model in place")
 
     # Operations
@@ -205,19 +212,19 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._depth:
             output = func(*args, **kwargs)
-            for x in _tensors((output,), {}):
-                if _address(x) not in self._taints:
+            for x in tensors_in((output,), {}):
+                if address_of(x) not in self._taints:
                     self._mark(x, Taint({INSIDE}))
             return output
         packet = getattr(func, "overloadpacket", func)
-        tensors = list(_tensors(args, kwargs))
+        tensors = list(tensors_in(args, kwargs))
         # Before the call, whose results may overwrite an operand.
         taint = NONE if packet in SHAPE_ONLY else self._of(tensors)
         seeded = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-        drawn = _device_states(tensors) if seeded else None
+        drawn = device_states(tensors) if seeded else None
         output = func(*args, **kwargs)
         real = _real(taint)
-        written = _written(func, args, kwargs)
+        written = written_by(func, args, kwargs)
         if packet in SHAPE_ONLY:
             pass
         elif ACTIVE in taint or any(x.requires_grad for x in tensors):
@@ -225,20 +232,20 @@ class Watch(TorchDispatchMode):
             if INSIDE in taint:
                 self._refuse(f"{packet} outside frozen modules reads a value from inside one")
             taint = Taint({ACTIVE})
-        elif READS & set(getattr(func, "tags", ())) or (real and not _gives_tensors(output) and not written):
+        elif READS & set(getattr(func, "tags", ())) or (real and not gives_tensors(output) and not written):
             self.needed |= real
             if RANDOM in taint:
                 self._refuse("random numbers are read by the host: the model draws which layers run")
-        if drawn is not None and _device_states(tensors) != drawn:
+        if drawn is not None and device_states(tensors) != drawn:
             taint |= {RANDOM}
         for x in written:
-            storage = _address(x)
+            storage = address_of(x)
             if storage in self._own_storages:
                 self.needed |= real
             self.mutated |= _real(self._of([x]))
             self._mark(x, self._of([x]) | taint)
-        for x in _tensors((output,), {}):
-            self._mark(x, taint | (self._of([x]) if _is_view(x, tensors) else NONE))
+        for x in tensors_in((output,), {}):
+            self._mark(x, taint | (self._of([x]) if is_view_of(x, tensors) else NONE))
         return output
 
     def _is_active(self, real: Taint) -> None:
@@ -250,7 +257,7 @@ class Watch(TorchDispatchMode):
         self.refusals.append(reason)
 
     def _mark(self, x: Tensor, taint: Taint) -> None:
-        storage = _storage(x)
+        storage = storage_of(x)
         if storage is None:
             return
         # Weak: nothing stays in memory longer; but its address is not given to another one.
@@ -259,45 +266,9 @@ class Watch(TorchDispatchMode):
     def _of(self, tensors: Iterable) -> Taint:
         found = NONE
         for x in tensors:
-            if isinstance(x, Tensor) and (entry := self._taints.get(_address(x))):
+            if isinstance(x, Tensor) and (entry := self._taints.get(address_of(x))):
                 found |= entry[1]
         return found
-
-
-@contextmanager
-def through(modules: Mapping[str, nn.Module], call: Callable) -> Iterator[None]:
-    """Calls of modules' forwards become call(name, module, original, args, kwargs); all as before afterwards."""
-    before = {}
-    try:
-        for name, module in modules.items():
-            if module in before:
-                continue
-            before[module] = module.__dict__.get("forward")
-            module.__dict__["forward"] = _Through(call, name, module, module.forward)
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
-
-
-class _Through:
-    def __init__(self, call: Callable, name: str, module: nn.Module, original: Callable) -> None:
-        self._given = call, name, module, original
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call, name, module, original = self._given
-        return call(name, module, original, args, kwargs)
-
-    def __reduce__(self) -> tuple:
-        # A copy or a pickle of the module runs its own forward.
-        return _same, (self._given[3],)
-
-
-def _same(forward: Callable) -> Callable:
-    return forward
 
 
 def _real(taint: Taint) -> Taint:
@@ -309,74 +280,3 @@ def _own_tensors(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]
         for name, t in table.items():
             if t is not None:
                 yield (f"{prefix}.{name}" if prefix else name), t
-
-
-def _tensors(args: Iterable, kwargs: Mapping) -> Iterator[Tensor]:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value, {})
-
-
-def _written(func: Any, args: tuple, kwargs: Mapping) -> list[Tensor]:
-    schema = getattr(func, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    found: list[Tensor] = []
-    for i, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found += _tensors((value,), {})
-    return found
-
-
-def _is_view(x: Tensor, operands: list[Tensor]) -> bool:
-    return any(_address(o) == _address(x) for o in operands)
-
-
-def _storage(x: Tensor) -> torch.UntypedStorage | None:
-    return x.untyped_storage() if x.layout is torch.strided else None
-
-
-def _address(x: Tensor) -> int:
-    storage = _storage(x)
-    return 0 if storage is None else storage._cdata
-
-
-def _gives_tensors(output: Any) -> bool:
-    return output is None or next(_tensors((output,), {}), None) is not None
-
-
-def _leaves_of(output: Any) -> Iterator[Tensor]:
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from _leaves_of(list(leaf.values()))
-        elif hasattr(leaf, "__dataclass_fields__"):
-            yield from _leaves_of(list(vars(leaf).values()))
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
-
-
-def _versions(given: Iterable) -> list[int]:
-    return [_version(x) for x in given if isinstance(x, Tensor)]
-
-
-def _host_states() -> tuple:
-    if numpy is None:
-        return random.getstate(), ()
-    state: Any = numpy.random.get_state()
-    _, words, *rest = state
-    return random.getstate(), (words.tobytes(), *rest)
-
-
-def _device_states(tensors: Iterable) -> list[bytes]:
-    """The generators that an operation on these may draw from; none of them waits for the device."""
-    found = [torch.get_rng_state().numpy().tobytes() if numpy else bytes(torch.get_rng_state().tolist())]
-    for index in {x.device.index for x in tensors if isinstance(x, Tensor) and x.device.type == "cuda"}:
-        found.append(bytes(torch.cuda.get_rng_state(index).tolist()))
-    return found

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .store import Column, Store
+from .columns import Column
+from .store import Store
+from .through import through
 from .timing import Stopwatch, seconds_of
-from .watch import through
 
 # Forwards that are timed before anything is decided.
 TIMED = 3
@@ -47,31 +48,12 @@ class Weighing:
             self._forward.stop(samples)
             self._layers.stop(samples)
 
-    def times(self) -> tuple[float, float, float, float] | None:
-        """-> seconds of the modules, of writing a row, of reading one, and of a whole forward; None before they are
-        known."""
+    def times(self) -> tuple[float, float] | None:
+        """-> seconds of a sample in the modules, and of a whole forward; None before they are known."""
         layers, forward = self._layers.least(), self._forward.median()
-        if layers is None or forward is None:
-            return None
-        fill, gather = self._trial()
-        return layers, fill, gather, forward * self.samples
+        return None if layers is None or forward is None else (layers, forward * self.samples)
 
-    def _call(self, name: str, module: nn.Module, original: Any, args: tuple, kwargs: dict) -> Any:
-        if self._inside:
-            return original(*args, **kwargs)
-        self._inside = True
-        try:
-            self._layers.start()
-            output = original(*args, **kwargs)
-            self._layers.pause()
-        finally:
-            self._inside = False
-        self._outputs = [
-            x.detach() for x in tree_leaves(output) if isinstance(x, Tensor) and x.dim() and len(x) == self.samples
-        ]
-        return output
-
-    def _trial(self) -> tuple[float, float]:
+    def trial(self) -> tuple[float, float]:
         """-> seconds to write and to read a row like the last module's outputs."""
         outputs, self._outputs = self._outputs, []
         if not outputs:
@@ -88,3 +70,18 @@ class Weighing:
         mixed = keys[1].flip(0)
         gathered = [seconds_of(lambda: store.gather(mixed), self._device) for _ in range(TIMED)]
         return sum(filled[1:]) / 2 / n, sorted(gathered)[1] / n
+
+    def _call(self, name: str, module: nn.Module, original: Any, args: tuple, kwargs: dict) -> Any:
+        if self._inside:
+            return original(*args, **kwargs)
+        self._inside = True
+        try:
+            self._layers.start()
+            output = original(*args, **kwargs)
+            self._layers.pause()
+        finally:
+            self._inside = False
+        self._outputs = [
+            x.detach() for x in tree_leaves(output) if isinstance(x, Tensor) and x.dim() and len(x) == self.samples
+        ]
+        return output

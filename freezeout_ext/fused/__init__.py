@@ -1,4 +1,4 @@
-"""SGD, AdamW and Adam over all active tensors in one call: optimizers, their torch ops, and references of these."""
+"""SGD, AdamW and Adam over all active tensors in one call: the optimizers, their torch ops, the ops' references."""
 
 from freezeout_ext.fused.adamw import FusedAdam, FusedAdamW
 from freezeout_ext.fused.adamw_op import fused_adamw_, fused_adamw_reference_

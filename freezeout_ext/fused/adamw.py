@@ -16,12 +16,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 class FusedAdam(FusedOptimizer, torch.optim.Adam):
     """m, v = averages of grad and grad^2;  p -= lr * m' / (sqrt(v') + eps), decay coupled: all tensors in one call.
 
-    torch.optim.Adam in all that one can observe, bit-equal to its for-loop on a CPU with FMA in float32 and float64:
-    arguments, errors, param groups, `state_dict`, hooks, closures. See FusedOptimizer for what it adds.
+    Arguments, errors, param groups, `state_dict`, hooks and closures are those of torch.optim.Adam.
+    Results in float32 and float64, on a CPU with FMA, are bit-equal to those of torch.optim.Adam's for-loop.
+    Only where torch takes square roots by MKL's AVX-512 code may a step differ, by 3 ulp (csrc/adamw_update.h).
+    FusedOptimizer says what the class adds.
 
-    `foreach` and `fused` are taken for compatibility and change nothing. The step counters are float32 tensors where
-    their parameters are, as torch keeps them with fused=True, and the same call advances them. So a step on CUDA can
-    always be captured into a graph; `capturable` changes nothing there.
+    `foreach` and `fused` are accepted for compatibility and change nothing.
+    Each step counter is a float32 tensor on its parameter's device, as torch keeps counters with fused=True.
+    The call that updates a parameter also advances its counter.
+    So a step on CUDA can always be captured into a graph, and `capturable` changes nothing there.
 
     Source: torch.optim.Adam; Kingma and Ba 2014, arXiv 1412.6980; Reddi et al. 2018 for amsgrad.
     """
@@ -46,7 +49,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.numel() != 1:
             return f"its step must be one float32, got {step!r}"
         if step.device != p.device and compiled.reason_against(p) is None:
-            # As torch.optim.AdamW(fused=True) has it.
+            # torch.optim.AdamW(fused=True) keeps the counter there too.
             state["step"] = step = step.to(p.device)
         if (reason := compiled.reason_against(step)) is not None:
             return f"its step {reason}"
@@ -109,7 +112,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
 class FusedAdamW(FusedAdam, torch.optim.AdamW):
     """p *= 1 - lr * weight_decay;  p -= lr * m' / (sqrt(v') + eps): every active tensor in one call.
 
-    torch.optim.AdamW as FusedAdam is torch.optim.Adam; see there and FusedOptimizer.
+    FusedAdamW takes the place of torch.optim.AdamW as FusedAdam takes that of torch.optim.Adam.
 
     Source: torch.optim.AdamW; Loshchilov and Hutter 2017, arXiv 1711.05101.
     """

@@ -29,7 +29,7 @@ def fused_adamw_reference_(
 ) -> None:
     """m, v = averages of grad and grad^2;  p -= lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    In place, with torch's own operations, tensor by tensor. See fused_adamw_ for the arguments.
+    In place, with torch's own operations, tensor by tensor. The arguments are those of fused_adamw_.
     """
     if compiled.overflowed(found_inf):
         return
@@ -83,21 +83,27 @@ def fused_adamw_(
     Args:
         params: dense tensors of one dtype (float32, float64, float16, bfloat16) on one device, no two in the
             same memory.
-        grads: one for each parameter, laid out in memory as it.
-        exp_avgs: m of each parameter, laid out as it, zeros before the first step.
+        grads: one for each parameter, with the parameter's layout in memory.
+        exp_avgs: m of each parameter, with the parameter's layout in memory; zeros before the first step.
         exp_avg_sqs: v of each parameter, likewise.
         max_exp_avg_sqs: the largest v so far, likewise; empty without amsgrad.
-        steps: t of each parameter, one float32 on its device; advanced by 1 here.
+        steps: t of each parameter, one float32 on its device; the call advances each by 1.
         layer_of: for each parameter, the index of its rate; ascending.
         lrs: learning rates.
-        grad_scale: gradients are divided by it, in place.
-        found_inf: nothing happens where it is not 0.
+        grad_scale: gradients are divided by grad_scale, in place.
+        found_inf: where found_inf is not 0, nothing is written.
         rates: learning rates in one tensor, one a layer, in place of lrs.
-        decoupled: p *= 1 - lr * weight_decay (AdamW), else grad + weight_decay * p takes grad's place (Adam).
+        beta1: decay of m.
+        beta2: decay of v.
+        eps: added to the denominator.
+        weight_decay: see decoupled.
+        amsgrad: whether the largest v so far takes v's place in the denominator.
+        maximize: whether -grad takes grad's place.
+        decoupled: p *= 1 - lr * weight_decay (AdamW); else grad + weight_decay * p takes grad's place (Adam).
 
     Raises:
-        ValueError: lists of different lengths, a layer without a rate, a tensor that is not as above.
-        RuntimeError: no compiled half for the device.
+        ValueError: lists of different lengths, a layer without a rate, or a tensor that is not as above.
+        RuntimeError: the compiled half does not run on the device.
     """
     if not params:
         return

@@ -20,7 +20,7 @@ DLPACK_DTYPES = {
     torch.bfloat16: (4, 16),
     torch.int64: (0, 64),
 }
-# Exactly these: a DTensor or FakeTensor has no address of its own.
+# Exactly these types: a DTensor or FakeTensor has no address of its own.
 PLAIN = (Tensor, nn.Parameter)
 DEVICE_TYPES = {"cpu": 1, "cuda": 2}
 OPTIONS = {
@@ -40,7 +40,7 @@ def tensor_reader() -> Any:
 
 @cache
 def missing_half(device: torch.device) -> str | None:
-    """Why no compiled update runs on `device`, or None; the first time that it is asked for, a warning too."""
+    """Why no compiled update runs on `device`, or None. Warns too, once for each device."""
     reason = native.import_error if device.type == "cpu" else native.cuda_unavailable_reason(device)
     if reason is not None:
         warnings.warn(f"fused optimizers run on torch's for-loop on {device}: {reason}", RuntimeWarning, stacklevel=4)
@@ -48,7 +48,7 @@ def missing_half(device: torch.device) -> str | None:
 
 
 def reason_against(tensor: Tensor) -> str | None:
-    """Why the compiled update does not take `tensor`, or None: it takes plain dense tensors of four dtypes."""
+    """Why the compiled update does not take `tensor`; None for plain dense tensors of the four dtypes."""
     if type(tensor) not in PLAIN:
         return f"is a {type(tensor).__name__}"
     if tensor.layout != torch.strided:
@@ -97,14 +97,14 @@ def reason_against_container(group: Any) -> str | None:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether a's and b's elements, in memory order, belong together; both are dense."""
+    """Whether the k-th element in memory of a belongs to the k-th of b, for every k; a and b are dense."""
     return (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and all(
         s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if n != 1
     )
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill tensor.numel() places in memory, each once, in any order of dimensions."""
+    """Whether the elements fill tensor.numel() places in memory, each place once, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -117,7 +117,10 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def share_memory(params: list[Tensor]) -> set[int]:
-    """ids of the parameters that overlap another, or are listed twice: in what order to update them is torch's."""
+    """ids of the parameters that overlap another one or are listed twice.
+
+    torch's for-loop updates these, in its own order.
+    """
     spans = sorted(
         (p.device.type, p.device.index or 0, p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), id(p))
         for p in params
@@ -138,7 +141,7 @@ def device_of(batch: Any) -> torch.device:
 
 
 def upload_table(batch: Any) -> Tensor | None:
-    """The batch's table on its CUDA device, for the current stream; the CPU needs none."""
+    """The batch's table on its CUDA device, for the current stream; None on the CPU, which needs no table."""
     if batch.device_type == 1:
         return None
     table = torch.frombuffer(bytearray(batch.table()), dtype=torch.uint8).to(device_of(batch))
@@ -147,7 +150,7 @@ def upload_table(batch: Any) -> Tensor | None:
 
 
 def use_current_stream(batch: Any, table: Tensor) -> None:
-    """Makes torch's current stream of the table's device the one that the batch runs on."""
+    """Makes the batch run on torch's current stream of the table's device."""
     stream = torch.cuda.current_stream(table.device)
     table.record_stream(stream)
     batch.set_table(table.data_ptr(), stream.cuda_stream)
@@ -158,8 +161,12 @@ def check_lists(
 ) -> None:
     """Raises ValueError unless the lists fit one another and one compiled update takes all tensors.
 
-    lists: name -> one entry for each parameter, or None. "steps" are counters; other tensors are laid out as their
-        parameter.
+    Args:
+        params: the parameters.
+        lists: name -> one entry for each parameter, or None. "steps" are counters. Every other tensor has the layout
+            of its parameter.
+        layer_of: for each parameter, the index of its rate; ascending.
+        num_rates: how many rates there are.
     """
     for name, values in lists.items():
         if values is not None and len(values) != len(params):
@@ -203,7 +210,7 @@ def update_(
     """The compiled update of checked lists, in place.
 
     Raises:
-        RuntimeError: no compiled half for the device.
+        RuntimeError: the compiled half does not run on the device.
     """
     device = params[0].device
     missing = missing_half(device)
@@ -215,7 +222,7 @@ def update_(
     for i, p in enumerate(params):
         addresses = [tensors[i].data_ptr() for tensors in states]
         addresses += [0] * (MAX_STATES - len(addresses))
-        # An empty tensor has no address, and none is read.
+        # An empty tensor has no address. 64 stands for one that is never read.
         grad = grads[i].data_ptr() or 64
         step = 0 if steps is None else steps[i].data_ptr()
         work.append((p.data_ptr(), addresses, grad, step, p.numel(), layer_of[i]))
@@ -251,5 +258,8 @@ def unscale_(grads: list[Tensor], grad_scale: Tensor) -> None:
 
 
 def overflowed(found_inf: Tensor | None) -> bool:
-    """Whether a scaler found a gradient that is not finite: a sum over devices, so any number but 0."""
+    """Whether a scaler found a gradient that is not finite.
+
+    found_inf may be a sum over devices, so any number but 0 says yes.
+    """
     return found_inf is not None and found_inf.item() != 0

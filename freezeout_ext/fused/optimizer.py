@@ -1,4 +1,4 @@
-"""FusedOptimizer: what FusedSGD and FusedAdamW share, which is all but their formula."""
+"""FusedOptimizer: all of FusedSGD, FusedAdam and FusedAdamW but their formula."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,43 +13,49 @@ from freezeout_ext.fused import compiled, traced
 from freezeout_ext.fused.formula import Formula
 from freezeout_ext.fused.prepared import Prepared, prepare
 
-# Another thread may change groups and states while a step is prepared; a step that never finds them still gives up.
+# Another thread may change groups and states while a step is prepared. After so many tries the step raises.
 MOST_PREPARATIONS = 8
 
 
 class FusedOptimizer(Formula, torch.optim.Optimizer):
     """p, states <- formula(p, states, grad): every active tensor of one dtype and device in one call.
 
-    A mixin before one of torch's optimizers, which stays what one observes: constructor, errors, param groups, state,
-    hooks. One call updates the tensors of all param groups with each group's own hyperparameters. float16 and bfloat16
-    are rounded once, when stored.
+    A mixin, to stand before one of torch's optimizers among a class's bases.
+    Constructor, errors, param groups, state and hooks are those of torch's optimizer.
+    One call updates the tensors of all param groups, each with its own group's hyperparameters.
+    Updates of float16 and bfloat16 tensors are computed in float32 and rounded once, when stored.
 
-    Groups with a true "frozen" key are left alone: not read, not written. Addresses are prepared once and
-    compared at each step, so that parameters, states and groups may change at any time. States start as zeros and are
-    made when a parameter gets its first gradient.
+    Groups with a true "frozen" key are neither read nor written.
+    Addresses are prepared once and compared at each step, so parameters, states and groups may change at any time.
+    A parameter's states are made as zeros when the parameter gets its first gradient.
 
-    With torch.amp.GradScaler gradients are unscaled here and written back. Nothing changes where one is not finite.
+    With torch.amp.GradScaler the step unscales the gradients and writes them back.
+    Where a gradient is not finite, no parameter and no state changes.
 
-    One optimizer must not step in two threads at once: the second one gets a RuntimeError.
+    One optimizer must not step in two threads at once: the second thread gets a RuntimeError.
 
-    What the compiled update does not take (sparse, complex, `differentiable`, tensor subclasses, gradients laid out
-    otherwise than their parameter) goes through torch's for-loop, with the same result: see `native_report()`.
-    Under torch.compile the registered torch op runs, one call for each set of equal hyperparameters. The op takes
-    contiguous and channels-last tensors, and torch's for-loop the rest; once traced, the report says which.
+    What the compiled update does not take goes through torch's for-loop, with the same result.
+    Such are sparse and complex tensors, tensor subclasses, `differentiable` groups, and gradients whose layout in
+    memory is not their parameter's. `native_report()` lists these parameters with the reason.
+
+    Under torch.compile the registered torch op runs, once for each set of equal hyperparameters.
+    The op takes contiguous and channels-last tensors. torch's for-loop takes the others.
+    Once a step was traced, `native_report()` lists these others too.
     """
 
-    # On the class: an instance's flag would not survive deepcopy and pickle.
+    # On the class: a flag on the instance would be lost by deepcopy and pickle.
     _step_supports_amp_scaling = True
     _prepared: Prepared | None = None
     # Set once torch.compile traced a step: for each group the positions of parameters that share memory.
     _sharing: list[tuple[int, ...]] | None = None
     _device_schedule: tuple[Tensor, list[tuple[float, float, float]]] | None = None
-    # Tables: a graph reads them for as long as it may be replayed.
+    # Tables of captured steps: a graph reads its tables whenever it is replayed.
     _captured: frozenset[Tensor] = frozenset()
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        # torch.compile runs this for real while it traces a step, and tracks the state from the first call on: a state
-        # that is made later would be lost. torch's for-loop asks with a copy of a group.
+        # While torch.compile traces a step, it runs this method for real, and tracks the state from the first call on.
+        # A state that is made after that call would be lost, so the first call makes the states of all groups.
+        # torch's for-loop calls with a copy of a group.
         groups = [group]
         if any(group is each for each in self.param_groups):
             groups = self.param_groups
@@ -80,7 +86,8 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         self._optimizer_step_code()
         return loss
 
-    # Else torch would wrap it: hooks and a profiler's range, a third of the time of a small step, are above instead.
+    # Without this flag torch would wrap `step` in hooks and a profiler's range, a third of the time of a small step.
+    # `step` itself runs them, where there are any.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -102,7 +109,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         return loss
 
     def lacks_states(self) -> bool:
-        """Whether some active parameter's states are still to be made, at its first gradient."""
+        """Whether some active parameter still lacks its states, which its first gradient will bring."""
         return any(
             p.requires_grad and self._lacks_state(p, group)
             for group in self.param_groups
@@ -130,15 +137,16 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
     def set_device_schedule(self, step: Tensor | None, rates: Sequence[tuple[float, float, float]] = ()) -> None:
         """lr = peak * cos^2(pi / 2 * (step - warmup) / (milestone - warmup)), 0 from the milestone on, on the device.
 
-        Takes the place of the groups' "lr", so that a captured CUDA graph keeps the right rates when it is replayed.
+        The schedule takes the place of the groups' "lr", so that a replayed CUDA graph has the right rates.
 
         Args:
             step: int64 tensor of one element, which the caller advances; None goes back to "lr".
-            rates: one (peak, milestone, warmup) for each param group, milestone and warmup in steps. Below warmup
-                the rate is peak * (step + 1) / (warmup + 1).
+            rates: one (peak, milestone, warmup) for each param group. Milestone and warmup are in steps. Below
+                warmup the rate is peak * (step + 1) / (warmup + 1).
 
         Raises:
-            TypeError, ValueError: step is no int64 tensor of one element, or rates do not match the param groups.
+            TypeError: step is no tensor, or rates is no sequence of three numbers for each group.
+            ValueError: step is not int64 of one element, or there are not as many rates as param groups.
         """
         check_kind("step", step, Tensor, "a tensor", optional=True)
         check_kind("rates", rates, Sequence, "a sequence")
@@ -183,7 +191,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
             if changed == "another stream is current":
                 prepared.use_current_streams()
             else:
-                self._prepared = prepared = None  # frees what it holds before anything is allocated
+                self._prepared = prepared = None  # the old one is freed before anything is allocated
         else:
             raise RuntimeError(f"{type(self).__name__} could not prepare its step: {changed}")
         leftover, captured = done
@@ -191,7 +199,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
             self._captured = self._captured.union(table for table in prepared.tables if table is not None)
         if leftover is None and not prepared.by_torch:
             return
-        # The device has looked at found_inf for itself.
+        # The compiled update has looked at found_inf on the device.
         if leftover is not None and not compiled.overflowed(found_inf):
             self._step_by_torch(
                 [(self.param_groups[i], [self.param_groups[i]["params"][j]]) for i, j in leftover], grad_scale
@@ -238,7 +246,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
                 self._torch_update(group, params)
 
     def _step_by_op(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """What torch.compile traces: the op for all that it takes, torch's for-loop for the rest."""
+        """The step that torch.compile traces: the op for the tensors it takes, torch's for-loop for the rest."""
         if self._device_schedule is not None:
             raise RuntimeError("set_device_schedule must not be set under torch.compile")
         given = []
@@ -255,9 +263,9 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
             self._step_by_torch(rest, grad_scale)
 
     def _reasons(self) -> list[list[str | None]]:
-        """For each parameter of each group why it goes through torch's for-loop, or None; [] for a frozen group.
+        """For each parameter of each group, why the parameter goes through torch's for-loop, or None.
 
-        A gradient that only one step brings is no reason here.
+        A frozen group has []. The present gradient gives no reason, since the next step may bring another.
         """
         of_all = compiled.reason_against_containers(self.param_groups, self.state)
         shared = self._share_memory()

@@ -13,13 +13,13 @@ from freezeout_ext.fused import compiled
 
 @dataclass
 class Prepared:
-    """What stays the same from step to step."""
+    """What one step prepares and later steps use again."""
 
     step: Any  # _C.PreparedStep
     by_torch: list[tuple[int, list[int] | None]]  # (group, positions); None: whatever the group holds
     devices: list[torch.device]  # of each batch
     tables: list[Tensor | None]
-    asks_host: bool  # something looks at found_inf on the host
+    asks_host: bool  # the host looks at found_inf before the update
     must_tell_streams: bool  # torch before 2.11 tells the module no current stream
 
     def run(

@@ -14,11 +14,12 @@ from freezeout_ext.fused.sgd_op import fused_sgd_
 class FusedSGD(FusedOptimizer, torch.optim.SGD):
     """v = momentum * v + (1 - dampening) * (grad + weight_decay * p);  p -= lr * v: every active tensor in one call.
 
-    torch.optim.SGD in all that one can observe, bit-equal to its for-loop on a CPU with FMA in float32 and float64:
-    arguments, errors, param groups, `state_dict`, hooks, closures. See FusedOptimizer for what it adds.
+    Arguments, errors, param groups, `state_dict`, hooks and closures are those of torch.optim.SGD.
+    Results in float32 and float64, on a CPU with FMA, are bit-equal to those of torch.optim.SGD's for-loop.
+    FusedOptimizer says what the class adds.
 
-    `foreach` and `fused` are taken for compatibility and change nothing. A parameter's first step with dampening is
-    torch's for-loop's: dampening does not hold there.
+    `foreach` and `fused` are accepted for compatibility and change nothing.
+    With dampening, torch's for-loop makes each parameter's first step, because torch does not dampen that step.
 
     Source: torch.optim.SGD; Sutskever et al. 2013 for Nesterov momentum.
     """
@@ -27,7 +28,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
     _op = staticmethod(fused_sgd_)
 
     def _buffer(self, p: Tensor) -> Tensor | None:
-        # self.state[p] would make an entry.
+        # self.state[p] alone would add an entry for p.
         return self.state[p].get("momentum_buffer") if p in self.state else None
 
     def _lacks_state(self, p: Tensor, group: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ def fused_sgd_reference_(
 ) -> None:
     """d = grad + weight_decay * p;  v = momentum * v + (1 - dampening) * d;  p -= lr * (d + momentum * v) or lr * v
 
-    In place, with torch's own operations, tensor by tensor. See fused_sgd_ for the arguments.
+    In place, with torch's own operations, tensor by tensor. The arguments are those of fused_sgd_.
     """
     if compiled.overflowed(found_inf):
         return
@@ -65,17 +65,23 @@ def fused_sgd_(
     Args:
         params: dense tensors of one dtype (float32, float64, float16, bfloat16) on one device, no two in the
             same memory.
-        grads: one for each parameter, laid out in memory as it.
-        momentum_buffers: one for each parameter, laid out as it, zeros before the first step; empty without momentum.
+        grads: one for each parameter, with the parameter's layout in memory.
+        momentum_buffers: one for each parameter, with the parameter's layout in memory. They are zeros before the
+            first step. Empty without momentum.
         layer_of: for each parameter, the index of its rate; ascending.
         lrs: learning rates.
-        grad_scale: gradients are divided by it, in place.
-        found_inf: nothing happens where it is not 0.
+        grad_scale: gradients are divided by grad_scale, in place.
+        found_inf: where found_inf is not 0, nothing is written.
         rates: learning rates in one tensor, one a layer, in place of lrs.
+        momentum: factor of the momentum buffer.
+        dampening: 1 - dampening is the factor of what is added to the momentum buffer.
+        weight_decay: factor of the parameter that is added to its gradient.
+        nesterov: whether p -= lr * (d + momentum * v), with d = grad + weight_decay * p.
+        maximize: whether -grad takes grad's place.
 
     Raises:
-        ValueError: lists of different lengths, a layer without a rate, a tensor that is not as above.
-        RuntimeError: no compiled half for the device.
+        ValueError: lists of different lengths, a layer without a rate, or a tensor that is not as above.
+        RuntimeError: the compiled half does not run on the device.
     """
     if not params:
         return

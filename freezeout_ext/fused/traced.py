@@ -16,9 +16,12 @@ def has_half(device: torch.device) -> bool:
 
 
 def op_takes(tensors: list[Tensor | None]) -> bool:
-    """Whether a registered op takes a parameter, its gradient and its states, where there are any; in traced code.
+    """Whether a registered op takes a parameter, its gradient and its states, in traced code.
 
-    Only contiguous and channels-last tensors: traced code cannot compare all strides, some of which are symbols.
+    The op takes contiguous and channels-last tensors only, since traced code cannot compare strides that are symbols.
+
+    Args:
+        tensors: the parameter, its gradient, its states; None for what is missing.
     """
     p = tensors[0]
     assert p is not None  # the parameter
@@ -43,7 +46,7 @@ def update_by_op_(
 
     groups: param group, the op's lists for it, whether each parameter shares memory, the op's keyword arguments.
     """
-    # What equal numbers have in common: lists of tensors, the layer of each, and the layers' rates.
+    # For each set of equal numbers: the lists of tensors, the layer of each tensor, and the layers' rates.
     calls: dict[tuple, tuple[list[list[Tensor]], list[int], list[Any]]] = {}
     rest = []
     for group, lists, shares, numbers in groups:

@@ -12,8 +12,9 @@ import torch
 from ..batch import call, part, size
 from ..features import FeatureCache
 from ..features.auto import Measured, best_views
+from ..features.columns import Column
 from ..features.room import room_for
-from ..features.store import Column, Store
+from ..features.store import Store
 from ..features.timing import seconds_of
 from ..freezeout import FreezeOut
 from ..layers import find_layers

@@ -1,0 +1,93 @@
+"""Effects: what an operation or a module reads, writes, shares and draws, as far as tensors and generators show it."""
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+try:
+    import numpy
+except ImportError:
+    numpy = None  # type: ignore[assignment]  # None is its absence
+
+
+def tensors_in(args: Iterable, kwargs: Mapping) -> Iterator[Tensor]:
+    """-> the tensors among arguments, in lists and tuples too."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value, {})
+
+
+def written_by(func: Any, args: tuple, kwargs: Mapping) -> list[Tensor]:
+    """-> the arguments that an operation writes to, by its schema."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    found: list[Tensor] = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            found += tensors_in((value,), {})
+    return found
+
+
+def is_view_of(x: Tensor, operands: list[Tensor]) -> bool:
+    """Whether x shares the memory of one of these."""
+    return any(address_of(o) == address_of(x) for o in operands)
+
+
+def storage_of(x: Tensor) -> torch.UntypedStorage | None:
+    return x.untyped_storage() if x.layout is torch.strided else None
+
+
+def address_of(x: Tensor) -> int:
+    """-> a number that tensors share whose memory is one; 0: it has none."""
+    storage = storage_of(x)
+    return 0 if storage is None else storage._cdata
+
+
+def gives_tensors(output: Any) -> bool:
+    """Whether an operation gives no value that the host could read."""
+    return output is None or next(tensors_in((output,), {}), None) is not None
+
+
+def leaves_of(output: Any) -> Iterator[Tensor]:
+    """-> the tensors of a model's output, of whatever containers that is made."""
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from leaves_of(list(leaf.values()))
+        elif hasattr(leaf, "__dataclass_fields__"):
+            yield from leaves_of(list(vars(leaf).values()))
+
+
+def version_of(x: Tensor) -> int:
+    """-> how often x was written to; -1 for inference tensors, which do not count."""
+    return -1 if x.is_inference() else x._version
+
+
+def versions_of(given: Iterable) -> list[int]:
+    return [version_of(x) for x in given if isinstance(x, Tensor)]
+
+
+def host_states() -> tuple:
+    """-> the states of random's and numpy's generators."""
+    if numpy is None:
+        return random.getstate(), ()
+    state: Any = numpy.random.get_state()
+    _, words, *rest = state
+    return random.getstate(), (words.tobytes(), *rest)
+
+
+def device_states(tensors: Iterable) -> list[bytes]:
+    """The generators that an operation on these may draw from; none of them waits for the device."""
+    found = [torch.get_rng_state().numpy().tobytes() if numpy else bytes(torch.get_rng_state().tolist())]
+    for index in {x.device.index for x in tensors if isinstance(x, Tensor) and x.device.type == "cuda"}:
+        found.append(bytes(torch.cuda.get_rng_state(index).tolist()))
+    return found
