@@ -70,6 +70,9 @@ ERRORS = {
     "params must be dense and of a floating dtype, got torch.float32, strides (80, 2) (2)": lambda p, g, b, of, lrs: (
         [*p[:2], torch.randn(33, 80)[:, ::2]], g, b, of, lrs,
     ),
+    "params must not share memory with one another, parameter 0 does": lambda p, g, b, of, lrs: (
+        [p[2][0, :5], p[1], p[2]], g, b, of, lrs,
+    ),
     "grads must be laid out as their parameters, got strides (1, 33) (2)": lambda p, g, b, of, lrs: (
         p, [*g[:2], torch.randn(40, 33).t()], b, of, lrs,
     ),
@@ -217,3 +220,50 @@ def test_compiled_steps_are_torch_s_whatever_the_op_takes(kind, backend):
                 torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
     assert list(optimizer.native_report()) == [f"group {i}, parameter {j}" for i, j in ((1, 1), (1, 2), (2, 0))]
     assert "as the traced op needs it" in optimizer.native_report()["group 2, parameter 0"]
+
+
+@pytest.mark.parametrize(("kind", "backend"), [*(("SGD", backend) for backend in BACKENDS), ("AdamW", "aot_eager")])
+def test_compiled_steps_update_parameters_that_share_memory_one_after_the_other(kind, backend):
+    """Two that overlap across groups, beside one in each group that the op takes."""
+    torch._dynamo.reset()
+    cls, judge, options = KINDS[kind]
+    base, values = torch.randn(10), [torch.randn(4), torch.randn(3, 3)]
+    runs = []
+    for make in (cls, judge):
+        memory = base.clone()
+        alone, other_alone = [nn.Parameter(t.clone()) for t in values]
+        params = [alone, nn.Parameter(memory[:6]), nn.Parameter(memory[4:]), other_alone]
+        runs.append((params, make([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, foreach=False, **options)))
+    (ours, optimizer), (theirs, torchs) = runs
+    counter = CompileCounterWithBackend(backend)
+    step = torch.compile(optimizer.step, backend=counter)
+    for count in range(4):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            # Without it the next one comes first among those that have a gradient.
+            p.grad = None if i == 0 and count == 2 else torch.randn_like(p)
+            q.grad = None if p.grad is None else p.grad.clone()
+        step()
+        torchs.step()
+        for p, q in zip(ours, theirs, strict=True):
+            # As above: traced, torch's loop may round a product and its sum apart.
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    calls = [node for graph in counter.graphs for node in graph.graph.nodes if "freezeout" in str(node.target)]
+    assert [len(call.args[0]) for call in calls] == [2, 1]  # all gradients; without the first
+    reason = "shares memory with another parameter"
+    assert optimizer.native_report() == {"group 0, parameter 1": reason, "group 1, parameter 0": reason}
+
+
+def test_parameters_that_come_to_share_memory_after_the_trace_are_an_error():
+    torch._dynamo.reset()
+    params = [nn.Parameter(torch.randn(4)) for _ in range(2)]
+    optimizer = FusedSGD(params, lr=0.1)
+    step = torch.compile(optimizer.step, backend="eager")
+    for p in params:
+        p.grad = torch.ones(4)
+    step()
+    memory = torch.zeros(6)
+    params[0].data, params[1].data = memory[:4], memory[2:]
+    # What torch traced does not restore the grad mode when an op raises.
+    with torch.enable_grad(), pytest.raises(ValueError, match="params must not share memory"):
+        step()
+    assert not memory.any()

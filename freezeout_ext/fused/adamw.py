@@ -56,7 +56,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         for name in MOMENTS[: 3 if group["amsgrad"] else 2]:
             if not isinstance(state.get(name), Tensor):
                 return f"its state has no {name}"
-            if (reason := self._reason_against_tensor(p, name, state[name])) is not None:
+            if (reason := compiled.reason_against_state(p, name, state[name])) is not None:
                 return reason
         return None
 

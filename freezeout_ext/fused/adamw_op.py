@@ -81,8 +81,9 @@ def fused_adamw_(
     """p -= lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps): many tensors in one call, in place.
 
     Args:
-        params: dense tensors of one dtype (float32, float64, float16, bfloat16) on one device.
-        grads: one for each parameter, laid out in memory as it.
+        params: dense tensors of one dtype (float32, float64, float16, bfloat16) on one device, no two in the
+            same memory.
+        grads: one for each parameter, with the parameter's layout in memory.
         exp_avgs: m of each parameter, with the parameter's layout in memory; zeros before the first step.
         exp_avg_sqs: v of each parameter, likewise.
         max_exp_avg_sqs: the largest v so far, likewise; empty without amsgrad.

@@ -64,6 +64,38 @@ def reason_against(tensor: Tensor) -> str | None:
     return missing_half(tensor.device)
 
 
+def reason_against_grad(p: Tensor) -> str | None:
+    if p.grad is None:
+        return None
+    reason = reason_against(p.grad)
+    if reason is None and not same_layout(p, p.grad):
+        reason = "has another dtype, device or layout than its parameter"
+    return None if reason is None else f"its gradient {reason}"
+
+
+def reason_against_state(p: Tensor, name: str, state: Tensor) -> str | None:
+    reason = reason_against(state)
+    if reason is None and not same_layout(p, state):
+        reason = "has another dtype, device, shape or layout than its parameter"
+    return None if reason is None else f"its {name} {reason}"
+
+
+def reason_against_containers(groups: Any, state: Any) -> str | None:
+    if not isinstance(groups, list):
+        return f"param_groups is a {type(groups).__name__}, not a list"
+    if not isinstance(state, dict):
+        return f"the optimizer's state is a {type(state).__name__}, not a dict"
+    return None
+
+
+def reason_against_container(group: Any) -> str | None:
+    if not isinstance(group, dict):
+        return f"its group is a {type(group).__name__}, not a dict"
+    if not isinstance(group["params"], list):
+        return f"its group's params are a {type(group['params']).__name__}, not a list"
+    return None
+
+
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether the k-th element in memory of a belongs to the k-th of b, for every k; a and b are dense."""
     return (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and all(
@@ -84,31 +116,23 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
-def has_half(device: torch.device) -> bool:
-    """Whether the compiled update runs on `device`, for code that is traced."""
-    return device.type in DEVICE_TYPES and missing_half(device) is None
+def share_memory(params: list[Tensor]) -> set[int]:
+    """ids of the parameters that overlap another one or are listed twice.
 
-
-def op_takes(tensors: list[Tensor | None]) -> bool:
-    """Whether a registered op takes a parameter, its gradient and its states, in traced code.
-
-    The op takes contiguous and channels-last tensors only, since traced code cannot compare strides that are symbols.
-
-    Args:
-        tensors: the parameter, its gradient, its states; None for what is missing.
+    torch's for-loop updates these, in its own order.
     """
-    p = tensors[0]
-    assert p is not None  # the parameter
-    # Counters have a shape of their own.
-    alike = [t for t in tensors if t is not None and (t.dim() == p.dim() or t is tensors[1])]
-    if any(t.layout != torch.strided or t.dtype != p.dtype or t.device != p.device for t in alike):
-        return False
-    if p.dtype not in DTYPES or not has_half(p.device) or any(t.shape != p.shape for t in alike):
-        return False
-    if all(t.is_contiguous() for t in alike):
-        return True
-    return p.dim() == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in alike)
+    spans = sorted(
+        (p.device.type, p.device.index or 0, p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), id(p))
+        for p in params
+        if type(p) in PLAIN and p.layout == torch.strided and p.numel() > 0
+    )
+    shared, reach = set(), None
+    for span in spans:
+        if reach is not None and span[:2] == reach[:2] and span[2] < reach[3]:
+            shared |= {span[4], reach[4]}
+        if reach is None or span[:2] != reach[:2] or span[3] > reach[3]:
+            reach = span
+    return shared
 
 
 def device_of(batch: Any) -> torch.device:
@@ -151,7 +175,10 @@ def check_lists(
         raise ValueError(f"layer_of must ascend within 0..{num_rates - 1}, got {layer_of}")
     if params[0].device.type not in DEVICE_TYPES:
         raise ValueError(f"params must be on the CPU or a CUDA device, got {params[0].device}")
+    shared = share_memory(params)
     for i, p in enumerate(params):
+        if id(p) in shared:  # threads would race
+            raise ValueError(f"params must not share memory with one another, parameter {i} does")
         if (p.dtype, p.device) != (params[0].dtype, params[0].device):
             raise ValueError(f"params must share dtype and device, got {p.dtype} on {p.device} (parameter {i})")
         if p.dtype not in DTYPES or not is_dense(p):
@@ -222,6 +249,12 @@ def option_bits(formula: str, **on: bool) -> int:
 def inverse_of(scale: Tensor) -> Tensor:
     """1 / scale, rounded as torch.amp.GradScaler rounds it."""
     return scale.double().reciprocal().float()
+
+
+def unscale_(grads: list[Tensor], grad_scale: Tensor) -> None:
+    inverse = inverse_of(grad_scale)
+    for grad in grads:
+        (grad._values() if grad.is_sparse else grad).mul_(inverse.to(grad.device))
 
 
 def overflowed(found_inf: Tensor | None) -> bool:

@@ -1,7 +1,6 @@
 """FusedOptimizer: all of FusedSGD, FusedAdam and FusedAdamW but their formula."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +9,15 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from freezeout_ext import native
 from freezeout_ext.arguments import check_kind
-from freezeout_ext.fused import compiled
+from freezeout_ext.fused import compiled, traced
+from freezeout_ext.fused.formula import Formula
+from freezeout_ext.fused.prepared import Prepared, prepare
 
 # Another thread may change groups and states while a step is prepared. After so many tries the step raises.
 MOST_PREPARATIONS = 8
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(Formula, torch.optim.Optimizer):
     """p, states <- formula(p, states, grad): every active tensor of one dtype and device in one call.
 
     A mixin, to stand before one of torch's optimizers among a class's bases.
@@ -44,42 +45,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # On the class: a flag on the instance would be lost by deepcopy and pickle.
     _step_supports_amp_scaling = True
-    _prepared: "_Prepared | None" = None
-    _was_traced = False  # by torch.compile
+    _prepared: Prepared | None = None
+    # Set once torch.compile traced a step: for each group the positions of parameters that share memory.
+    _sharing: list[tuple[int, ...]] | None = None
     _device_schedule: tuple[Tensor, list[tuple[float, float, float]]] | None = None
     # Tables of captured steps: a graph reads its tables whenever it is replayed.
     _captured: frozenset[Tensor] = frozenset()
-
-    _formula: str
-    _op: Callable[..., None]
-
-    def _lacks_state(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Whether p's states are still to be made."""
-        raise NotImplementedError
-
-    def _make_state(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Makes p's states, of zeros."""
-        raise NotImplementedError
-
-    def _reason_against_state(self, p: Tensor, group: dict[str, Any]) -> str | None:
-        """Why the compiled update does not take p's states, or None."""
-        raise NotImplementedError
-
-    def _reason_against_numbers(self, group: dict[str, Any]) -> str | None:
-        """Why the compiled update does not take the group's hyperparameters, or None."""
-        raise NotImplementedError
-
-    def _torch_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """torch's for-loop over parameters that have a gradient."""
-        raise NotImplementedError
-
-    def _op_numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The registered op's keyword arguments for a group."""
-        raise NotImplementedError
-
-    def _op_lists(self, group: dict[str, Any]) -> list[list[Tensor]]:
-        """The registered op's lists of a group's parameters that have a gradient: params, grads, states, counters."""
-        raise NotImplementedError
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         # While torch.compile traces a step, it runs this method for real, and tracks the state from the first call on.
@@ -87,8 +58,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         # torch's for-loop calls with a copy of a group.
         groups = [group]
         if any(group is each for each in self.param_groups):
-            self._was_traced = True
             groups = self.param_groups
+            # Traced code cannot ask for addresses.
+            shared = self._share_memory()
+            self._sharing = [tuple(j for j, p in enumerate(g["params"]) if id(p) in shared) for g in groups]
         for each in groups:
             for p in () if each.get("frozen") else each["params"]:
                 if p.grad is None or p.grad.is_sparse or not self._lacks_state(p, each):
@@ -149,8 +122,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         report = {}
         for i, (group, reasons) in enumerate(zip(self.param_groups, self._reasons(), strict=True)):
             for j, (p, reason) in enumerate(zip(group["params"], reasons, strict=False)):  # [] for a frozen group
-                reason = reason or _reason_against_grad(p)
-                if reason is None and self._was_traced and not compiled.op_takes(self._op_tensors(p)):
+                reason = reason or compiled.reason_against_grad(p)
+                if reason is None and self._sharing is not None and not traced.op_takes(self._op_tensors(p)):
                     reason = "is neither contiguous nor channels-last with all its states, as the traced op needs it"
                 if reason is not None:
                     report[f"group {i}, parameter {j}"] = reason
@@ -202,7 +175,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for _ in range(MOST_PREPARATIONS):
             prepared = self._prepared
             if prepared is None:
-                if self._reason_against_containers() is not None:
+                if compiled.reason_against_containers(self.param_groups, self.state) is not None:
                     self._step_all_by_torch(grad_scale, found_inf)
                     return
                 prepared = self._prepared = self._prepare()
@@ -210,7 +183,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if compiled.overflowed(found_inf):
                     return
                 found_inf = None
-            done = prepared.run(self, grad_scale, found_inf)
+            schedule_step = None if self._device_schedule is None else self._device_schedule[0]
+            done = prepared.run(self.param_groups, self.state, schedule_step, grad_scale, found_inf)
             if not isinstance(done, str):
                 break
             changed = done
@@ -232,12 +206,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         self._step_by_torch(list(prepared.by_torch_now(self.param_groups)), grad_scale)
 
-    def _prepare(self) -> "_Prepared":
+    def _prepare(self) -> Prepared:
         planned: list[list[bool]] = []
         by_torch: list[tuple[int, list[int] | None]] = []
         with torch.no_grad():
             for i, (group, reasons) in enumerate(zip(self.param_groups, self._reasons(), strict=True)):
-                if _reason_against_container(group) is not None:
+                if compiled.reason_against_container(group) is not None:
                     planned.append([])
                     by_torch.append((i, None))
                     continue
@@ -245,27 +219,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for j, p in enumerate(group["params"] if reasons else ()):  # a frozen group has no reasons
                     if taken[j] and p.grad is not None and self._lacks_state(p, group):
                         # torch makes the state after such a gradient.
-                        taken[j] = _reason_against_grad(p) is None
+                        taken[j] = compiled.reason_against_grad(p) is None
                         if taken[j]:
                             self._make_state(p, group)
                 planned.append(taken)
                 if not all(taken):
                     by_torch.append((i, [j for j, native in enumerate(taken) if not native]))
-        step = native.C.PreparedStep(
-            compiled.tensor_reader(),
-            formula=compiled.FORMULAS[self._formula],
-            groups=self.param_groups,
-            state=self.state,
-            native=planned,
-            schedule=None if self._device_schedule is None else self._device_schedule[1],
-        )
-        devices = [compiled.device_of(batch) for batch in step.batches]
-        if any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{type(self).__name__} must have made a step like this one before a graph captures it")
-        tables = [compiled.upload_table(batch) for batch in step.batches]
-        asks_host = bool(by_torch) or any(device.type == "cpu" for device in devices)
-        must_tell_streams = any(t is not None for t in tables) and not compiled.tensor_reader().exchanges
-        return _Prepared(step, by_torch, devices, tables, asks_host, must_tell_streams)
+        rates = None if self._device_schedule is None else self._device_schedule[1]
+        return prepare(self._formula, self.param_groups, self.state, planned, by_torch, rates)
 
     def _step_all_by_torch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if not compiled.overflowed(found_inf):
@@ -281,49 +242,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group, candidates in groups:
                 params = [] if group.get("frozen") else [p for p in candidates if p.grad is not None]
                 if grad_scale is not None:
-                    _unscale_([p.grad for p in params if p.grad is not None], grad_scale)
+                    compiled.unscale_([p.grad for p in params if p.grad is not None], grad_scale)
                 self._torch_update(group, params)
 
     def _step_by_op(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """The step that torch.compile traces: the op for the tensors it takes, torch's for-loop for the rest."""
         if self._device_schedule is not None:
             raise RuntimeError("set_device_schedule must not be set under torch.compile")
-        # For each set of equal numbers: the lists of tensors, the layer of each tensor, and the layers' rates.
-        calls: dict[tuple, tuple[list[list[Tensor]], list[int], list[Any]]] = {}
-        rest = []
-        for group in self.param_groups:
+        given = []
+        for index, group in enumerate(self.param_groups):
             if group.get("frozen"):
                 continue
             lists = self._op_lists(group)
-            numbers = self._op_numbers(group)
-            begun = []
-            for i, p in enumerate(lists[0]):
-                tensors = [each[i] if each else None for each in lists]
-                # SGD's first step with dampening has no momentum buffer yet.
-                lacks_state = any(len(each) > 0 and each[i] is None for each in lists)
-                if lacks_state or not compiled.op_takes(tensors):
-                    rest.append((group, [p]))
-                    continue
-                key: tuple[Any, ...] = (p.dtype, p.device, *numbers.items())
-                if key not in calls:
-                    calls[key] = ([[] for _ in lists], [], [])
-                gathered, layer_of, lrs = calls[key]
-                if key not in begun:
-                    begun.append(key)
-                    lrs.append(group["lr"])
-                layer_of.append(len(lrs) - 1)
-                for each, tensor in zip(gathered, tensors, strict=True):
-                    if tensor is not None:
-                        each.append(tensor)
-        with torch.no_grad():
-            for key, (gathered, layer_of, lrs) in calls.items():
-                rates = None
-                if any(isinstance(lr, Tensor) for lr in lrs):
-                    rates = torch.stack(
-                        [torch.as_tensor(lr, dtype=torch.float64, device=key[1]).view(()) for lr in lrs]
-                    )
-                    lrs = [0.0] * len(lrs)
-                self._op(*gathered, layer_of, lrs, grad_scale, found_inf, rates, **dict(key[2:]))
+            assert self._sharing is not None  # _op_lists asked
+            positions = [j for j, p in enumerate(group["params"]) if p.grad is not None]
+            shares = [j in self._sharing[index] for j in positions]
+            given.append((group, lists, shares, self._op_numbers(group)))
+        rest = traced.update_by_op_(self._op, given, grad_scale, found_inf)
         if rest and not compiled.overflowed(found_inf):
             self._step_by_torch(rest, grad_scale)
 
@@ -332,15 +267,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         A frozen group has []. The present gradient gives no reason, since the next step may bring another.
         """
-        of_all = self._reason_against_containers()
-        active = [group for group in self.param_groups if not group.get("frozen")]
-        shared = _share_memory([p for group in active for p in group["params"]])
+        of_all = compiled.reason_against_containers(self.param_groups, self.state)
+        shared = self._share_memory()
         found: list[list[str | None]] = []
         for group in self.param_groups:
             if group.get("frozen"):
                 found.append([])
                 continue
-            of_group = of_all or _reason_against_container(group) or self._reason_against_group(group)
+            of_group = of_all or compiled.reason_against_container(group) or self._reason_against_group(group)
             found.append(
                 [
                     of_group
@@ -352,12 +286,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         return found
 
-    def _reason_against_containers(self) -> str | None:
-        if not isinstance(self.param_groups, list):
-            return f"param_groups is a {type(self.param_groups).__name__}, not a list"
-        if not isinstance(self.state, dict):
-            return f"the optimizer's state is a {type(self.state).__name__}, not a dict"
-        return None
+    def _share_memory(self) -> set[int]:
+        active = [group for group in self.param_groups if not group.get("frozen")]
+        return compiled.share_memory([p for group in active for p in group["params"]])
 
     def _reason_against_group(self, group: dict[str, Any]) -> str | None:
         if group["differentiable"]:
@@ -366,88 +297,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             return "its learning rate requires grad"
         return self._reason_against_numbers(group)
 
-    def _reason_against_tensor(self, p: Tensor, name: str, state: Tensor) -> str | None:
-        reason = compiled.reason_against(state)
-        if reason is None and not compiled.same_layout(p, state):
-            reason = "has another dtype, device, shape or layout than its parameter"
-        return None if reason is None else f"its {name} {reason}"
-
 
 # Hooks in torch's order, and the range that profilers show.
 _hooked_step = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)
-
-
-@dataclass
-class _Prepared:
-    """What one step prepares and later steps use again."""
-
-    step: Any  # _C.PreparedStep
-    by_torch: list[tuple[int, list[int] | None]]  # (group, positions); None: whatever the group holds
-    devices: list[torch.device]  # of each batch
-    tables: list[Tensor | None]
-    asks_host: bool  # the host looks at found_inf before the update
-    must_tell_streams: bool  # torch before 2.11 tells the module no current stream
-
-    def run(self, optimizer: FusedOptimizer, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
-        """_C.PreparedStep.run: what has changed, or (leftover, captured)."""
-        inputs = None
-        schedule = optimizer._device_schedule
-        if schedule is not None or grad_scale is not None or found_inf is not None:
-            step = None if schedule is None else schedule[0]
-            given = ((step, torch.int64), (grad_scale, torch.float32), (found_inf, torch.float32))
-            inputs = [
-                tuple(None if t is None else t.to(device, dtype, non_blocking=True) for t, dtype in given)
-                for device in self.devices
-            ]
-        if self.must_tell_streams:
-            self.use_current_streams()
-        return self.step.run(optimizer.param_groups, optimizer.state, torch.get_num_threads(), inputs)
-
-    def use_current_streams(self) -> None:
-        for batch, table in zip(self.step.batches, self.tables, strict=True):
-            if table is not None:
-                compiled.use_current_stream(batch, table)
-
-    def by_torch_now(self, groups: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
-        for i, positions in self.by_torch:
-            params = list(groups[i]["params"])
-            yield groups[i], params if positions is None else [params[j] for j in positions]
-
-
-def _share_memory(params: list[Tensor]) -> set[int]:
-    """ids of the parameters that overlap another, or are listed twice: in what order to update them is torch's."""
-    spans = sorted(
-        (p.device.type, p.device.index or 0, p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), id(p))
-        for p in params
-        if type(p) in compiled.PLAIN and p.layout == torch.strided and p.numel() > 0
-    )
-    shared, reach = set(), None
-    for span in spans:
-        if reach is not None and span[:2] == reach[:2] and span[2] < reach[3]:
-            shared |= {span[4], reach[4]}
-        if reach is None or span[:2] != reach[:2] or span[3] > reach[3]:
-            reach = span
-    return shared
-
-
-def _reason_against_container(group: Any) -> str | None:
-    if not isinstance(group, dict):
-        return f"its group is a {type(group).__name__}, not a dict"
-    if not isinstance(group["params"], list):
-        return f"its group's params are a {type(group['params']).__name__}, not a list"
-    return None
-
-
-def _reason_against_grad(p: Tensor) -> str | None:
-    if p.grad is None:
-        return None
-    reason = compiled.reason_against(p.grad)
-    if reason is None and not compiled.same_layout(p, p.grad):
-        reason = "has another dtype, device or layout than its parameter"
-    return None if reason is None else f"its gradient {reason}"
-
-
-def _unscale_(grads: list[Tensor], grad_scale: Tensor) -> None:
-    inverse = compiled.inverse_of(grad_scale)
-    for grad in grads:
-        (grad._values() if grad.is_sparse else grad).mul_(inverse.to(grad.device))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from freezeout_ext.fused import compiled
 from freezeout_ext.fused.optimizer import FusedOptimizer
 from freezeout_ext.fused.sgd_op import fused_sgd_
 
@@ -41,7 +42,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
             return None
         buffer = self._buffer(p)
         if buffer is not None:
-            return self._reason_against_tensor(p, "momentum_buffer", buffer)
+            return compiled.reason_against_state(p, "momentum_buffer", buffer)
         return "takes its first step with dampening" if group["dampening"] != 0 else None
 
     def _reason_against_numbers(self, group: dict[str, Any]) -> str | None:

@@ -63,8 +63,9 @@ def fused_sgd_(
     """p -= lr * v, v = momentum * v + (1 - dampening) * (grad + weight_decay * p): many tensors in one call, in place.
 
     Args:
-        params: dense tensors of one dtype (float32, float64, float16, bfloat16) on one device.
-        grads: one for each parameter, laid out in memory as it.
+        params: dense tensors of one dtype (float32, float64, float16, bfloat16) on one device, no two in the
+            same memory.
+        grads: one for each parameter, with the parameter's layout in memory.
         momentum_buffers: one for each parameter, with the parameter's layout in memory. They are zeros before the
             first step. Empty without momentum.
         layer_of: for each parameter, the index of its rate; ascending.
