@@ -70,16 +70,17 @@ def reason_against(times: Times, left: Left, rows: int, fitting: int) -> str | N
     saved = share * times.layers * (left.until_end - rows)
     cost = times.watch + fitting * (times.fill + times.again) + reading * left.until_end
     if saved <= MARGIN * cost:
-        return f"until the end it saves {_text(saved)} and takes {_text(cost)}"
+        return f"until the end it {_balance(saved, cost)}"
     saved = share * times.layers * left.until_next
     written = share * min(left.until_next, rows)
     cost = times.watch + written * (times.fill + times.again) + reading * left.until_next
     if left.until_next < left.until_end and saved <= MARGIN * cost:
-        return (
-            f"the next layer freezes in {left.until_next:,} samples, until then it saves {_text(saved)} and takes "
-            f"{_text(cost)}"
-        )
+        return f"the next layer freezes in {left.until_next:,} samples, until then it {_balance(saved, cost)}"
     return None
+
+
+def _balance(saved: float, cost: float) -> str:
+    return f"saves {_text(saved)}, not {MARGIN:g} times the {_text(cost)} that it takes"
 
 
 def _text(seconds: float) -> str:

@@ -134,7 +134,8 @@ class Trial:
         self.open = rounds < ROUNDS and not is_clear
 
     def eager_wins(self) -> bool:
-        return not self.open and median(self.engine) >= median(self.eager)
+        # Where nothing is measured, no call of the engine is timed.
+        return not self.open and bool(self.engine) and median(self.engine) >= median(self.eager)
 
 
 def median(values: list[float]) -> float:
