@@ -320,8 +320,6 @@ py::object PreparedStep::run(const py::object& groups, const py::object& state, 
   if (!PyList_Check(groups.ptr()) || !PyDict_Check(state.ptr())) return py::str("param_groups or state was replaced");
   py::list updated;
   if (const char* changed = read(py::reinterpret_borrow<py::list>(groups), updated)) return py::str(changed);
-  // Before the update, after which none of these objects would be in the caches.
-  reader_->increment_versions(updated);
 
   // From here on no Python code runs until all is updated.
   struct NoCollection {
@@ -344,6 +342,8 @@ py::object PreparedStep::run(const py::object& groups, const py::object& state, 
   }
   bool captured = false;
   for (std::size_t i = 0; i < batches_.size(); ++i) captured |= batches_[i]->run(located[i], num_threads);
+  // A step that raises has counted no change.
+  reader_->increment_versions(updated);
   is_first_ = false;
   return py::make_tuple(leftover_.empty() ? py::object(py::none()) : py::cast(leftover_), captured);
 }

@@ -102,6 +102,9 @@ class Event:
 
     def wait(self, stream: Stream | None = None) -> None: ...
 
+    def query(self) -> bool:
+        return True
+
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
