@@ -36,10 +36,11 @@ PreparedStep::Turn::Turn(PreparedStep& step) : step(step) {
 }
 
 PreparedStep::Turn::~Turn() {
-  step.is_running_ = false;
   step.leftover_.clear();
   for (Group& group : step.groups_) group.list = py::object();
   for (Tensor& tensor : step.tensors_) tensor.grad = py::object();
+  // Last: where a gradient goes, another thread may run, and would gather what is then dropped here.
+  step.is_running_ = false;
 }
 
 PreparedStep::PreparedStep(std::shared_ptr<TensorReader> reader, int formula, const py::list& groups,
