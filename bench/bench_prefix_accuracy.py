@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from freezeout_ext import FreezeOut, FusedSGD
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix.cpu import unsupported_dtype
-from freezeout_ext.tasks.images import DataSplits, batches, load_data
+from freezeout_ext.tasks import batches
+from freezeout_ext.tasks.images import DataSplits, load_data
 from freezeout_ext.training.measure import conditions
 from freezeout_ext.training.run_folder import write_json
 
@@ -32,9 +33,8 @@ def train(data: DataSplits, mode: str, seed: int, args: argparse.Namespace) -> t
         model, optimizer, total_steps=args.epochs * steps, t_0=args.t_0, prefix=mode, measure_prefix=False
     )
     for epoch in range(args.epochs):
-        for inputs, targets in batches(
-            data.train, args.batch_size, shuffle=True, augment=True, seed=seed, epoch=epoch, drop_last=True
-        ):
+        images = data.train.dataset(augment=True)
+        for inputs, targets in batches(images, args.batch_size, shuffle=True, seed=seed, epoch=epoch, drop_last=True):
             F.cross_entropy(model(inputs), targets).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -44,7 +44,7 @@ def train(data: DataSplits, mode: str, seed: int, args: argparse.Namespace) -> t
     freezeout.close()  # so that the modules themselves are evaluated
     model.eval()
     with torch.no_grad():
-        correct = sum((model(x).argmax(1) == y).sum().item() for x, y in batches(data.test, 450))
+        correct = sum((model(x).argmax(1) == y).sum().item() for x, y in batches(data.test.dataset(), 450))
     return 100 * correct / len(data.test), model.state_dict(), told
 
 

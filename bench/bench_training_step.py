@@ -40,7 +40,8 @@ from freezeout_ext.attach import pin
 from freezeout_ext.graphed import GraphedStep
 from freezeout_ext.layers import find_layers
 from freezeout_ext.models import build_model
-from freezeout_ext.tasks.images import Split, batches
+from freezeout_ext.tasks import DeviceData, batches
+from freezeout_ext.tasks.images import Split
 from freezeout_ext.training.measure import conditions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -272,20 +273,21 @@ def measure(case: Case, *, rounds: int, steps: int) -> tuple[dict, dict[str, Arm
     }, arms
 
 
-def epoch_seconds(arm: Arm, split: Split, batch: int) -> float:
+def epoch_seconds(arm: Arm, images: DeviceData, batch: int) -> float:
     wait(arm.case.device)
     start = time.perf_counter()
-    for x, y in batches(split, batch, epoch=0, seed=0, shuffle=True, augment=True, drop_last=True):
+    for x, y in batches(images, batch, epoch=0, seed=0, shuffle=True, drop_last=True):
         arm.step(x.contiguous(memory_format=torch.channels_last) if arm.channels_last else x, y)
     wait(arm.case.device)
     return time.perf_counter() - start
 
 
-def images_of_an_epoch(count: int, case: Case) -> Split:
+def images_of_an_epoch(count: int, case: Case) -> DeviceData:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, case.image, case.image), dtype=torch.uint8, generator=generator)
     targets = torch.randint(CLASSES, (count,), generator=generator)
-    return Split(images.to(case.device), targets.to(case.device), (0.5,) * 3, (0.25,) * 3, padding=4, flip=True)
+    split = Split(images.to(case.device), targets.to(case.device), (0.5,) * 3, (0.25,) * 3, padding=4, flip=True)
+    return split.dataset(augment=True)
 
 
 @pytest.mark.parametrize("frozen", FROZEN)
@@ -296,8 +298,8 @@ def test_training_step(benchmark, net, frozen):
     torch.backends.cudnn.benchmark = True
     found, arms = measure(Case(net, frozen), rounds=5, steps=10)
     if frozen == 0.5:
-        split = images_of_an_epoch(50_000, arms["authors"].case)
-        seconds = {name: epoch_seconds(arms[name], split, 128) for name in EPOCH_ARMS}
+        images = images_of_an_epoch(50_000, arms["authors"].case)
+        seconds = {name: epoch_seconds(arms[name], images, 128) for name in EPOCH_ARMS}
         found["epoch_seconds"] = seconds
         found["epoch_over_authors"] = {name: seconds["authors"] / value for name, value in seconds.items()}
     benchmark.extra_info |= found

@@ -43,7 +43,7 @@ LAW = {
     "integrations": {"arguments", "attach", "features", "freezeout"},
     "models": {"arguments"},
     "batch": set(),
-    "tasks": {"models", "batch"},
+    "tasks": {"arguments", "models", "batch"},
     "training": {
         "batch", "features", "freezeout", "fused", "graphed", "integrations", "layers", "memory", "models", "planner",
         "prefix", "schedule", "tasks", "text",

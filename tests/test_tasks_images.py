@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_tasks_cifar import write_folder
 
-from freezeout_ext.tasks.images import Split, _crop_flip, batches, load_data
+from freezeout_ext.tasks import batches
+from freezeout_ext.tasks.images import Split, _crop_flip, load_data
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -120,7 +121,7 @@ def pixels(split, inputs):
 
 def test_plain_batches_are_the_normalised_images_in_order():
     split = make_split(10)
-    found = list(batches(split, 4))
+    found = list(batches(split.dataset(), 4))
     assert [len(targets) for _, targets in found] == [4, 4, 2]
     inputs = torch.cat([inputs for inputs, _ in found])
     assert torch.equal(torch.cat([targets for _, targets in found]), split.labels)
@@ -130,60 +131,18 @@ def test_plain_batches_are_the_normalised_images_in_order():
     assert inputs.dtype == torch.float32 and found[0][0].is_contiguous()
 
 
-def test_drop_last():
-    split = make_split(10)
-    assert [len(targets) for _, targets in batches(split, 4, drop_last=True)] == [4, 4]
-    assert [len(targets) for _, targets in batches(split, 5, drop_last=True)] == [5, 5]
-    assert list(batches(split, 11, drop_last=True)) == []
-
-
 def test_the_images_are_not_written_to():
     split = make_split(10)
     before = split.images.clone()
-    for inputs, _ in batches(split, 10, augment=True):
+    for inputs, _ in batches(split.dataset(augment=True), 10):
         inputs.zero_()
     assert torch.equal(split.images, before)
-
-
-def test_shuffling_is_a_permutation_of_seed_and_epoch():
-    split = make_split(50)
-
-    def order(**options):
-        return torch.cat([targets for _, targets in batches(split, 8, shuffle=True, **options)]).tolist()
-
-    orders = [order(seed=seed, epoch=epoch) for seed in range(3) for epoch in range(3)]
-    assert all(sorted(found) == list(range(50)) for found in orders)
-    assert len({tuple(found) for found in orders}) == 9
-    assert order(seed=1, epoch=2) == orders[5]
-    shuffled = next(batches(split, 50, shuffle=True))
-    assert torch.equal(pixels(split, shuffled[0]), split.images[shuffled[1]])
 
 
 def equal(found, expected):
     return len(found) == len(expected) and all(
         torch.equal(a, b) for pair in zip(found, expected, strict=True) for a, b in zip(*pair, strict=True)
     )
-
-
-def test_an_epoch_goes_on_at_any_step_whatever_torchs_generator_did():
-    split = make_split(30)
-    options = {"shuffle": True, "augment": True, "seed": 3, "epoch": 7}
-    whole = list(batches(split, 8, **options))
-    for step in range(6):
-        torch.manual_seed(step)
-        state = torch.get_rng_state()
-        assert equal(list(batches(split, 8, first_step=step, **options)), whole[step:])
-        assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_order_does_not_depend_on_augmentation_nor_shifts_on_batch_size():
-    split = make_split(30)
-    options = {"shuffle": True, "seed": 3, "epoch": 7}
-    plain = [targets for _, targets in batches(split, 30, **options)]
-    inputs, targets = next(batches(split, 30, augment=True, **options))
-    assert torch.equal(targets, plain[0])
-    parts = [inputs for inputs, _ in batches(split, 7, augment=True, **options)]
-    assert torch.equal(torch.cat(parts), inputs)
 
 
 def crops(image, padding):
@@ -204,7 +163,7 @@ def test_augmentation_is_one_of_the_crops_and_each_of_them_comes(padding, flip):
     one = make_split(1)
     n = 2000
     split = Split(one.images.expand(n, -1, -1, -1), torch.zeros(n), one.mean, one.std, padding, flip)
-    inputs, _ = next(batches(split, n, augment=True))
+    inputs, _ = next(batches(split.dataset(augment=True), n))
     names = {crop.numpy().tobytes(): name for name, crop in crops(one.images[0], padding).items()}
     counts = dict.fromkeys([name for name in names.values() if flip or not name[2]], 0)
     for image in pixels(split, inputs):
@@ -225,29 +184,11 @@ def test_crop_flip_is_the_crop_asked_for():
     assert torch.equal(found, torch.stack(list(expected.values())))
 
 
-def test_each_image_is_shifted_by_itself_and_anew_each_epoch():
-    one = make_split(1)
-    split = Split(one.images.expand(32, -1, -1, -1), torch.zeros(32), one.mean, one.std, 2, True)
-    first, second = (next(batches(split, 32, augment=True, epoch=epoch))[0] for epoch in (0, 1))
-    assert len({image.numpy().tobytes() for image in first}) > 16
-    assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
-        ({"batch_size": 1, "first_step": -1}, "first_step"),
-    ],
-)
-def test_bad_batches_fail_at_the_call(options, message):
-    with pytest.raises(ValueError, match=message):
-        batches(make_split(), **options)
-
-
 @pytest.mark.cuda
 def test_cuda_gives_the_same_batches():
     data = [load_data("digits", device=device, val_fraction=0.1) for device in ("cpu", "cuda")]
-    options = {"shuffle": True, "augment": True, "seed": 1, "epoch": 2}
-    on_cpu, on_cuda = ([(x.cpu(), y.cpu()) for x, y in batches(d.train, 100, **options)] for d in data)
+    options = {"shuffle": True, "seed": 1, "epoch": 2}
+    on_cpu, on_cuda = (
+        [(x.cpu(), y.cpu()) for x, y in batches(d.train.dataset(augment=True), 100, **options)] for d in data
+    )
     assert data[1].train.images.is_cuda and equal(on_cuda, on_cpu)

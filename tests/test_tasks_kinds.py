@@ -180,7 +180,7 @@ def flat(found):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_are_a_function_of_seed_and_epoch_and_go_on_at_any_step(kind):
+def test_batches_are_a_function_of_seed_and_epoch(kind):
     task = kind()
 
     def epoch(**options):
@@ -189,13 +189,10 @@ def test_batches_are_a_function_of_seed_and_epoch_and_go_on_at_any_step(kind):
 
     reference = epoch()
     assert len(reference) == len(task.train) // 8
-    for step in (0, 1, len(reference) - 1, len(reference)):
-        torch.manual_seed(step)  # nothing hangs on the caller's generator, and it is left as it was
-        state = torch.get_rng_state()
-        found = epoch(first_step=step)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert len(found) == len(reference) - step
-        assert all(map(torch.equal, flat(found), flat(reference[step:])))
+    torch.manual_seed(5)  # nothing hangs on the caller's generator, and it is left as it was
+    state = torch.get_rng_state()
+    assert all(map(torch.equal, flat(epoch()), flat(reference)))
+    assert torch.equal(torch.get_rng_state(), state)
     for other in ({"seed": 4}, {"epoch": 3}):
         assert not all(
             a.shape == b.shape and torch.equal(a, b) for a, b in zip(flat(epoch(**other)), flat(reference), strict=True)

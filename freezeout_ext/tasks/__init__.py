@@ -8,18 +8,18 @@ A `Task` is a frozen dataclass. These calls are all that a trainer needs:
 
     model = task.make_model()                        # draws from torch's generator
     optimizer = task.optimizer(model.parameters())   # the task's own, or AdamW
-    found = batches(task.train, batch_size, shuffle=True, seed=seed, epoch=epoch, first_step=step,
-                    collate=task.collate, workers=task.workers)
+    found = batches(task.train, batch_size, shuffle=True, seed=seed, epoch=epoch, collate=task.collate,
+                    workers=task.workers)
     for inputs, targets in found:                    # tensors, or dicts, tuples and lists of tensors
         loss, outputs = task.loss(model, (inputs, targets))   # criterion(call(model, inputs), targets)
     loss, metric = task.evaluate(model, batches(task.evaluation, batch_size, ...))
 
 Order and augmentation are functions of (seed, epoch) alone. The number of workers and earlier draws change nothing.
-So a run can be resumed at any step.
+So a run can be resumed at any epoch.
 `freezeout_ext.batch` has `size` (samples in a batch), `to` (onto a device) and `part`.
 
 Data is a map-style dataset, or a dataset that makes its batches itself on the device.
-Datasets of the second kind are `DeviceData`, and `images.Split` of the built-in sets.
+Datasets of the second kind are `DeviceData`, such as the built-in sets.
 A feature cache reads its views by `dataset[i]` with seeded generators from the first kind.
 From the second kind a feature cache reads them by `batch(samples, seeds)` and `targets(samples)`.
 

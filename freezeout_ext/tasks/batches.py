@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..arguments import check_count
 from ..batch import Batch
 
 
@@ -24,7 +25,6 @@ def batches(
     drop_last: bool = False,
     seed: int = 0,
     epoch: int = 0,
-    first_step: int = 0,
     collate: Callable[[list], Any] | None = None,
     workers: int = 0,
     pin_memory: bool = False,
@@ -42,24 +42,21 @@ def batches(
         drop_last: leave out a last batch smaller than batch_size.
         seed: of order and augmentation.
         epoch: the number of the epoch.
-        first_step: how many batches at the epoch's beginning to leave out. These are not loaded.
         collate: samples -> batch. Default: torch's.
         workers: processes that load samples.
         pin_memory: as in torch's DataLoader.
 
     Raises:
-        ValueError: batch_size < 1 or first_step < 0.
-        TypeError: a batch is neither a pair nor a dict with "labels".
+        ValueError: batch_size < 1.
+        TypeError: batch_size is no whole number; a batch is neither a pair nor a dict with "labels".
     """
-    check_counts(batch_size, first_step)
+    check_count("batch_size", batch_size, 1)
     if hasattr(dataset, "batches"):
-        options = {"shuffle": shuffle, "drop_last": drop_last, "seed": seed, "epoch": epoch, "first_step": first_step}
-        return dataset.batches(batch_size, **options)
-    samples = epoch_order(len(dataset), shuffle, seed, epoch)[first_step * batch_size :]
+        return dataset.batches(batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed, epoch=epoch)
     return _loaded(
         _Seeded(dataset, seed, epoch),
         batch_size=batch_size,
-        sampler=samples.tolist(),
+        sampler=epoch_order(len(dataset), shuffle, seed, epoch).tolist(),
         collate_fn=collate or default_collate,
         num_workers=workers,
         drop_last=drop_last,
@@ -78,12 +75,6 @@ def _loaded(dataset: "_Seeded", **options: Any) -> Iterator[tuple[Batch, Batch]]
 def _context() -> str | None:
     # A fresh process could not import a user's file as a module.
     return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-
-
-def check_counts(batch_size: int, first_step: int) -> None:
-    for name, value, least in (("batch_size", batch_size, 1), ("first_step", first_step, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
 def epoch_order(count: int, shuffle: bool, seed: int, epoch: int) -> Tensor:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import check_counts, epoch_order, generator
+from ..arguments import check_count
+from .batches import epoch_order, generator
 
 MOST_SEED = 2**63 - 1
 
@@ -54,7 +55,7 @@ class DeviceData:
     def batch(self, samples: Tensor, seeds: Tensor) -> Any:
         """The inputs of the samples, augmented as the seeds say.
 
-        Shapes: samples, seeds int64 [B] on the CPU.
+        Shapes: samples int64 [B], seeds int64 [B] on the CPU.
         """
         inputs = self._inputs[samples.to(self._inputs.device)]
         if self._augment is not None:
@@ -73,14 +74,14 @@ class DeviceData:
         drop_last: bool = False,
         seed: int = 0,
         epoch: int = 0,
-        first_step: int = 0,
     ) -> Iterator[tuple[Any, Tensor]]:
         """See `tasks.batches.batches`."""
-        check_counts(batch_size, first_step)
+        check_count("batch_size", batch_size, 1)
         samples = epoch_order(len(self), shuffle, seed, epoch)
         seeds = torch.randint(MOST_SEED, (len(self),), generator=generator(seed, epoch, 1), device="cpu")[samples]
+        samples = samples.to(self._inputs.device)  # all of an epoch at once: one copy
         end = len(self) - len(self) % batch_size if drop_last else len(self)
-        for start in range(first_step * batch_size, end, batch_size):
+        for start in range(0, end, batch_size):
             where = slice(start, min(start + batch_size, end))
             yield self.batch(samples[where], seeds[where]), self.targets(samples[where])
 

@@ -1,16 +1,16 @@
-"""Whole image sets on the device: their splits, their batches and the tasks of them."""
+"""Whole image sets on the device: their splits and the tasks of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .batches import check_counts, generator
-from .device_data import uniform
+from .batches import generator
+from .device_data import DeviceData, uniform
 from .nets import find_net, is_papers
 from .task import Task
 
@@ -45,16 +45,13 @@ NAMES = tuple(SETS)
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images with labels, and how inputs are made of them: a map-style dataset that also makes whole batches.
+    """Images with labels, and how inputs are made of them.
 
     Attributes:
         mean: of each channel of the training split, with pixels in 0..1.
         std: of each channel of the training split, with pixels in 0..1.
         padding: augmentation shifts images by up to so many pixels.
         flip: whether augmentation may swap left and right.
-        augmented: whether samples and the batches of a task are augmented.
-        size: side of the inputs, to which the images are scaled; None leaves the images as they are.
-        channels: of the inputs; images of one channel are repeated.
     """
 
     images: Tensor  # uint8 [N, C, H, W]
@@ -63,55 +60,35 @@ class Split:
     std: tuple[float, ...]
     padding: int
     flip: bool
-    augmented: bool = False
-    size: int | None = None
-    channels: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """(input, target) of sample i. Augmentation draws from torch's generator."""
-        images = self.images[i : i + 1]
-        if self.augmented:
-            top, left = torch.randint(2 * self.padding + 1, (2, 1), device="cpu").to(images.device)
-            flip = torch.randint(2, (1,), device="cpu").bool().to(images.device) & self.flip
-            images = _crop_flip(images, top, left, flip, padding=self.padding)
-        return self.inputs(images)[0], self.labels[i]
+    def dataset(self, *, augment: bool = False, size: int | None = None, channels: int | None = None) -> DeviceData:
+        """inputs = scaled((crop_flip(images) / 255 - mean) / std), float32 [N, C, H, W].
 
-    def batch(self, samples: Tensor, seeds: Tensor) -> Tensor:
-        """The inputs of the samples.
-
-        Where the split is augmented, a sample's shift and flip follow from its seed alone.
-
-        Shapes: samples, seeds int64 [B] on the CPU -> float32 [B, C, H, W] on the split's device.
+        Args:
+            augment: random shifts, uniform in -padding..padding with a black border, and flips where they suit the set.
+            size: side to which the images are scaled; None leaves the images as they are.
+            channels: of the inputs; images of one channel are repeated.
         """
-        images = self.images[samples.to(self.images.device)]
-        if self.augmented:
-            draws = uniform(seeds, 3).to(images.device)
-            top, left = (draws[:, :2] * (2 * self.padding + 1)).long().T
-            flip = (draws[:, 2] < 0.5) & self.flip
-            images = _crop_flip(images, top, left, flip, padding=self.padding)
-        return self.inputs(images)
+        prepare = partial(self._prepared, size=size, channels=channels)
+        return DeviceData(self.images, self.labels, augment=self._augmented if augment else None, prepare=prepare)
 
-    def targets(self, samples: Tensor) -> Tensor:
-        """The labels of the samples [B]."""
-        return self.labels[samples.to(self.labels.device)]
+    def _augmented(self, images: Tensor, seeds: Tensor) -> Tensor:
+        draws = uniform(seeds, 3).to(images.device, non_blocking=True)
+        top, left = (draws[:, :2] * (2 * self.padding + 1)).long().T
+        return _crop_flip(images, top, left, (draws[:, 2] < 0.5) & self.flip, padding=self.padding)
 
-    def batches(self, batch_size: int, **options) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches that `batches` below yields. They are augmented where the split is augmented."""
-        return batches(self, batch_size, augment=self.augmented, **options)
-
-    def inputs(self, images: Tensor) -> Tensor:
-        """uint8 [N, C, H, W] -> float32 (images / 255 - mean) / std, in the split's size and channels."""
+    def _prepared(self, images: Tensor, *, size: int | None, channels: int | None) -> Tensor:
         shape, device = (1, -1, 1, 1), images.device
         offset = (255 * torch.tensor(self.mean, device=device)).view(shape)
         scale = (1 / (255 * torch.tensor(self.std, device=device))).view(shape)
-        if self.channels and self.channels != images.shape[1]:
-            images = images.expand(-1, self.channels, -1, -1)
+        if channels and channels != images.shape[1]:
+            images = images.expand(-1, channels, -1, -1)
         found = images.to(torch.float32).sub_(offset).mul_(scale)
-        if self.size and self.size != found.shape[2]:
-            found = functional.interpolate(found, size=self.size, mode="bilinear", align_corners=False)
+        if size and size != found.shape[2]:
+            found = functional.interpolate(found, size=size, mode="bilinear", align_corners=False)
         return found
 
 
@@ -160,9 +137,10 @@ def image_task(
     channels, side, _ = data.image_shape
     net = find_net(model, data.num_classes, in_channels=channels, image_size=image_size or side, weights=weights)
 
-    def prepared(split: Split, augmented: bool) -> Split:
-        statistics: dict[str, Any] = {} if net.mean is None else {"mean": net.mean, "std": net.std}
-        return replace(split, augmented=augmented, size=image_size, channels=net.channels, **statistics)
+    def prepared(split: Split, augment: bool) -> DeviceData:
+        if net.mean is not None and net.std is not None:
+            split = replace(split, mean=net.mean, std=net.std)
+        return split.dataset(augment=augment, size=image_size, channels=net.channels)
 
     return Task(
         make_model=net.make,
@@ -247,53 +225,6 @@ def load_data(
     val = split(images[held], labels[held]) if val_fraction else None
     counts = f"{len(train):,} train + " + (f"{len(val):,} val + " if val else "") + f"{len(test[1]):,} test images"
     return DataSplits(train, val, split(*test), SETS[name].num_classes, f"{name}: {counts}, {source}")
-
-
-def batches(
-    split: Split,
-    batch_size: int,
-    *,
-    shuffle: bool = False,
-    augment: bool = False,
-    seed: int = 0,
-    epoch: int = 0,
-    first_step: int = 0,
-    drop_last: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (inputs, targets): inputs = (crop_flip(images) / 255 - mean) / std.
-
-    Order, shifts and flips are a function of (seed, epoch) alone, on any device. So a run can be resumed at any step.
-    Shifts are uniform in -padding..padding. The border is black.
-
-    Shapes: inputs float32 [B, C, H, W], targets int64 [B], on the split's device; the last batch may be smaller.
-
-    Args:
-        shuffle: a new order each epoch; else that of the split.
-        augment: random shifts, and flips where they suit the set.
-        first_step: how many batches at the epoch's beginning to leave out.
-        drop_last: leave out a last batch smaller than batch_size.
-
-    Raises:
-        ValueError: batch_size < 1 or first_step < 0.
-    """
-    check_counts(batch_size, first_step)
-    return _batches(split, batch_size, shuffle, augment, generator(seed, epoch), first_step, drop_last)
-
-
-def _batches(split, batch_size, shuffle, augment, drawn, first_step, drop_last):
-    n, padding, device = len(split), split.padding, split.images.device
-    # The draws of the whole epoch at once: one copy to the device, and all draws are made wherever the epoch begins.
-    order = torch.randperm(n, generator=drawn, device="cpu") if shuffle else torch.arange(n)
-    shifts = torch.randint(2 * padding + 1, (2, n), generator=drawn, device="cpu")
-    flips = torch.randint(2, (n,), generator=drawn, device="cpu").bool() & split.flip
-    order, shifts, flips = order.to(device), shifts.to(device), flips.to(device)
-    end = n - n % batch_size if drop_last else n
-    for start in range(first_step * batch_size, end, batch_size):
-        where = slice(start, start + batch_size)
-        images = split.images[order[where]]
-        if augment:
-            images = _crop_flip(images, *shifts[:, where], flips[where], padding=padding)
-        yield split.inputs(images), split.labels[order[where]]
 
 
 def _crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, *, padding: int) -> Tensor:
