@@ -115,11 +115,11 @@ def planned_prefix(name: str, fraction: float = 0.5, batch: int = BATCH) -> Cost
 
     def conv(x, weight, *, out, second=None, tf32=False, config=None, **given):
         count([x, weight, given.get("residual"), out, second and second[2]], 2 * out.numel() * weight[0].numel())
-        return kernels.conv1x1_reference(x, weight, out=out, second=second, **given)
+        return kernels.conv2d_reference(x, weight, out=out, second=second, **given)
 
     ops = SimpleNamespace(
-        affine_relu=affine_relu, affine_relu_avg_pool2x2=pool, conv1x1=conv, conv3x3=conv, configs=kernels.configs,
-        conv1x1_reference=kernels.conv1x1_reference, choose=lambda key, ways, **_: list(ways)[-1],
+        affine_relu=affine_relu, affine_relu_avg_pool2x2=pool, conv2d=conv, configs=kernels.configs,
+        conv2d_reference=kernels.conv2d_reference, choose=lambda key, ways, **_: list(ways)[-1],
         chosen=lambda key: None, look_alike=kernels.look_alike, tolerance=kernels.tolerance,
     )  # fmt: skip
     engine = CudaEngine(

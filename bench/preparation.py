@@ -45,7 +45,7 @@ def prepared(net: str) -> tuple[int, list[int]]:
     ops = SimpleNamespace(
         affine_relu=lambda x, *vectors, out, **_: out.zero_(),
         affine_relu_avg_pool2x2=lambda x, *vectors, out: out.zero_(),
-        conv1x1=conv, conv3x3=conv, configs=kernels.configs, choose=choose, chosen=lambda key: None,
+        conv2d=conv, configs=kernels.configs, choose=choose, chosen=lambda key: None,
         look_alike=lambda image: image, tolerance=kernels.tolerance,
     )  # fmt: skip
     units = floors.units_of(net, 1.0)

@@ -114,7 +114,7 @@ def test_relu_keeps_nan() -> None:
     affine = kernels.affine_relu(x, ones, ones, out=torch.empty_like(x))
     assert affine.isnan().sum() == 1 and affine[0, 3, 2, 1].isnan()
     weight = torch.randn(16, 16, 1, 1, device=DEVICE)
-    conv = kernels.conv1x1(x, weight, relu=True, out=torch.empty_like(x), config=CONFIG)
+    conv = kernels.conv2d(x, weight, relu=True, out=torch.empty_like(x), config=CONFIG)
     assert conv.isnan().sum() == 16 and conv[0, :, 2, 1].isnan().all()
 
 
@@ -142,7 +142,6 @@ def weight_of(k: int, c: int, size: int, dtype: torch.dtype) -> Tensor:
 
 def check_conv(x: Tensor, weight: Tensor, config: Config | None, adds: str, *, tf32: bool = False, **given) -> None:
     """The kernel and the reference into slices of poisoned buffers, channels [before, before + k)."""
-    name = f"conv{weight.shape[2]}x{weight.shape[3]}"
     stride, k = given.get("stride", 1), weight.shape[0]
     small = x[:, :, ::stride, ::stride]
     before, after = 24, 12
@@ -153,8 +152,8 @@ def check_conv(x: Tensor, weight: Tensor, config: Config | None, adds: str, *, t
     if "second" in adds:
         scale, shift = vectors(k, k)
         seconds = ((scale, shift, poisoned(small, after, before, k)), (scale, shift, poisoned(small, 0, 0, k)))
-    assert getattr(kernels, name)(x, weight, out=out, second=seconds[0], tf32=tf32, config=config, **given) is out
-    getattr(kernels, name + "_reference")(x, weight, out=wanted, second=seconds[1], **given)
+    assert kernels.conv2d(x, weight, out=out, second=seconds[0], tf32=tf32, config=config, **given) is out
+    kernels.conv2d_reference(x, weight, out=wanted, second=seconds[1], **given)
     tolerance = TOLERANCE["tf32" if tf32 and not INTERPRETED else x.dtype]
     assert_close(out, wanted, tolerance)
     assert_slice_only(out, before, after)
@@ -221,7 +220,7 @@ def test_candidates() -> None:
 def test_narrower_accesses(dtype: torch.dtype, max_vector: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cap on elements an access: of x and the weight, between channels that are NaN."""
     widths = []
-    variables = kernels.conv3x3.__globals__  # of the module that launches
+    variables = kernels.conv2d.__globals__  # of the module that launches
     launch = variables["_conv_kernel"]
 
     class Noting:
@@ -245,9 +244,8 @@ def test_slices_of_one_buffer(size: int) -> None:
     out = whole(buffer, 0, 24)[:, 24:36]
     weight = weight_of(12, 24, size, torch.float32)
     wanted = torch.empty_like(out)
-    conv = kernels.conv1x1 if size == 1 else kernels.conv3x3
-    conv(buffer, weight, out=out, config=CONFIG)
-    kernels.conv3x3_reference(buffer, weight, out=wanted)
+    kernels.conv2d(buffer, weight, out=out, config=CONFIG)
+    kernels.conv2d_reference(buffer, weight, out=wanted)
     assert_close(out, wanted, 1e-5)
     assert torch.equal(buffer, before) and whole(buffer, 0, 24)[:, 36:].isnan().all()
 
@@ -255,10 +253,10 @@ def test_slices_of_one_buffer(size: int) -> None:
 def test_out_may_be_the_residual() -> None:
     x, out = slice_of(2, 16, 8, 8, torch.float32), slice_of(2, 16, 8, 8, torch.float32)
     weight, wanted = weight_of(16, 16, 3, torch.float32), out.clone()
-    kernels.conv3x3_reference(x, weight, residual=wanted, out=wanted)
+    kernels.conv2d_reference(x, weight, residual=wanted, out=wanted)
     for _ in range(2):  # the second time with a cached configuration
         found = out.clone()
-        kernels.conv3x3(x, weight, residual=found, out=found, config=CONFIG)
+        kernels.conv2d(x, weight, residual=found, out=found, config=CONFIG)
         assert_close(found, wanted, 1e-5)
 
 
@@ -267,7 +265,7 @@ def test_nothing_to_do() -> None:
     ones = torch.ones(16, device=DEVICE)
     assert kernels.affine_relu(x, ones, ones, out=torch.empty_like(x)).shape == x.shape
     assert (
-        kernels.conv3x3(x, weight_of(16, 16, 3, torch.float32), out=torch.empty_like(x), config=CONFIG).shape == x.shape
+        kernels.conv2d(x, weight_of(16, 16, 3, torch.float32), out=torch.empty_like(x), config=CONFIG).shape == x.shape
     )
     pooled = slice_of(2, 16, 0, 4, torch.float32)
     assert kernels.affine_relu_avg_pool2x2(slice_of(2, 16, 1, 8, torch.float32), ones, ones, out=pooled) is pooled
@@ -334,19 +332,21 @@ def test_errors_of_conv() -> None:
     x, weight = slice_of(1, 8, 4, 4, torch.float32), weight_of(8, 8, 3, torch.float32)
     out = torch.empty_like(x)
     with pytest.raises(ValueError, match=r"weight must have shape \(8, 8, 1, 1\)"):
-        kernels.conv1x1(x, weight, out=out, config=CONFIG)
+        kernels.conv2d(x, weight_of(8, 8, 5, torch.float32), out=out, config=CONFIG)
+    with pytest.raises(ValueError, match="prologue must be None of a 3x3 convolution"):
+        kernels.conv2d(x, weight, out=out, prologue=vectors(8, 8), config=CONFIG)
     with pytest.raises(ValueError, match="weight must be contiguous in channels_last"):
-        kernels.conv3x3(x, weight.contiguous(), out=out, config=CONFIG)
+        kernels.conv2d(x, weight.contiguous(), out=out, config=CONFIG)
     with pytest.raises(ValueError, match=r"out must have shape \(1, 8, 2, 2\)"):
-        kernels.conv3x3(x, weight, out=out, stride=2, config=CONFIG)
+        kernels.conv2d(x, weight, out=out, stride=2, config=CONFIG)
     with pytest.raises(ValueError, match=r"bias must have shape \(8,\), torch.float32"):
-        kernels.conv3x3(x, weight, out=out, bias=vectors(8)[0].half(), config=CONFIG)
+        kernels.conv2d(x, weight, out=out, bias=vectors(8)[0].half(), config=CONFIG)
     with pytest.raises(ValueError, match="second out must have shape"):
-        kernels.conv3x3(x, weight, out=out, second=(*vectors(8, 8), out[:, :4]), config=CONFIG)
+        kernels.conv2d(x, weight, out=out, second=(*vectors(8, 8), out[:, :4]), config=CONFIG)
     with pytest.raises(ValueError, match="residual must be channels-last"):
-        kernels.conv3x3(x, weight, out=out, residual=x.contiguous(memory_format=torch.contiguous_format), config=CONFIG)
+        kernels.conv2d(x, weight, out=out, residual=x.contiguous(memory_format=torch.contiguous_format), config=CONFIG)
     with pytest.raises(ValueError, match=r"config must have num_warps <= 4 .*num_warps=8"):
-        kernels.conv3x3(x, weight, out=out, config=Config(64, 16, 16, num_warps=8))
+        kernels.conv2d(x, weight, out=out, config=Config(64, 16, 16, num_warps=8))
 
 
 @pytest.mark.parametrize("net", [DenseNet(10, 12), WideResNet(10, 1)], ids=["densenet", "wrn"])
@@ -378,11 +378,11 @@ def test_a_net_by_the_kernels(net: torch.nn.Module) -> None:
 def test_a_kernel_can_be_captured() -> None:
     x, weight = slice_of(4, 32, 8, 8, torch.bfloat16), weight_of(32, 32, 3, torch.bfloat16)
     out, wanted = torch.empty_like(x), torch.empty_like(x)
-    kernels.conv3x3(x, weight, out=out, config=CONFIG)
+    kernels.conv2d(x, weight, out=out, config=CONFIG)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels.conv3x3(x, weight, out=out, config=CONFIG)
+        kernels.conv2d(x, weight, out=out, config=CONFIG)
     x.normal_()
     graph.replay()
-    kernels.conv3x3_reference(x, weight, out=wanted)
+    kernels.conv2d_reference(x, weight, out=wanted)
     assert_close(out, wanted, TOLERANCE[torch.bfloat16])

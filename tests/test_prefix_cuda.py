@@ -37,9 +37,8 @@ def references(choose) -> SimpleNamespace:
     return SimpleNamespace(
         affine_relu=kernels.affine_relu_reference,
         affine_relu_avg_pool2x2=kernels.affine_relu_avg_pool2x2_reference,
-        conv1x1=ignore_config(kernels.conv1x1_reference),
-        conv3x3=ignore_config(kernels.conv3x3_reference),
-        conv1x1_reference=kernels.conv1x1_reference,
+        conv2d=ignore_config(kernels.conv2d_reference),
+        conv2d_reference=kernels.conv2d_reference,
         configs=kernels.configs,
         choose=choose,
         chosen=lambda key: None,

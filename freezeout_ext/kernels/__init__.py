@@ -11,7 +11,7 @@ from .affine import (
     affine_relu_reference,
 )
 from .choice import choices, choose, chosen, tolerance
-from .conv import Config, configs, conv1x1, conv1x1_reference, conv3x3, conv3x3_reference
+from .conv import Config, configs, conv2d, conv2d_reference
 from .layout import DTYPES, Rows, look_alike
 
 __all__ = [
@@ -26,10 +26,8 @@ __all__ = [
     "choose",
     "chosen",
     "configs",
-    "conv1x1",
-    "conv1x1_reference",
-    "conv3x3",
-    "conv3x3_reference",
+    "conv2d",
+    "conv2d_reference",
     "look_alike",
     "tolerance",
 ]

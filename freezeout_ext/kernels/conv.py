@@ -120,9 +120,9 @@ def _conv_kernel(
         tl.store(p_second + at_second[:, None] + i_k[None, :], b_second.to(p_second.dtype.element_ty), mask=inside_y)
 
 
-def conv1x1(
+def conv2d(
     x: Tensor,  # [N, C, H, W]
-    weight: Tensor,  # [K, C, 1, 1]
+    weight: Tensor,  # [K, C, size, size], channels-last; size 1 or 3
     *,
     out: Tensor,  # [N, K, H', W'], H' = ceil(H / stride)
     stride: int = 1,
@@ -134,14 +134,15 @@ def conv1x1(
     tf32: bool = False,
     config: Config,
 ) -> Tensor:
-    """out = relu(conv1x1(relu(scale * x + shift)) + bias + residual), out_second = relu(scale' * out + shift').
+    """out = relu(conv2d(relu(scale * x + shift)) + bias + residual), out_second = relu(scale' * out + shift').
 
-    Prologue, bias, residual, relu and second each only where given. Sums are float32. Images are of one dtype,
-    channels-last or channel slices of channels-last buffers.
+    The padding of conv2d is size // 2. Prologue, bias, residual, relu and second each only where given. Sums are
+    float32. Images are of one dtype, channels-last or channel slices of channels-last buffers.
 
     Args:
         out: may be `residual`, or another slice of x's buffer.
-        prologue: its result is rounded to x's dtype, as in memory.
+        prologue: of a 1x1 convolution: a 3x3 one would run it nine times an element, and its zeros come behind it. The
+            result is rounded to x's dtype, as in memory.
         second: is computed from the unrounded first output.
         tf32: float32 images multiply in TF32, else in float32.
         config: one of `configs`, compared with the reference before it is used (`choose`).
@@ -149,30 +150,67 @@ def conv1x1(
     Raises:
         ValueError: a shape, dtype, device or layout that is not as stated.
     """
-    return _conv(x, weight, 1, out, stride, tf32, config, prologue, bias, residual, relu, second)
+    _check(x, weight, out, stride, config, prologue, bias, residual, second)
+    if out.numel() == 0:
+        return out
+    n, c, h, w = x.shape
+    k, size = weight.shape[0], weight.shape[2]
+    r_x, r_y = Rows.of("x", x), Rows.of("out", out)
+    r_residual = None if residual is None else Rows.of("residual", residual)
+    r_second = None if second is None else Rows.of("second out", second[2])
+    none = Rows(None, 0, 0)
+    h_out, w_out = out.shape[2:]
+    n_pixels = n * h_out * w_out
+    in_scale, in_shift = prologue or (None, None)
+    scale, shift = second[:2] if second else (None, None)
+    grid = (triton.cdiv(n_pixels, config.block_p) * triton.cdiv(k, config.block_k),)
+    _conv_kernel[grid](
+        r_x.base, weight, in_scale, in_shift, bias, (r_residual or none).base, r_y.base, scale, shift,
+        (r_second or none).base, n_pixels, c, k, h, w, h_out, w_out,
+        *r_x[1:], *(r_residual or none)[1:], *r_y[1:], *(r_second or none)[1:],
+        KERNEL=size, STRIDE=stride, RELU=relu, PRECISION="tf32" if tf32 else "ieee",
+        UPCAST=triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
+        VEC_IN=min(config.max_vector, vector_width(c, r_x)), VEC_OUT=vector_width(k, r_y, r_residual, r_second),
+        BLOCK_P=config.block_p, BLOCK_K=config.block_k, BLOCK_C=config.block_c,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
 
 
-def conv3x3(
-    x: Tensor,  # [N, C, H, W]
-    weight: Tensor,  # [K, C, 3, 3], channels-last
-    *,
-    out: Tensor,  # [N, K, H', W'], H' = ceil(H / stride)
-    stride: int = 1,
-    bias: Tensor | None = None,  # [K] float32
-    residual: Tensor | None = None,  # as out
-    relu: bool = False,
-    second: Second | None = None,  # [K], [K], as out
-    tf32: bool = False,
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    stride: int,
     config: Config,
-) -> Tensor:
-    """out = relu(conv3x3(x, padding=1) + bias + residual), out_second = relu(scale' * out + shift').
+    prologue: Affine | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    second: Second | None,
+) -> None:
+    check_input(x)
+    n, c, h, w = x.shape
+    size = 3 if weight.shape[-1] == 3 else 1
+    k, h_out, w_out = weight.shape[0], (h - 1) // stride + 1, (w - 1) // stride + 1
+    check_tensor("weight", weight, (k, c, size, size), x.dtype, x.device)
+    if not weight.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"weight must be contiguous in channels_last, got strides {weight.stride()}")
+    for name, image in (("out", out), ("residual", residual), ("second out", second and second[2])):
+        if image is not None:
+            check_tensor(name, image, (n, k, h_out, w_out), x.dtype, x.device)
+    if prologue is not None and size == 3:
+        raise ValueError("prologue must be None of a 3x3 convolution")
+    for name, affine, channels in (("prologue", prologue, c), ("second", second and second[:2], k)):
+        if affine is not None:
+            check_affine(name, affine, channels, x.device)
+    if bias is not None:
+        check_tensor("bias", bias, (k,), torch.float32, x.device)
+    # https://github.com/pytorch/pytorch/issues/173068
+    if config.num_warps > 4:
+        raise ValueError(f"config must have num_warps <= 4 (3x3 convs with 8 were miscompiled), got {config}")
 
-    As `conv1x1`, without its prologue, which would run nine times an element (and the padding's zeros come after it).
-    """
-    return _conv(x, weight, 3, out, stride, tf32, config, None, bias, residual, relu, second)
 
-
-def conv1x1_reference(
+def conv2d_reference(
     x: Tensor,
     weight: Tensor,
     *,
@@ -184,37 +222,10 @@ def conv1x1_reference(
     relu: bool = False,
     second: Second | None = None,
 ) -> Tensor:
-    """out = relu(conv1x1(relu(scale * x + shift)) + bias + residual), out_second = relu(scale' * out + shift')."""
-    return _conv_reference(x, weight, out, stride, prologue, bias, residual, relu, second)
+    """out = relu(conv2d(relu(scale * x + shift)) + bias + residual), out_second = relu(scale' * out + shift').
 
-
-def conv3x3_reference(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    out: Tensor,
-    stride: int = 1,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    second: Second | None = None,
-) -> Tensor:
-    """out = relu(conv3x3(x, padding=1) + bias + residual), out_second = relu(scale' * out + shift')."""
-    return _conv_reference(x, weight, out, stride, None, bias, residual, relu, second)
-
-
-def _conv_reference(
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    stride: int,
-    prologue: Affine | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    second: Second | None,
-) -> Tensor:
-    """float64 inside, but the prologue's result as it is in memory."""
+    float64 inside, but the prologue's result as it is in memory.
+    """
     if prologue is not None:
         scale, shift = prologue
         x = (x.float() * scale[:, None, None] + shift[:, None, None]).relu().to(x.dtype)
@@ -254,57 +265,3 @@ def configs(n_in: int, n_out: int, size: int, dtype: torch.dtype, tf32: bool) ->
         if block_k == 16:  # small accumulators: more rows of an image in one block, which share their taps
             found.append(Config(256, block_k, 16, 4, max_vector=4))
     return found
-
-
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    kernel: int,
-    out: Tensor,
-    stride: int,
-    tf32: bool,
-    config: Config,
-    prologue: Affine | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    second: Second | None,
-) -> Tensor:
-    check_input(x)
-    n, c, h, w = x.shape
-    k, h_out, w_out = weight.shape[0], (h - 1) // stride + 1, (w - 1) // stride + 1
-    check_tensor("weight", weight, (k, c, kernel, kernel), x.dtype, x.device)
-    if not weight.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"weight must be contiguous in channels_last, got strides {weight.stride()}")
-    for name, image in (("out", out), ("residual", residual), ("second out", second and second[2])):
-        if image is not None:
-            check_tensor(name, image, (n, k, h_out, w_out), x.dtype, x.device)
-    for name, affine, channels in (("prologue", prologue, c), ("second", second and second[:2], k)):
-        if affine is not None:
-            check_affine(name, affine, channels, x.device)
-    if bias is not None:
-        check_tensor("bias", bias, (k,), torch.float32, x.device)
-    if out.numel() == 0:
-        return out
-    r_x, r_y = Rows.of("x", x), Rows.of("out", out)
-    r_residual = None if residual is None else Rows.of("residual", residual)
-    r_second = None if second is None else Rows.of("second out", second[2])
-    # https://github.com/pytorch/pytorch/issues/173068
-    if config.num_warps > 4:
-        raise ValueError(f"config must have num_warps <= 4 (3x3 convs with 8 were miscompiled), got {config}")
-    none = Rows(None, 0, 0)
-    n_pixels = n * h_out * w_out
-    in_scale, in_shift = prologue or (None, None)
-    scale, shift = second[:2] if second else (None, None)
-    grid = (triton.cdiv(n_pixels, config.block_p) * triton.cdiv(k, config.block_k),)
-    _conv_kernel[grid](
-        r_x.base, weight, in_scale, in_shift, bias, (r_residual or none).base, r_y.base, scale, shift,
-        (r_second or none).base, n_pixels, c, k, h, w, h_out, w_out,
-        *r_x[1:], *(r_residual or none)[1:], *r_y[1:], *(r_second or none)[1:],
-        KERNEL=kernel, STRIDE=stride, RELU=relu, PRECISION="tf32" if tf32 else "ieee",
-        UPCAST=triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
-        VEC_IN=min(config.max_vector, vector_width(c, r_x)), VEC_OUT=vector_width(k, r_y, r_residual, r_second),
-        BLOCK_P=config.block_p, BLOCK_K=config.block_k, BLOCK_C=config.block_c,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    return out

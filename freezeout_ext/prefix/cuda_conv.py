@@ -118,7 +118,7 @@ class ConvCall:
             return list(few._plain())
         wanted = [torch.empty(few.shape, dtype=torch.float64, device=self.x.device) for _ in self._results()]
         second = None if self.second is None else (*self.second, wanted[1])
-        self.ops.conv1x1_reference(  # of any kernel size, with a prologue too
+        self.ops.conv2d_reference(
             few.x, self.constants.weight, stride=self.module.stride[0], prologue=self.prologue,
             bias=self.constants.bias, residual=few.residual, relu=self.relu, out=wanted[0], second=second,
         )  # fmt: skip
@@ -169,10 +169,7 @@ class ConvCall:
             "residual": self.residual,
         }
         given |= {"relu": self.relu, "second": second, "tf32": self.tf32, "config": config, "out": out}
-        if self.module.kernel_size == (1, 1):
-            self.ops.conv1x1(self.x, self.constants.weight, prologue=self.prologue, **given)
-        else:
-            self.ops.conv3x3(self.x, self.constants.weight, **given)
+        self.ops.conv2d(self.x, self.constants.weight, prologue=self.prologue, **given)
         return (out,) if second is None else (out, second[2])
 
     def _operand(self) -> Tensor:

@@ -58,9 +58,9 @@ def _conv(given: dict[str, Any]) -> None:
     x = _image(given, "x", n, given["n_in"], given["height"], given["width"])
     y, residual, second = (_image(given, name, n, given["n_out"], h, w) for name in ("y", "residual", "second"))
     prologue = None if given["p_in_scale"] is None else (given["p_in_scale"], given["p_in_shift"])
-    conv._conv_reference(
-        x, given["p_weight"], y, given["STRIDE"], prologue, given["p_bias"], residual, given["RELU"],
-        None if second is None else (given["p_scale"], given["p_shift"], second),
+    conv.conv2d_reference(
+        x, given["p_weight"], out=y, stride=given["STRIDE"], prologue=prologue, bias=given["p_bias"], residual=residual,
+        relu=given["RELU"], second=None if second is None else (given["p_scale"], given["p_shift"], second),
     )  # fmt: skip
 
 
