@@ -23,7 +23,7 @@
 #   figure     one of the paper's figures, run by run likewise: FIGURE (wrn-cifar100), SETTING (paper, or modern: batch 512)
 #   report     OUT/DEVICE.json and a table, of all that WORK holds; also at the end of every call
 #
-# OUT (gpu-results)   few small files: DEVICE.json, logs.tar.gz, runs.tar.gz, chart.png, figure.png
+# OUT (gpu-results)   few small files: DEVICE.json, logs.tar.gz, runs.tar.gz, compare.png, figure.png
 # WORK (build/gpu)    everything else; keep it between calls on one machine
 # RUNS                a runs.tar.gz of an earlier call, on another machine perhaps: its finished runs count
 # NETS                for compile: ("wrn-40-4 densenet-76-12")
@@ -180,18 +180,28 @@ features() { bench features 280 bench_features.py; }
 train() {
   [ -n "${CIFAR:-}" ] || { echo "train needs CIFAR=folder with cifar-100-python in it"; return 1; }
   [ -z "${RUNS:-}" ] || tar xzf "$RUNS" -C "$work" || return 1
-  # shellcheck disable=SC2086
-  LINES_SHOWN=30 logged train 590 "$python" bench/paper/claim.py --data-dir "$CIFAR" --out "$work/claim" \
-    --minutes "${MINUTES:-9}" --seeds "${SEEDS:-3}" --epochs "${EPOCHS:-100}" --batch-size "${BATCH:-128}" \
-    --arms ${ARMS:-full freezeout short}
-  code=$?
-  [ $code = 0 ] || [ $code = 75 ] # 75: the same part goes on
+  # Seed by seed, so that what is done can be compared at any time. A stop at the limit keeps the epochs that are done.
+  end=$(($(date +%s) + 60 * ${MINUTES:-9}))
+  for seeds in $(seq 1 "${SEEDS:-3}"); do
+    left=$((end - $(date +%s)))
+    [ "$left" -gt 0 ] || left=1
+    # shellcheck disable=SC2086
+    LINES_SHOWN=30 logged train "$left" "$python" -m freezeout_ext compare --data cifar100 --data-dir "$CIFAR" \
+      --model wrn-40-4 --t0 0.8 --how-scale cubic --epochs "${EPOCHS:-100}" --batch-size "${BATCH:-128}" \
+      --arms ${ARMS:-full freezeout short} --seeds "$seeds" --out "$work/claim" --resume
+    code=$?
+    if [ $code = 124 ]; then
+      echo "$((seeds - 1)) of ${SEEDS:-3} seeds are done; the same part goes on"
+      return 0
+    fi
+    [ $code = 0 ] || return $code
+  done
 }
 
 figure() {
   [ -n "${CIFAR:-}" ] || { echo "figure needs CIFAR=folder with cifar-100-python, or cifar-10-batches-py, in it"; return 1; }
   [ -z "${RUNS:-}" ] || tar xzf "$RUNS" -C "$work" || return 1
-  LINES_SHOWN=30 logged figure 590 "$python" bench/paper/figures.py "${FIGURE:-wrn-cifar100}" \
+  LINES_SHOWN=30 logged figure 590 "$python" bench/paper_figures.py "${FIGURE:-wrn-cifar100}" \
     --setting "${SETTING:-paper}" --data-dir "$CIFAR" --out "$work/paper" --minutes "${MINUTES:-9}" \
     --seeds "${SEEDS:-3}" --epochs "${EPOCHS:-100}"
   code=$?

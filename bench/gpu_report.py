@@ -3,8 +3,8 @@
     python bench/gpu_report.py --work build/gpu --out gpu-results
 
 Reads WORK/benchmarks/*.json (pytest-benchmark), WORK/*.xml (JUnit), WORK/logs/sanitize-*.log, WORK/claim and
-WORK/paper; writes OUT/DEVICE.json, OUT/logs.tar.gz (logs and the benchmarks' own files), OUT/runs.tar.gz, OUT/chart.png
-and OUT/figure.png. A figure that was not measured stays in the table as such.
+WORK/paper; writes OUT/DEVICE.json, OUT/logs.tar.gz (logs and the benchmarks' own files), OUT/runs.tar.gz,
+OUT/compare.png and OUT/figure.png. A figure that was not measured stays in the table as such.
 """
 
 import argparse
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = {"config.json", "log.jsonl", "result.json", "results.json", "compare.json", "costs.json"}
     runs = [p for folder in (claim, args.work / "paper") for p in sorted(folder.rglob("*")) if p.name in kept]
     add_to(args.out / "runs.tar.gz", args.work, runs)
-    for picture in (claim / "chart.png", *sorted(args.work.glob("paper/*/figure.png"))[-1:]):
+    for picture in (claim / "compare.png", *sorted(args.work.glob("paper/*/figure.png"))[-1:]):
         if picture.exists():
             shutil.copy(picture, args.out / picture.name)
     print(

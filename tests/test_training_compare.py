@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from load_script import BENCH, load_script
 
 from freezeout_ext.tasks import built_in
 from freezeout_ext.training.arms import Arm, make_arms
@@ -194,20 +193,3 @@ def test_curves_are_the_logs(done):
     found = curves(out, summary)
     assert found["full"][1] == RunFolder(out / "runs" / "full" / "seed-1").read_log()
     assert [len(runs) for runs in found.values()] == [2, 2, 2, 2]
-
-
-def test_the_cifar100_benchmark_collects_what_is_there(done, tmp_path, capsys):
-    bench = load_script(BENCH / "bench_cifar100_small.py")
-    assert [arm.name for arm in bench.ARMS] == [
-        "full", "freezeout cubic 0.8", "freezeout linear 0.5", "short cubic 0.8", "short linear 0.5",
-        "no-anneal cubic 0.8", "no-anneal linear 0.5",
-    ]  # fmt: skip
-    out, summary, _ = done
-    bench.collect(out.parent, tmp_path / "all.json", tmp_path / "all.png")
-    (found,) = json.loads((tmp_path / "all.json").read_text())["comparisons"]
-    for arm, before in zip(found["arms"], summary["arms"], strict=True):
-        assert arm["test_accuracy"]["mean"] == pytest.approx(before["test_accuracy"]["mean"], rel=1e-5)
-        for run, log in zip(arm["curves"], curves(out, summary)[arm["name"]], strict=True):
-            assert run == [pytest.approx([row["train_seconds"], row["test_accuracy"]], rel=1e-5) for row in log]
-    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
-    assert "out -> " in capsys.readouterr().out

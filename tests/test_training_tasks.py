@@ -284,7 +284,7 @@ def test_tune_halves_what_is_left_and_prints_a_command_that_trains(tmp_path, mon
     # Runs that are done are kept.
     again = Tuning(base, tmp_path / "out", task=task, seconds=0.4, seeds=2, resume=True)
     with monkeypatch.context() as patched:
-        patched.setattr("freezeout_ext.training.tune.Run.prepare", None)
+        patched.setattr("freezeout_ext.training.run.Run.prepare", None)
         assert again.run(lambda title: Reporter(), say=told.append) == best
     assert json.loads((tmp_path / "out" / "tune.json").read_text())["rows"] == tuning.rows
     with pytest.raises(BadInput, match="seconds or a saving must be given"):

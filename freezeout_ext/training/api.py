@@ -11,12 +11,9 @@ from . import plot
 from .arms import default_kinds, make_arms
 from .compare import Comparison
 from .config import TrainConfig, faults_of_input
-from .costing import kept_costs, plan_of, training_costs, unfrozen
-from .course import has_whole_steps
+from .costing import plan_of, training_costs, unfrozen
 from .reporters import LineReporter, Reporter, StepReporter
 from .run import Run
-from .summary import curves
-from .tables import what_was_trained
 from .trainer import Trainer
 
 
@@ -31,16 +28,8 @@ def train(task: Task, out: str | Path, *, resume: bool = False, reporter: Report
     Raises:
         BadInput: one sentence on what is wrong; nothing was written.
     """
-    config = _config(task, options)
-    run = Run.prepare(config, out, task=task, resume=resume)
-    costs = None
-    if run.trainer.freezeout and has_whole_steps(config):
-        costs = kept_costs(Path(out) / "costs.json", run.trainer.config, task, run.trainer.layer_names)
-    reporter = reporter or LineReporter()
-    try:
-        return run.train(reporter, costs)
-    finally:
-        reporter.close()
+    run = Run.prepare(_config(task, options), out, task=task, resume=resume)
+    return run.train(reporter or LineReporter(), run.costs())
 
 
 @faults_of_input()
@@ -97,8 +86,7 @@ def compare(
         arms = make_arms(kinds, t_0s or [base.t_0], how_scales or [base.how_scale], shorter)
     comparison = Comparison(base, out, arms=arms, seeds=range(seeds), task=task, resume=resume, accuracies=accuracies)
     summary = comparison.run(StepReporter)
-    figure = plot.plot_comparison(curves(Path(out), summary), summary, what_was_trained(summary["config"]))
-    plot.save(figure, Path(out) / "compare.png")
+    plot.save(plot.plot_comparison(Path(out), summary), Path(out) / "compare.png")
     return summary
 
 

@@ -16,8 +16,6 @@ from .arms import default_kinds, make_arms
 from .chosen import base_config, folder_name, given, own_task, task_of
 from .compare import Comparison
 from .config import OWN_MODEL, TrainConfig, faults_of_input
-from .costing import kept_costs
-from .course import has_whole_steps
 from .html import write_report
 from .ranks import Ranks, ranks_of_torchrun
 from .reporters import (
@@ -31,8 +29,7 @@ from .reporters import (
 )
 from .run import Run
 from .run_folder import RunFolder, check_file, make_folder, read_json
-from .summary import curves
-from .tables import comparison_tables, engagement_text, run_summary, traffic_table, what_was_trained
+from .tables import comparison_tables, engagement_text, run_summary, traffic_table
 from .tune import Tuning
 
 MOST_LAYERS = 10_000  # of schedules that are drawn
@@ -63,16 +60,7 @@ def _train_as(args: argparse.Namespace, ranks: Ranks) -> None:
     run = Run.prepare(config, out, task=task, resume=bool(args.resume), ranks=ranks)
     if ranks.is_first:
         print(*task.notes, sep="\n", flush=True)
-    reporter = Reporters(*reporters)
-    costs = None
-    # The costs of one process know no communication.
-    if run.trainer.freezeout and ranks.world == 1 and has_whole_steps(config):
-        with faults_of_input():
-            costs = kept_costs(out / "costs.json", run.trainer.config, task, run.trainer.layer_names)
-    try:
-        result = run.train(reporter, costs)
-    finally:
-        reporter.close()
+    result = run.train(Reporters(*reporters), run.costs())
     if not ranks.is_first:
         return
     print(run_summary(result))
@@ -110,7 +98,7 @@ def compare(args: argparse.Namespace) -> None:
     print(*task.notes, sep="\n", flush=True)
     summary = comparison.run(run_reporter)
     print("\n" + comparison_tables(summary))
-    plot.save(_comparison_chart(out, summary), out / "compare.png")
+    plot.save(plot.plot_comparison(out, summary), out / "compare.png")
     write_report([out], out / "report.html")
     print(f"\nwritten to {out}: compare.json, compare.png, report.html")
 
@@ -154,17 +142,13 @@ def run_reporter(title: str) -> Reporter:
     return BarReporter(title=title, epochs=False) if has_live_bar(sys.stdout) else StepReporter(title)
 
 
-def _comparison_chart(out: Path, summary: dict) -> "plot.Figure":
-    return plot.plot_comparison(curves(out, summary), summary, what_was_trained(summary["config"]))
-
-
 @faults_of_input()
 def draw(args: argparse.Namespace) -> None:
     check_file("--out", args.out)
     if args.run is None:
         figure, out = plot.plot_schedules(_schedules(args), base_lr=args.lr), args.out or Path("schedule.png")
     elif (args.run / "compare.json").exists():
-        figure = _comparison_chart(args.run, read_json(args.run / "compare.json"))
+        figure = plot.plot_comparison(args.run, read_json(args.run / "compare.json"))
         out = args.out or args.run / "compare.png"
     else:
         rows = RunFolder(args.run).read_log()

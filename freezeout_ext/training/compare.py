@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
@@ -18,7 +19,7 @@ from .engagement import with_engagement
 from .keeping import kept_saving
 from .measure import conditions
 from .reporters import Progress, Reporter, say
-from .run import Run
+from .run import trained
 from .run_folder import RunFolder, check_empty, make_folder, write_json
 from .summary import arm_summary, run_folder, time_to_metric, undisturbed_seconds
 from .trainer import Trainer
@@ -97,7 +98,13 @@ class Comparison:
             for k, seed in enumerate(self.seeds):
                 for arm in stage if k % 2 == 0 else reversed(stage):
                     title = f"{arm.name}, seed {seed}"
-                    results[arm][seed] = self._run_one(arm, seed, steps[arm], costs, make_reporter(title))
+                    results[arm][seed] = trained(
+                        arm.config(self.base, seed, steps[arm]),
+                        self._folder(arm, seed),
+                        self.task,
+                        partial(make_reporter, title),
+                        costs if arm.freezes else None,
+                    )
                     value = metric_text(self.task.metric_name, results[arm][seed][self._judge])
                     say(f"{title}: {value} in {results[arm][seed]['train_seconds']:.1f} s")
         summary = self._summary(results, costs)
@@ -106,17 +113,6 @@ class Comparison:
 
     def _folder(self, arm: Arm, seed: int) -> RunFolder:
         return run_folder(self.out, arm.name, seed)
-
-    def _run_one(self, arm: Arm, seed: int, steps: int | None, costs: StepCosts | None, reporter: Reporter) -> dict:
-        config, folder = arm.config(self.base, seed, steps), self._folder(arm, seed)
-        result = folder.load_result()
-        if result is not None and TrainConfig.from_dict(result["config"]) == config:
-            return result
-        run = Run.prepare(config, folder.path, resume=True, task=self.task)
-        try:
-            return run.train(reporter, costs if arm.freezes else None)
-        finally:
-            reporter.close()
 
     def _warm_up(self) -> None:
         """Some steps that do not count: the first run must not pay for what the process does once."""

@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import plot
 from .run_folder import RunFolder, read_json, write_atomically
-from .summary import curves
-from .tables import (
-    arms_rows,
-    engagement_text,
-    graphs_text,
-    phases_rows,
-    what_was_trained,
-)
+from .tables import arms_rows, engagement_text, graphs_text, phases_rows
 from .values import metric_of, metric_text
 from .verdict import verdict
 
@@ -95,7 +88,7 @@ def _comparison(folder: Path, summary: dict) -> str:
         f"<p>Seeds {seeds}; mean ± sd over them.</p>",
         _where(summary["conditions"]),
         _chart(
-            plot.plot_comparison(curves(folder, summary), summary, what_was_trained(config), width=PHONE),
+            plot.plot_comparison(folder, summary, width=PHONE),
             "above: the metric over seconds; below: the metric over the cost",
         ),
         _table(arms_rows(summary)),

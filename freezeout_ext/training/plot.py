@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from ..planner import Plan
 from ..schedule import Schedule
 from .run_folder import write_atomically
+from .summary import curves
+from .tables import what_was_trained
 from .values import in_percent, judge_of, metric_of
 
 if TYPE_CHECKING:
@@ -111,20 +113,21 @@ def plot_run(rows: list[dict], title: str, *, width: float = 8) -> "Figure":
     return figure
 
 
-def plot_comparison(curves: dict[str, list[list[dict]]], summary: dict, title: str, *, width: float = WIDE) -> "Figure":
-    """Top: the metric over the seconds of each arm, see `plot_comparisons`. Bottom: the last metric over the cost.
+def plot_comparison(folder: Path, summary: dict, *, width: float = WIDE) -> "Figure":
+    """Top: mean metric over mean training seconds of each arm. Bottom: the last metric over the cost.
 
+    The band is one sd. A tick stands where layers freeze.
     The cost is in seconds over full training's. The line goes through full training on shorter and shorter cosines:
     what does not lie above it does not pay.
 
     Args:
-        curves: for each arm, the rows of the log of each of its runs.
-        summary: as compare.json holds it.
+        folder: of the comparison.
+        summary: as the folder's compare.json holds it.
         width: in inches; a narrow figure has higher panels and its legend in one column.
     """
     figure, (over_time, by_cost) = empty_figure(2, height=4.6 if width >= WIDE else 5.4, width=width)
-    _draw_comparison(over_time, curves)
-    over_time.set_title(textwrap.fill(title, round(9 * width)), fontsize=10)
+    draw_over_time(over_time, curves(folder, summary))
+    over_time.set_title(textwrap.fill(what_was_trained(summary["config"]), round(9 * width)), fontsize=10)
     over_time.set_xlabel(
         textwrap.fill("seconds of training; | layers freeze, band: one sd over the seeds", round(10 * width))
     )
@@ -132,20 +135,8 @@ def plot_comparison(curves: dict[str, list[list[dict]]], summary: dict, title: s
     return figure
 
 
-def plot_comparisons(charts: dict[str, dict[str, list[list[dict]]]]) -> "Figure":
-    """Mean metric over mean training seconds of each arm of each title's curves, one panel below the other.
-
-    Band: one sd. A tick where layers freeze.
-    """
-    figure, axes = empty_figure(len(charts), height=4.6, width=WIDE)
-    for ax, (title, curves) in zip(axes, charts.items(), strict=True):
-        _draw_comparison(ax, curves)
-        ax.set_title(title)
-    axes[-1].set_xlabel("seconds of training; | layers freeze, band: one sd over the seeds")
-    return figure
-
-
-def _draw_comparison(ax, curves: dict[str, list[list[dict]]]) -> None:
+def draw_over_time(ax, curves: dict[str, list[list[dict]]]) -> None:
+    """curves: for each arm, the rows of the log of each of its runs."""
     variants = _variants(curves)
     lowest = []
     metric = metric_of(next(iter(curves.values()))[0][0])

@@ -1,5 +1,6 @@
 """Run: training that can be stopped at any moment, and goes on there."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..features import FeatureCache
@@ -7,6 +8,8 @@ from ..integrations.distributed import LostRank, lost_rank_explained
 from ..planner import StepCosts
 from ..tasks import Task, faults_of
 from .config import TrainConfig, faults_of_input
+from .costing import kept_costs
+from .course import has_whole_steps
 from .engagement import with_engagement
 from .measure import COUNTED_MEMORY, CUDA_MEMORY, conditions, transitions_measured
 from .ranks import Ranks
@@ -66,10 +69,23 @@ class Run:
             folder.create(config)
         return cls(trainer, folder)
 
+    @faults_of_input()
+    def costs(self) -> StepCosts | None:
+        """The costs of the run's steps, which its folder keeps; None where no saving can be predicted from them.
+
+        The costs of one process know no communication.
+        """
+        trainer = self.trainer
+        if trainer.freezeout is None or trainer.ranks.world > 1 or not has_whole_steps(trainer.config):
+            return None
+        return kept_costs(self.folder.path / "costs.json", trainer.config, trainer.task, trainer.layer_names)
+
     def train(self, reporter: Reporter, costs: StepCosts | None = None) -> dict:
         """Trains to the end, one checkpoint an epoch, and returns what result.json then holds.
 
-        costs: of the run's steps, to put the predicted saving beside the measured one.
+        Args:
+            reporter: is told of each step and epoch, and closed at the end.
+            costs: of the run's steps, to put the predicted saving beside the measured one.
         """
         trainer = self.trainer
         try:
@@ -78,6 +94,7 @@ class Run:
         except LostRank as error:
             raise TrainingFailed(f"{error}: add --resume") from error
         finally:
+            reporter.close()
             if trainer.feed.cache is not None:
                 trainer.feed.cache.close()
             self.folder.unlock()
@@ -139,6 +156,20 @@ class Run:
             "config": trainer.config.to_dict(),
             "conditions": conditions(trainer.device),
         }
+
+
+def trained(
+    config: TrainConfig,
+    folder: RunFolder,
+    task: Task,
+    make_reporter: Callable[[], Reporter],
+    costs: StepCosts | None = None,
+) -> dict:
+    """The result of the run of `config` in `folder`, which is trained to its end where it is not yet."""
+    result = folder.load_result()
+    if result is not None and TrainConfig.from_dict(result["config"]) == config:
+        return result
+    return Run.prepare(config, folder.path, resume=True, task=task).train(make_reporter(), costs)
 
 
 def features_kept(cache: FeatureCache) -> dict:

@@ -251,8 +251,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.close(folder)
 
 
-def write_json(path: Path, value: object, *, indent: int | None = 2) -> None:
-    text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
+def write_json(path: Path, value: object) -> None:
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

@@ -4,6 +4,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +17,7 @@ from .config import BadInput, TrainConfig, faults_of_input
 from .costing import kept_costs, unfrozen
 from .course import count_through
 from .reporters import Reporter, say
-from .run import Run
+from .run import trained
 from .run_folder import RunFolder, check_empty, make_folder, write_json
 from .summary import paired_test, spread
 from .trainer import Trainer
@@ -245,7 +246,7 @@ class Tuning:
             config = setting.config(self.base, steps, seed).resolved()
             place = f"{self._settings.index(setting)}-seed-{config.seed}"
             folder = RunFolder(self.out / f"round-{number}" / place)
-            result = self._trained(config, folder, lambda: make_reporter(f"round {number}, {setting.name}"))
+            result = trained(config, folder, self.task, partial(make_reporter, f"round {number}, {setting.name}"))
         except (BadInput, ValueError, TypeError) as error:
             self.refused[setting.name] = " ".join(str(error).split())
             say(f"not tried, {setting.name}: {self.refused[setting.name]}")
@@ -263,17 +264,6 @@ class Tuning:
         value = metric_text(self.task.metric_name, row["value"])
         say(f"round {number}, {setting.name}, seed {config.seed}: {value} in {row['seconds']:.1f} s")
         return True
-
-    def _trained(self, config: TrainConfig, folder: RunFolder, make_reporter: Callable[[], Reporter]) -> dict:
-        result = folder.load_result()
-        if result is not None and TrainConfig.from_dict(result["config"]) == config:
-            return result
-        run = Run.prepare(config, folder.path, task=self.task, resume=True)
-        reporter = make_reporter()
-        try:
-            return run.train(reporter)
-        finally:
-            reporter.close()
 
     def _steps_within(self, setting: Setting, seconds: float) -> int:
         changes = dict(setting.changes)

@@ -1,21 +1,14 @@
-"""bench/paper: a figure, and the claim, in stages, on digits with tiny nets."""
+"""bench/paper_figures.py: a figure in stages, on digits with tiny nets."""
 
 import json
 
 import pytest
 from load_script import BENCH, load_script
 
-FOLDER = BENCH / "paper"
-
 
 @pytest.fixture(scope="module")
 def figures():
-    return load_script(FOLDER / "figures.py")
-
-
-@pytest.fixture(scope="module")
-def claim(figures):
-    return load_script(FOLDER / "claim.py")  # which imports figures
+    return load_script(BENCH / "paper_figures.py")
 
 
 def test_every_figure_trains_its_net_with_four_strategies(figures):
@@ -67,45 +60,3 @@ def test_a_figure_goes_on_from_stage_to_stage(figures, tmp_path, capsys):
     before = (folder / "runs" / "full" / "seed-0" / "checkpoint.pt").stat().st_mtime_ns
     assert figures.main([*flags, "--minutes", "0"]) == 0
     assert (folder / "runs" / "full" / "seed-0" / "checkpoint.pt").stat().st_mtime_ns == before
-
-
-def test_the_claim_goes_on_from_stage_to_stage(figures, claim, tmp_path, capsys, monkeypatch):
-    flags = ["--rehearse", "--seeds", "2", "--device", "cpu", "--out", str(tmp_path)]
-    results = tmp_path / "runs"
-    assert claim.main([*flags, "--minutes", "0"]) == claim.MORE_TO_DO
-    assert not any(log.read_text() for log in results.glob("*/*/log.jsonl"))
-    assert "0 of 2 seeds are done" in capsys.readouterr().out
-
-    # Each stage ends at the first epoch after its deadline, here its second.
-    class Clock:
-        now = 0.0
-
-        @classmethod
-        def monotonic(cls):
-            return cls.now
-
-    epoch = figures.StageReporter.epoch
-
-    def slow_epoch(self, row):
-        Clock.now += 40
-        epoch(self, row)
-
-    monkeypatch.setattr(figures, "time", Clock)
-    monkeypatch.setattr(claim, "time", Clock)
-    monkeypatch.setattr(figures.StageReporter, "epoch", slow_epoch)
-    stages = []
-    while claim.main([*flags, "--minutes", "1"]) == claim.MORE_TO_DO:
-        stages.append(len(list(results.glob("*/seed-*/result.json"))))
-        assert len(stages) < 20
-    assert stages == sorted(stages) and len(stages) >= 5 and stages[0] <= 1
-    summary = json.loads((tmp_path / "compare.json").read_text())
-    assert [arm["name"] for arm in summary["arms"]] == ["full", "freezeout cubic 0.8", "short cubic 0.8"]
-    assert [arm["test_accuracy"]["n"] for arm in summary["arms"]] == [2, 2, 2]
-    assert all(len((run / "log.jsonl").read_text().splitlines()) >= 1 for run in results.glob("*/seed-*"))
-    assert (tmp_path / "chart.png").stat().st_size > 10_000
-    assert "p: two-sided paired t-test" in capsys.readouterr().out
-    # Finished runs that came from elsewhere, without their checkpoints, are not trained again.
-    for path in results.glob("*/seed-*/checkpoint.pt"):
-        path.unlink()
-    assert claim.main([*flags, "--minutes", "0"]) == 0
-    assert not list(results.glob("*/seed-*/checkpoint.pt"))

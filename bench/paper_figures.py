@@ -1,14 +1,14 @@
 """The paper's figures: test error over time saved, for four strategies and several t_0, one command a figure.
 
-    python bench/paper/figures.py wrn-cifar100 --data-dir DATA --out runs/paper
-    python bench/paper/figures.py densenet-cifar100 ...      also: densenet-cifar10, vgg-cifar100
-    python bench/paper/figures.py wrn-cifar100 --setting modern ...
-    python bench/paper/figures.py wrn-cifar100 --rehearse --out rehearsal     digits, tiny nets, seconds on a CPU
+    python bench/paper_figures.py wrn-cifar100 --data-dir DATA --out runs/paper
+    python bench/paper_figures.py densenet-cifar100 ...      also: densenet-cifar10, vgg-cifar100
+    python bench/paper_figures.py wrn-cifar100 --setting modern ...
+    python bench/paper_figures.py wrn-cifar100 --rehearse --out rehearsal     digits, tiny nets, seconds on a CPU
 
 Each call trains for --minutes (9) and ends with status 75 while something is left to train; the same command goes on,
 in the middle of a run too. It draws what is there each time:
 
-    until python bench/paper/figures.py wrn-cifar100 --data-dir DATA --out runs/paper; do [ $? = 75 ] || break; done
+    until python bench/paper_figures.py wrn-cifar100 --data-dir DATA --out runs/paper; do [ $? = 75 ] || break; done
 
 Runs are in OUT/FIGURE-SETTING/runs, seed by seed, so that one seed of every point comes before the second of any.
 Source: Brock et al. 2017, arXiv 1706.04983: SGD with Nesterov momentum 0.9, lr 0.1, weight decay 1e-4, batches of 50,
@@ -209,21 +209,15 @@ def _parser() -> argparse.ArgumentParser:
     add("figure", choices=FIGURES)
     add("--setting", choices=SETTINGS, default="paper", help="paper: batch 50; modern: batch 512, warm-up (paper)")
     add("--t0s", nargs="+", type=float, default=T_0S)
-    add_stage_options(parser, out=Path("runs/paper"))
-    return parser
-
-
-def add_stage_options(parser: argparse.ArgumentParser, *, out: Path) -> None:
-    """What every script takes that trains in stages."""
-    add = parser.add_argument
     add("--seeds", type=int, default=3)
     add("--epochs", type=int, default=100)
     add("--minutes", type=float, default=9.0, help="length of this stage (9)")
     add("--data-dir", type=Path)
     add("--download", action="store_true")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=Path, default=out)
+    add("--out", type=Path, default=Path("runs/paper"))
     add("--rehearse", action="store_true", help="the same on digits with tiny nets and two epochs")
+    return parser
 
 
 if __name__ == "__main__":
