@@ -65,8 +65,8 @@ class Builder:
         """-> the units whose own engine fails or is off on the few samples."""
         wrong: dict[nn.Module, str] = {}
         before: list[Tensor] = []
-        for i, link in enumerate(self.segment.links):
-            y = self.units.values(self.few, i)[-1].clone()  # which the next unit may write
+        for i, (link, y) in enumerate(zip(self.segment.links, self.units.values(*self.few), strict=True)):
+            y = y.clone()  # which the next unit may write
             try:
                 self._engine_of([link], (*self.few, *before), y, carried=i > 0)
             except Refused:

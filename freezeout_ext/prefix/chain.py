@@ -4,9 +4,11 @@ The first unit's call runs the engine for all units. All units but the last retu
 unit returns what the engine gave. Each unit looks again, at its own call, whether it is called as at the capture.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -50,18 +52,23 @@ class Units:
         return first if first == last else f"{first} .. {last}"
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor]:
-        return (self.values(inputs, len(self.links) - 1)[-1],)
+        (y,) = deque(self.values(*inputs), maxlen=1)  # each other one is freed once the next one is there
+        return (y,)
 
-    def values(self, inputs: tuple[Tensor, ...], last: int) -> list[Tensor]:
-        """-> what each unit gives, up to unit `last`."""
-        found: list[Tensor] = []
-        for link, forward in zip(self.links[: last + 1], self.forwards, strict=False):
-            args, kwargs = link.call.fill(found[-1] if found else None, inputs)
-            leaves = link.result.match(forward(*args, **kwargs))
-            if leaves is None:
-                raise RuntimeError(f"frozen module {link.unit.name} returned something else than at the capture")
-            found.append(leaves[link.result.at])
-        return found
+    def values(self, *inputs: Tensor) -> Iterator[Tensor]:
+        """-> what each unit gives, one after the other."""
+        y = None
+        for link, forward in zip(self.links, self.forwards, strict=True):
+            y = _called(link, forward, y, inputs)
+            yield y
+
+
+def _called(link: Link, forward: Callable, y: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    args, kwargs = link.call.fill(y, inputs)
+    leaves = link.result.match(forward(*args, **kwargs))
+    if leaves is None:
+        raise RuntimeError(f"frozen module {link.unit.name} returned something else than at the capture")
+    return leaves[link.result.at]
 
 
 @dataclass
@@ -101,7 +108,7 @@ class Passage:
                     "place: it cannot be computed any more; pass prefix='off'"
                 )
             with constant():
-                self.values = self.chain.units.values(self.inputs, self.reached)
+                self.values = list(islice(self.chain.units.values(*self.inputs), self.reached + 1))
         return self.values[index]
 
 
