@@ -111,8 +111,11 @@ class StepGraphs:
             # A pool is gone with its graphs; torch.cuda.graph gives its memory back before it captures.
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        # torch.cuda.graph leaves its stream the current one where the capture fails.
+        current = torch.cuda.stream(torch.cuda.current_stream(self._stream.device))
         # Other threads, such as a loader's that pins memory, may go on.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        with current, torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
             result = step()
 
         def replay() -> T:

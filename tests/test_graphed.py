@@ -405,6 +405,19 @@ def test_what_cannot_be_captured_is_refused_by_name():
             step(*batch)
 
 
+@pytest.mark.cuda
+def test_a_capture_that_fails_leaves_the_current_stream_as_it_was():
+    model, _, _ = make(freeze=False)
+    model = model.cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)
+    step = GraphedStep(model, lambda outputs, targets: outputs.sum() * outputs.sum().item(), optimizer)
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match="the step cannot be captured as a CUDA graph"):
+        for inputs, targets in batches():
+            step(inputs.cuda(), targets.cuda())
+    assert torch.cuda.current_stream() == before
+
+
 def test_what_does_not_belong_together_is_refused():
     model, optimizer, freezeout = make()
     other, others, _ = make(freeze=False)

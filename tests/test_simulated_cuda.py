@@ -13,7 +13,7 @@ pytestmark = [
 
 def captured(run, *, stream=None):
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
         run()
     return graph
 
@@ -44,6 +44,14 @@ def test_a_capture_that_waits_for_the_device_fails_as_a_whole(wait):
             wait(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_capture_is_alone_and_not_on_the_default_stream():
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="must be captured on a non-default stream"):
+        graph.capture_begin()
+    with pytest.raises(RuntimeError, match="a capture is under way already"):
+        captured(lambda: graph.capture_begin())
 
 
 def test_a_replay_reads_and_writes_the_memory_of_its_capture():

@@ -74,7 +74,6 @@ struct DeviceAllocator final : c10::Allocator {
   c10::DataPtr allocate(std::size_t bytes) override {
     return on_device(c10::GetCPUAllocator()->allocate(bytes), bytes);
   }
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
   void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 DeviceAllocator device_allocator;
@@ -238,12 +237,6 @@ class HostCall {
     if (!tensor.defined() || tensor.is_cuda()) return tensor;
     for (const auto& [original, alias] : aliases_) {
       if (alias.is_same(tensor)) return original;
-      if (alias.storage().is_alias_of(tensor.storage())) {
-        at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(
-            c10::TensorImpl::VIEW, c10::Storage(original.storage()), kDeviceKeys, tensor.dtype());
-        view.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
-        return view;
-      }
     }
     const c10::Storage& storage = tensor.storage();
     auto impl = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), storage.nbytes(),
@@ -278,13 +271,6 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
   }
   at::Tensor target = host_of(self);
   target.copy_(host_of(source));
-  return self;
-}
-
-const at::Tensor& resize_(const at::Tensor& self, c10::IntArrayRef size, std::optional<at::MemoryFormat> format) {
-  at::Tensor alias = alias_of(self, c10::DispatchKey::CPU, c10::kCPU);
-  alias.resize_(size, format);
-  take_back(self, alias);
   return self;
 }
 
@@ -323,7 +309,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("unfold", at::native::unfold);
   m.impl("record_stream", [](at::Tensor&, c10::Stream) {});
   m.impl("copy_", copy_);
-  m.impl("resize_", resize_);
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Storage", [](at::Tensor& self, at::Storage source) -> at::Tensor& {
     const auto elements = static_cast<std::int64_t>(source.nbytes() / self.itemsize());
@@ -348,16 +333,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void setDevice(c10::Device) const override {}
   void uncheckedSetDevice(c10::Device) const noexcept override {}
   c10::Stream getStream(c10::Device) const override { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
-  c10::Stream getDefaultStream(c10::Device) const override { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
-  c10::Stream getNewStream(c10::Device, int) const override { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
   c10::Stream exchangeStream(c10::Stream) const override { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
-  void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
-  void block(void*, const c10::Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-  void destroyEvent(void*, c10::DeviceIndex) const noexcept override {}
-  bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override { synchronizes("synchronize"); }
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
@@ -367,18 +344,8 @@ struct Hooks final : at::CUDAHooksInterface {
   bool isBuilt() const override { return true; }
   bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
-  c10::DeviceIndex current_device() const override { return 0; }
-  c10::DeviceIndex deviceCount() const override { return 1; }
-  c10::DeviceIndex getCurrentDevice() const override { return 0; }
-  int getNumGPUs() const override { return 1; }
-  bool isAvailable() const override { return true; }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
-    return at::detail::getDefaultCPUGenerator();
-  }
   at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
-  c10::Device getDeviceFromPtr(void*) const override { return kDevice; }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
-  void deviceSynchronize(c10::DeviceIndex) const override { synchronizes("synchronize"); }
 };
 
 // torch's table of DLPack functions, which knows the streams of this device.

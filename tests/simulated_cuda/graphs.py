@@ -151,10 +151,6 @@ class CUDAGraph:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
     def replay(self) -> None:
-        if self.device.is_capturing():
-            self.device.synchronizes("replay")
-        if self._recorder is None:
-            raise RuntimeError("CUDAGraph.replay called without a preceding successful capture")
         if self._lost_workspace and self._recorder.uses_cublas:
             raise RuntimeError("CUDA error: an illegal memory access, to a cuBLAS workspace that was freed")
         self._recorder.check()
@@ -164,9 +160,6 @@ class CUDAGraph:
 
     def pool(self) -> tuple[int, int]:
         return self._pool
-
-    def reset(self) -> None:
-        self._recorder = None
 
 
 @contextlib.contextmanager
