@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
 
 import random
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -67,6 +69,23 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Any:
+    """The first 96 training and 100 test images."""
+    from test_training_run import small
+
+    return small("digits")
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, digits: Any) -> tuple[Path, dict]:
+    """test_training_run.CONFIG trained without a stop: (folder, result)."""
+    from test_training_run import CONFIG, run
+
+    out = tmp_path_factory.mktemp("run") / "whole"
+    return out, run(CONFIG, out, digits)
 
 
 @pytest.fixture
