@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
-from freezeout_ext.models import build_model
 from freezeout_ext.training.measure import conditions
 
 if not torch.cuda.is_available():
@@ -150,10 +149,7 @@ TOLERANCE = 5e-2
 
 def half_the_units(name: str) -> nn.Sequential:
     torch.manual_seed(0)
-    net = build_model(name).cuda().eval().requires_grad_(False)
-    children = [net.features] if hasattr(net, "features") else [net.stem, net.blocks]
-    units = [unit for child in children for unit in (child if isinstance(child, nn.Sequential) else [child])]
-    return nn.Sequential(*units[: len(units) // 2])
+    return nn.Sequential(*floors.units_of(name, 0.5)).cuda()
 
 
 def error(found: Tensor, wanted: Tensor) -> float:

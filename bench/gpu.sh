@@ -196,6 +196,7 @@ train() {
     fi
     [ $code = 0 ] || return $code
   done
+  echo "all ${SEEDS:-3} seeds are done"
 }
 
 figure() {

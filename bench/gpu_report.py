@@ -17,6 +17,8 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -121,6 +123,9 @@ def machine() -> dict:
     """Device, driver, versions, commit, date."""
     import torch
 
+    from freezeout_ext import build_info
+    from freezeout_ext.training.measure import conditions
+
     def first_line(*command: str) -> str | None:
         try:
             lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
@@ -128,31 +133,17 @@ def machine() -> dict:
             return None
         return lines[0].strip() if lines else None
 
-    def version(name: str) -> str | None:
-        from importlib import metadata
-
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
-    from freezeout_ext import build_info
-
-    on_gpu = torch.cuda.is_available()
-    commit = os.environ.get("COMMIT") or first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
+    where = conditions(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        **where,
+        "commit": os.environ.get("COMMIT") or where["commit"],
         "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "clocks": first_line(
             "nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"
         ),
-        "torch": torch.__version__,
-        "triton": version("triton"),
+        "triton": import_module("triton").__version__ if find_spec("triton") else None,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "nvcc": first_line("sh", "-c", "nvcc --version | tail -n 1"),
-        "python": sys.version.split()[0],
-        "commit": commit,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "build": build_info(),
     }

@@ -1,5 +1,6 @@
 """An argument is what was asked for, or an error that names the argument, the expectation and the finding."""
 
+import math
 from typing import Any
 
 
@@ -11,6 +12,14 @@ def check_count(name: str, value: object, least: int, most: int | None = None) -
         raise ValueError(f"{name} must be >= {least}, got {value}")
     if most is not None and value > most:
         raise ValueError(f"{name} must be <= {most}, got {value}")
+
+
+def check_number(name: str, value: object, least: float = 0.0) -> None:
+    """A real number from `least` on; infinity, nan, True and False are none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not least <= value < math.inf:
+        raise ValueError(f"{name} must be >= {least:g}, got {value}")
 
 
 def check_flag(name: str, value: object) -> None:

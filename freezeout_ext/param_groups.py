@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from .arguments import check_kind
 from .layers import Layers
 
 # What FreezeOut adds to each group.
@@ -186,8 +187,7 @@ _LISTS = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_mome
 
 def check_scheduler(scheduler: LRScheduler) -> None:
     """Raises TypeError where a scheduler holds lists of which nothing is known: one might have an entry a group."""
-    if not isinstance(scheduler, LRScheduler):
-        raise TypeError(f"schedulers must be torch LR schedulers, got {type(scheduler).__name__}")
+    check_kind("schedulers", scheduler, LRScheduler, "torch LR schedulers")
     if type(scheduler).__module__ != "torch.optim.lr_scheduler":
         size = len(scheduler.optimizer.param_groups)
         unknown = [k for k, v in vars(scheduler).items() if isinstance(v, list) and k not in _LISTS and len(v) == size]

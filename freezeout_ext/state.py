@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+from .arguments import check_kind
 from .layers import Layers
 from .schedule import Schedule
 from .transition import Transition
@@ -49,14 +50,12 @@ def checked_state(
     Raises:
         ValueError, TypeError: what is wrong with it, by key.
     """
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+    check_kind("state_dict", state_dict, Mapping, "a dict")
     missing = [key for key in ("step", "schedule", "layers", "transitions") if key not in state_dict]
     if missing:
         raise ValueError(f"state_dict must be of FreezeOut.state_dict(), {', '.join(missing)} is missing")
     found, expected = state_dict["schedule"], asdict(schedule)
-    if not isinstance(found, Mapping):
-        raise TypeError(f"state_dict['schedule'] must be a dict, got {type(found).__name__}")
+    check_kind("state_dict['schedule']", found, Mapping, "a dict")
     defaults = {f.name: f.default for f in fields(Schedule)}  # states of earlier releases lack the newer ones
     for name, mine in expected.items():
         theirs = found.get(name, defaults[name])
@@ -76,9 +75,8 @@ def checked_state(
     return step, by_hand, _transitions(state_dict["transitions"], len(layers))
 
 
-def _transitions(transitions: object, num_layers: int) -> list[Transition]:
-    if not isinstance(transitions, list | tuple):
-        raise TypeError(f"state_dict['transitions'] must be a list, got {type(transitions).__name__}")
+def _transitions(transitions: Sequence[Any], num_layers: int) -> list[Transition]:
+    check_kind("state_dict['transitions']", transitions, list | tuple, "a list")
     kinds: dict[str, type | tuple[type, ...]] = {
         "step": int,
         "num_frozen": int,
@@ -89,8 +87,7 @@ def _transitions(transitions: object, num_layers: int) -> list[Transition]:
     checked = []
     for i, found in enumerate(transitions):
         where = f"state_dict['transitions'][{i}]"
-        if not isinstance(found, Mapping):
-            raise TypeError(f"{where} must be a dict, got {type(found).__name__}")
+        check_kind(where, found, Mapping, "a dict")
         known = {f.name for f in fields(Transition)}
         if not {*kinds, "layers"} <= set(found) <= known:
             raise ValueError(f"{where} must have the entries {', '.join(sorted(known))}, got {sorted(map(str, found))}")

@@ -24,6 +24,7 @@ class Rates:
 
     def __init__(self, optimizer: torch.optim.Optimizer, freezeout: FreezeOut | None, cosine: Schedule | None) -> None:
         self.step: int | None = None
+        self._prepared = False
         self._optimizer, self._freezeout, self._cosine = optimizer, freezeout, cosine
         self._bases = [group.get("base_lr", float(group["lr"])) for group in optimizer.param_groups]
 
@@ -38,9 +39,16 @@ class Rates:
 
     def prepare(self) -> None:
         """Before each step: the rates are where the step reads them."""
+        if not self._prepared:
+            self._put()
+            self._prepared = True
 
     def forget(self) -> None:
         """A state was loaded, or a layer froze or was thawed."""
+        self._prepared = False
+
+    def _put(self) -> None:
+        """Puts the rates where the steps read them from now on."""
 
     def advance(self) -> None:
         """Part of each step, and of its graph."""
@@ -61,20 +69,13 @@ class TensorRates(Rates):
     ) -> None:
         super().__init__(optimizer, freezeout, cosine)
         self._device = device
-        self._prepared = False
 
-    def prepare(self) -> None:
-        if self._prepared:
-            return
+    def _put(self) -> None:
         for group in self._optimizer.param_groups:
             lr = group["lr"]
             # A loaded state brings rates on the CPU.
             if not isinstance(lr, Tensor) or lr.device.type != self._device.type:
                 group["lr"] = torch.tensor(float(lr), device=self._device)
-        self._prepared = True
-
-    def forget(self) -> None:
-        self._prepared = False
 
 
 class ScheduledRates(Rates):
@@ -90,27 +91,26 @@ class ScheduledRates(Rates):
         super().__init__(optimizer, freezeout, cosine)
         self.counter = torch.zeros((), dtype=torch.int64, device=device)
         self._fused = optimizer
-        self._prepared = False
         self._constant: list[float] | None = None
 
     def prepare(self) -> None:
-        groups = self._fused.param_groups
-        if not self._prepared:
-            assert self.step is not None  # set before each step
-            self.counter.fill_(self.step)
-            scheduled = [self._scheduled(group, base) for group, base in zip(groups, self._bases, strict=True)]
-            self._fused.set_device_schedule(self.counter, scheduled)
-            free = self._cosine is None and (self._freezeout is None or not self._freezeout.anneal)
-            self._constant = [float(group["lr"]) for group in groups] if free else None
-            self._prepared = True
-        elif self._constant is not None and self._constant != [float(group["lr"]) for group in groups]:
+        if self._prepared and self._constant is not None and self._constant != self._given():
             raise RuntimeError(
                 "lr must not change between graphed steps of a fused optimizer: pass cosine=, or use torch's with"
                 " fused=True"
             )
+        super().prepare()
 
-    def forget(self) -> None:
-        self._prepared = False
+    def _put(self) -> None:
+        assert self.step is not None  # set before each step
+        self.counter.fill_(self.step)
+        groups = zip(self._fused.param_groups, self._bases, strict=True)
+        self._fused.set_device_schedule(self.counter, [self._scheduled(group, base) for group, base in groups])
+        free = self._cosine is None and (self._freezeout is None or not self._freezeout.anneal)
+        self._constant = self._given() if free else None
+
+    def _given(self) -> list[float]:
+        return [float(group["lr"]) for group in self._fused.param_groups]
 
     def advance(self) -> None:
         self.counter.add_(1)

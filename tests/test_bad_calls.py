@@ -1,10 +1,11 @@
 """Each argument of the public API with values of the wrong kind: an error that names it, and nothing was done."""
 
 import inspect
+import itertools
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,15 @@ from freezeout_ext import (
     Layers,
     Schedule,
     find_layers,
+    planner,
+    training,
 )
 from freezeout_ext.integrations.compile import CompiledLayers
 from freezeout_ext.integrations.distributed import DDPFollower
-from freezeout_ext.planner import plan
+from freezeout_ext.tasks import Task
+from freezeout_ext.training import config
+from freezeout_ext.training.config import BadInput, TrainConfig
+from freezeout_ext.training.reporters import Reporter
 
 
 def closed_file() -> Any:
@@ -196,7 +202,39 @@ def planned() -> Case:
         "model": model, "example_inputs": torch.randn(2, 4), "targets": torch.tensor([0, 1]),
         "criterion": functional.cross_entropy, "total_steps": 8, "rounds": 1, "t_0s": (0.5,), "max_seconds": 0.1,
     }  # fmt: skip
-    return Case(plan, given, model)
+    return Case(planner.plan, given, model)
+
+
+class Here:
+    """What lies in the folder that tests run in."""
+
+    def __repr__(self) -> str:
+        return str(sorted(map(str, Path.cwd().rglob("*"))))
+
+
+TINY = {"epochs": 1, "batch_size": 4, "device": "cpu", "threads": 1, "t_0": 0.5}
+folders = (f"run-{i}" for i in itertools.count())
+
+
+def tiny_task() -> Task:
+    samples = torch.utils.data.TensorDataset(torch.randn(8, 4), torch.arange(8) % 3)
+    return Task(make_model=net, train=samples, evaluation=samples)
+
+
+def train_config() -> Case:
+    def resolved(**given: Any) -> TrainConfig:
+        return TrainConfig(**given).resolved()
+
+    resolved.__signature__ = inspect.signature(TrainConfig)  # type: ignore[attr-defined]
+    return Case(resolved, {})
+
+
+def in_training(function: Callable, **given: Any) -> Callable[[], Case]:
+    def make() -> Case:
+        out = {} if function is training.plan else {"out": next(folders)}
+        return Case(function, {"task": tiny_task(), **TINY, **out, **given}, watched=Here())
+
+    return make
 
 
 def schedule(name: str, **given: Any) -> Callable[[], Case]:
@@ -234,13 +272,18 @@ CALLS: dict[str, Callable[[], Case]] = {
     "CompiledLayers": compiled_layers,
     "DDPFollower": ddp_follower,
     "plan": planned,
+    "TrainConfig": train_config,
+    "training.train": in_training(training.train, reporter=Reporter()),
+    "training.plan": in_training(training.plan, rounds=1, max_seconds=0.0, t_0s=(0.5,), how_scales=("linear",)),
+    "training.compare": in_training(training.compare, seeds=1, kinds=("full",)),
 }
 
 # What is no fault, with the reason.
 FLAGS = {f"{name}.{flag}": {"True": "a flag"} for name, flag in (
     ("FreezeOut", "anneal"), ("FreezeOut", "scale_lr"), ("FreezeOut", "measure_prefix"), ("GraphedStep", "graph"),
     ("FeatureCache", "measure"), ("FeatureCache.loader", "shuffle"), ("FeatureCache.loader", "drop_last"),
-    ("Schedule", "scale_lr"),
+    ("Schedule", "scale_lr"), ("training.train", "resume"), ("training.compare", "resume"),
+    *(("TrainConfig", name) for name in config.FLAGS),
 )}  # fmt: skip
 OPTIONAL = {f"{name}.{argument}": {"None": "the default"} for name, argument in (
     ("FreezeOut", "layers"), ("FreezeOut", "milestones"), ("FreezeOut", "max_transitions"), ("FreezeOut", "cache"),
@@ -251,6 +294,9 @@ OPTIONAL = {f"{name}.{argument}": {"None": "the default"} for name, argument in 
     ("Schedule", "milestones"), ("find_layers", "layers"), ("DDPFollower", "ddp"),
     ("FusedSGD.set_device_schedule", "step"), ("plan", "max_transitions"),
     ("plan", "layers"), ("plan", "make_optimizer"), ("plan", "amp_dtype"), ("plan", "loader"),
+    *(("TrainConfig", field.name) for field in fields(TrainConfig) if field.default is None),
+    ("training.train", "reporter"), ("training.compare", "kinds"), ("training.compare", "t_0s"),
+    ("training.compare", "how_scales"),
 )}  # fmt: skip
 NUMBERS = {
     "FreezeOut.total_steps": {"huge": "a long run"},
@@ -287,7 +333,35 @@ NUMBERS = {
     "plan.warmup_steps": {"0": "the default"},
     "plan.max_transitions": {"huge": "as many as there are layers"},
     "plan.rounds": {"huge": "max_seconds ends them"},
-    "plan.max_seconds": {"inf": "no end", "half": "a time", "0": "one round", "huge": "a time", "True": "a number"},
+    "training.plan.rounds": {"huge": "max_seconds ends them"},
+    "training.plan.max_seconds": {
+        "inf": "no end",
+        "half": "a time",
+        "0": "one round",
+        "huge": "a time",
+        "True": "a number",
+    },
+    **{
+        f"TrainConfig.{name}": {"0": "none", "half": "a number", "huge": "a number"}
+        for name in ("lr", "momentum", "weight_decay", "warmup_epochs")
+    },
+    "TrainConfig.val_fraction": {"0": "none", "half": "a fraction"},
+    "TrainConfig.t_0": {"half": "a fraction"},
+    "TrainConfig.how_scale": {"half": "a power", "huge": "a power"},
+    "TrainConfig.batch_size": {"huge": "one batch of all samples"},
+    "TrainConfig.image_size": {"huge": "a side; the net judges it"},
+    "TrainConfig.warmup_steps": {"0": "the default", "huge": "steps; the run's schedule judges them"},
+    "TrainConfig.max_transitions": {"huge": "as many as there are layers"},
+    "TrainConfig.start_frozen": {"0": "the default", "huge": "layers; the net judges it"},
+    "TrainConfig.views": {"huge": "views; the memory judges them"},
+    "TrainConfig.seed": {"0": "the default"},
+    "plan.max_seconds": {
+        "inf": "no end",
+        "half": "a time",
+        "0": "one round",
+        "huge": "a time",
+        "True": "a number",
+    },
 }
 OTHERS = {
     "FreezeOut.schedulers": {"list": "none"},
@@ -304,6 +378,18 @@ OTHERS = {
     "Layers.given": {"list": "no layers", "dict": "no layers"},
     "Layers.count_through.argument": dict.fromkeys(KINDS, "only a name for messages"),
     "find_layers.model": {"module": "a model"},
+    **{f"TrainConfig.{name}": {"str": "a name; the task judges it"} for name in ("data", "model", "start_frozen")},
+    "TrainConfig.weights": {"str": "a file"},
+    "TrainConfig.fingerprint": {"str": "a hash"},
+    "TrainConfig.cache": {"str": "a folder"},
+    "training.train.out": {"str": "a folder"},
+    "training.compare.out": {"str": "a folder"},
+    "training.compare.t_0s": {"list": "the default"},
+    "training.compare.how_scales": {"list": "the default", "bytes": "powers 48, 46 and 53"},
+    "training.compare.shorter": {"list": "none"},
+    "training.compare.accuracies": {"list": "the default"},
+    "training.plan.t_0s": {"list": "no schedule", "dict": "no schedule"},
+    "training.plan.how_scales": {"list": "no schedule", "dict": "no schedule", "bytes": "powers 48, 46 and 53"},
     "plan.t_0s": {"list": "no schedule", "dict": "no schedule"},
     "plan.how_scales": {"list": "no schedule", "dict": "no schedule", "bytes": "powers 48, 46 and 53"},
     "plan.loader": dict.fromkeys(("str", "bytes", "generator", "tensor"), "only its wait is measured"),
@@ -317,8 +403,9 @@ NAMED = {
     "FreezeOut.freeze_to.num_frozen": "freeze_to",
     "FreezeOut.thaw_to.num_frozen": "thaw_to",
     "FreezeOut.model": "model|optimizer must hold every trainable parameter",  # of another model
-    "plan.t_0s": "t_0",
-    "plan.how_scales": "how_scale",
+    **{f"{name}.t_0s": "t_0" for name in ("plan", "training.plan", "training.compare")},
+    **{f"{name}.how_scales": "how_scale" for name in ("plan", "training.plan", "training.compare")},
+    "training.compare.kinds": "kinds|arms",
 }
 # What only the user's own model or criterion can judge: their error, whatever it names.
 USERS = {
@@ -348,7 +435,7 @@ def test_a_wrong_argument_is_named_and_nothing_is_done(
         before = case.state()
         try:
             case.function(**{**case.given, argument: value()})
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, BadInput) as error:
             named = re.search(NAMED.get(place, argument), str(error)) or "closed file" in str(error)
             assert named or place in USERS, f"{kind}: {type(error).__name__}: {error}"
             assert case.state() == before, f"{kind}: {error}"
@@ -363,6 +450,7 @@ def test_the_public_names_are_all_called() -> None:
     nothing_to_give = {"__version__", "build_info"}
     called = {name.partition(".")[0].removesuffix("()") for name in CALLS}
     assert set(freezeout_ext.__all__) <= called | records | optimizers | nothing_to_give
+    assert {f"training.{name}" for name in training.__all__} <= set(CALLS)
 
 
 @pytest.mark.parametrize("kind", [FusedSGD, FusedAdam, FusedAdamW])

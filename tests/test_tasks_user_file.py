@@ -82,7 +82,7 @@ def test_what_names_a_file():
         ("task = Task(make_model=net, train=data)\n",
          f"my_task.py, line {LINE}: TypeError: Task.__init__() missing 1 required keyword-only argument: 'evaluation'"),
         ("task = Task(make_model=net(), train=data, evaluation=data, epochs='3')\n",
-         f"my_task.py, line {LINE}: TypeError: epochs must be a whole number, got a str"),
+         f"my_task.py, line {LINE}: TypeError: epochs must be a whole number, got '3'"),
         ("task = Task(make_model=net, train=data, evaluation=data, batch_size=0)\n",
          f"my_task.py, line {LINE}: ValueError: batch_size must be >= 1, got 0"),
         ("task = Task(make_model=net, train=TensorDataset(torch.ones(0, 4)), evaluation=data)\n",

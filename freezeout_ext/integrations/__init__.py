@@ -9,12 +9,6 @@ def in_process_group() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def checked_freezeout(freezeout: FreezeOut) -> FreezeOut:
-    if not isinstance(freezeout, FreezeOut):
-        raise TypeError(f"freezeout must be a FreezeOut, got {type(freezeout).__name__}")
-    return freezeout
-
-
 def follow_if_distributed(freezeout: FreezeOut) -> None:
     """A DDPFollower for whatever DistributedDataParallel the trainer around `freezeout` makes."""
     if in_process_group():

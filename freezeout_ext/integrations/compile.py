@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import check_kind
 from ..freezeout import FreezeOut, Transition
-from . import checked_freezeout
 
 logger = logging.getLogger("freezeout_ext")
 
@@ -45,7 +45,7 @@ class CompiledLayers:
     """
 
     def __init__(self, freezeout: FreezeOut, **arguments: Any) -> None:
-        checked_freezeout(freezeout)
+        check_kind("freezeout", freezeout, FreezeOut, "a FreezeOut")
         self.graphs: dict[int, int] = {0: 0} | {freezeout.num_frozen: 0}
         self.blocks: dict[str, nn.Module] = {}
         self.left_out: dict[str, str] = {}

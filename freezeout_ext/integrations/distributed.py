@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..arguments import check_kind
 from ..attach import TransientHook
 from ..freezeout import FreezeOut
-from . import checked_freezeout
 from .rank_errors import LostRank, check_same_on_all_ranks, lost_rank_explained
 
 __all__ = ["DDPFollower", "LostRank", "Traffic", "check_same_on_all_ranks", "lost_rank_explained"]
@@ -48,9 +48,9 @@ class DDPFollower:
     """
 
     def __init__(self, freezeout: FreezeOut, ddp: DistributedDataParallel | None = None) -> None:
-        if ddp is not None and not isinstance(ddp, DistributedDataParallel):
-            raise TypeError(f"ddp must be a DistributedDataParallel or None, got {type(ddp).__name__}")
-        self.freezeout = checked_freezeout(freezeout)
+        check_kind("freezeout", freezeout, FreezeOut, "a FreezeOut")
+        check_kind("ddp", ddp, DistributedDataParallel, "a DistributedDataParallel", optional=True)
+        self.freezeout = freezeout
         self.traffic: list[Traffic] = []
         self._ignored: set[str] = set()  # as the user had it
         self._ddp: DistributedDataParallel | None = None

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 
+from ..arguments import check_kind
 from ..features import FeatureCache
 from ..freezeout import FreezeOut
 from . import follow_if_distributed
@@ -80,8 +81,7 @@ def add_freezeout(trainer: Trainer, **arguments: Any) -> FreezeOutCallback:
     Raises:
         ValueError: the trainer was given an LR scheduler.
     """
-    if not isinstance(trainer, Trainer):
-        raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
+    check_kind("trainer", trainer, Trainer, "a transformers.Trainer")
     if trainer.lr_scheduler is not None:
         raise ValueError("trainer must not have an LR scheduler: pass optimizers=(optimizer, None)")
     callback = FreezeOutCallback()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..batch import Batch, call, detached
 from ..fused import FusedSGD
 from ..layers import Layers, find_layers
-from ..memory import SavedBytes
+from ..memory import SavedBytes, nbytes
 from .costs import StepCosts
 from .marks import LayerMarks
 from .median_error import median_error
@@ -160,7 +160,7 @@ class LayerBench:
     def memory(self) -> tuple[int, ...]:
         """Bytes with k layers frozen, counted. A storage counts to the last layer that saved it."""
         self._freeze(0)
-        held = sum(_bytes(t) for t in (*self.model.parameters(), *self.model.buffers()))
+        held = nbytes((*self.model.parameters(), *self.model.buffers()))
         with LayerMarks(self.model, self.layers, lambda: 0) as marks:
             watched = SavedBytes(self.model, lambda: marks.current)
             with watched.watch():
@@ -170,7 +170,7 @@ class LayerBench:
         for i, layer in enumerate(self.layers):
             for p in layer.parameters.values():
                 state = self.optimizer.state.get(p, {}).values()
-                saved[i] += _bytes(p) + sum(_bytes(v) for v in state if isinstance(v, Tensor) and v.dim())
+                saved[i] += nbytes((p, *(v for v in state if isinstance(v, Tensor) and v.dim())))
         return tuple(held + sum(saved[k:]) for k in range(len(saved)))
 
     def _freeze(self, k: int) -> None:
@@ -221,7 +221,3 @@ def cpu_clock() -> Callable[[], float]:
 
 def _make_optimizer(groups: list[dict]) -> torch.optim.Optimizer:
     return FusedSGD(groups, lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

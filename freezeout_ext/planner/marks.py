@@ -47,20 +47,15 @@ class LayerMarks:
         for handle in self._handles:
             handle.remove()
 
-    def forget(self) -> None:
-        self.begins.clear()
-        self.ends.clear()
-        self.current = 0
-
-    def forward_intervals(self, start: Any, end: Any, first: int = 0) -> tuple[float, ...]:
-        """Forward of layers first .. L.
+    def forward_intervals(self, start: Any, end: Any) -> tuple[float, ...]:
+        """Forward of each layer.
 
         Args:
-            start: when the model was called; used where first = 0.
+            start: when the model was called.
             end: when the model returned.
         """
         edges = [end]
-        for i in reversed(range(first, len(self._layers))):
+        for i in reversed(range(len(self._layers))):
             # A layer without a module of its own runs inside the one before it.
             edges.append(start if i == 0 else self.begins.get(i, edges[-1]))
         return tuple(self._difference(edges[j], edges[j + 1]) for j in reversed(range(len(edges) - 1)))

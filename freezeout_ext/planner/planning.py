@@ -1,6 +1,6 @@
 """plan: what FreezeOut would save of your training, for every strategy and t_0."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -38,14 +38,9 @@ class Plan:
     predictions: tuple[Prediction, ...]
     tail: Tail | None = None
 
-    def suggest(self, saving: float, how_scales: Sequence[str | float] | None = None) -> list[Suggestion]:
-        """For each strategy the largest t_0 that saves the fraction `saving`.
-
-        Args:
-            saving: in (0, 1).
-            how_scales: the strategies. Default: those of the predictions.
-        """
-        scales = how_scales or list(dict.fromkeys(p.how_scale for p in self.predictions))
+    def suggest(self, saving: float) -> list[Suggestion]:
+        """For each strategy of the predictions the largest t_0 that saves the fraction `saving`, in (0, 1)."""
+        scales = dict.fromkeys(p.how_scale for p in self.predictions)
         return [suggest_t_0(self.costs, saving, how_scale=scale, tail=self.tail, **self.schedule) for scale in scales]
 
     def to_dict(self) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..arguments import check_count
 from .batches import generator
 from .nets import find_net
 from .task import Task
@@ -122,8 +123,7 @@ def image_folder_task(
     """
     if data_dir is None:
         raise ValueError("data_dir must be the folder whose subfolders are the classes, got None")
-    if image_size < 8:
-        raise ValueError(f"image_size must be >= 8, got {image_size}")
+    check_count("image_size", image_size, 8)
     try:
         import PIL  # noqa: F401
     except ImportError:

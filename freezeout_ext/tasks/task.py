@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import IterableDataset
 
+from ..arguments import check_count
 from ..batch import Batch, call, size, tensors, to
 from .batches import as_batch, collated, kept_generators
 from .metrics import Metric, accuracy, logits_of
@@ -96,10 +97,7 @@ class Task:
             if not len(dataset):
                 raise ValueError(f"{name} must hold at least one sample, got none")
         for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0)):
-            value = getattr(self, name)
-            _check(name, isinstance(value, int) and not isinstance(value, bool), "a whole number", value)
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
+            check_count(name, getattr(self, name), least)
         expected = "a Metric, such as mean_of(name, function, higher_is_better=...), or None"
         _check("metric", self.metric is None or isinstance(self.metric, Metric), expected, self.metric)
         if self.metric is None and self.criterion in (cross_entropy, functional.cross_entropy):

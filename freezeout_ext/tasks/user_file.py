@@ -22,15 +22,15 @@ def is_file_of_task(text: str) -> bool:
     return text.endswith(".py") or (path.endswith(".py") and name.isidentifier())
 
 
-def load_task(text: str, *, check: bool = True) -> Task:
+def load_task(text: str) -> Task:
     """The task that a file holds under a name: a Task, or a function without arguments that returns one.
 
     The task's `name` holds the file's name and the task's own.
     The task's `fingerprint` is a hash of the file's code. Comments are left out.
+    Two samples were run through the task, see `Task.check`.
 
     Args:
         text: path of a Python file, and after a colon the name in it. Without a name: "task", or the file's only Task.
-        check: run two samples through the task, see `Task.check`.
 
     Raises:
         TaskFault: the file is missing, the file raises, or the file has no such task. One sentence, with the line.
@@ -54,8 +54,7 @@ def load_task(text: str, *, check: bool = True) -> Task:
         raise TaskFault(f"{place}{demand}, got {kind(found)}")
     title = file.name if name == DEFAULT_NAME else f"{file.name}:{name}"
     found = replace(found, name=title, file=file, fingerprint=_fingerprint(source))
-    if check:
-        found.check()
+    found.check()
     return found
 
 

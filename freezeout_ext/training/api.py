@@ -1,15 +1,16 @@
 """train, plan, compare: what the command line does, for a task in Python."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
+from ..arguments import check_count, check_flag, check_kind
 from ..planner import T_0S, Plan
 from ..schedule import POWERS
 from ..tasks import Task
 from . import plot
 from .arms import default_kinds, make_arms
-from .compare import Comparison
+from .compare import MOST_SEEDS, Comparison
 from .config import TrainConfig, faults_of_input
 from .costing import plan_of, training_costs, unfrozen
 from .reporters import LineReporter, Reporter, StepReporter
@@ -22,13 +23,17 @@ def train(task: Task, out: str | Path, *, resume: bool = False, reporter: Report
 
     Args:
         resume: go on with the run in `out`, where there is one.
-        reporter: is told of each step and epoch (lines on stdout).
+        reporter: is told of each step and epoch. None: lines on stdout.
         options: fields of `TrainConfig`, such as epochs, lr, t_0, start_frozen, cache.
 
     Raises:
         BadInput: one sentence on what is wrong; nothing was written.
     """
-    run = Run.prepare(_config(task, options), out, task=task, resume=resume)
+    config = _config(task, options)
+    with faults_of_input():
+        _check_place(out, resume)
+        check_kind("reporter", reporter, Reporter, "a Reporter", optional=True)
+    run = Run.prepare(config, out, task=task, resume=resume)
     return run.train(reporter or LineReporter(), run.costs())
 
 
@@ -45,9 +50,14 @@ def plan(
     """What each schedule would save of training the task, from the times of its layers on this machine.
 
     Args:
-        rounds, max_seconds: see `planner.measure_costs`.
+        t_0s: each is predicted with each of how_scales.
+        how_scales: the strategies.
+        rounds: see `planner.measure_costs`.
+        max_seconds: see `planner.measure_costs`.
         options: fields of `TrainConfig`.
     """
+    check_kind("t_0s", t_0s, Iterable, "several numbers")
+    check_kind("how_scales", how_scales, Iterable, "several names or powers")
     config = _config(task, options).resolved()
     trainer = Trainer(unfrozen(config), task)
     costs = training_costs(trainer, rounds=rounds, max_seconds=max_seconds)
@@ -67,20 +77,28 @@ def compare(
     accuracies: Sequence[float] = (),
     **options,
 ) -> dict:
-    """Trains the task in several ways and returns what compare.json then holds; writes compare.png beside it.
+    """Trains the task in several ways and returns what compare.json then holds. Writes compare.png beside it.
 
-    `tables.comparison_tables(summary)` is its text, `tables.verdict(summary)` the sentence that says who won.
+    `tables.comparison_tables(summary)` is the text of a summary, `verdict.verdict(summary)` the sentence that says who
+    won.
 
     Args:
-        kinds: of arms, see `compare.KINDS`.
-        t_0s, how_scales: of the freezing arms, one arm for each pair.
+        seeds: how many.
+        kinds: of arms, see `arms.KINDS`.
+        t_0s: of the freezing arms, one arm for each pair of t_0 and how_scale.
+        how_scales: of the freezing arms.
         shorter: parts of full training's steps, see `make_arms`.
+        resume: keep what is done in `out` and go on.
         accuracies: see `Comparison`.
         options: fields of `TrainConfig`.
     """
     with faults_of_input():
-        if seeds < 1:
-            raise ValueError(f"seeds must be >= 1, got {seeds}")
+        _check_place(out, resume)
+        check_count("seeds", seeds, 1, MOST_SEEDS)
+        for name, names in (("kinds", kinds), ("t_0s", t_0s), ("how_scales", how_scales)):
+            check_kind(name, names, Sequence, "a sequence", optional=True)
+        for name, numbers in (("shorter", shorter), ("accuracies", accuracies)):
+            check_kind(name, numbers, Sequence, "a sequence of numbers")
         base = _config(task, options).resolved()
         kinds = default_kinds() if kinds is None else kinds
         arms = make_arms(kinds, t_0s or [base.t_0], how_scales or [base.how_scale], shorter)
@@ -90,8 +108,14 @@ def compare(
     return summary
 
 
+def _check_place(out: object, resume: object) -> None:
+    check_kind("out", out, str | Path, "the path of a folder")
+    check_flag("resume", resume)
+
+
 def _config(task: Task, options: dict) -> TrainConfig:
     with faults_of_input():
-        if not isinstance(task, Task):
-            raise TypeError(f"task must be a Task, got {type(task).__name__}")
+        check_kind("task", task, Task, "a Task")
+        if odd := options.keys() - {field.name for field in fields(TrainConfig)}:
+            raise TypeError(f"options must be fields of TrainConfig, got {', '.join(sorted(odd))}")
         return replace(TrainConfig.of_task(task), **options)

@@ -4,10 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..arguments import check_kind
+from ..schedule import Schedule
 from .config import TrainConfig
 
-# short: full training on a cosine as long as FreezeOut's seconds; const-time: FreezeOut as long as full training's.
-# no-anneal: one cosine, layers freeze all the same; cached: the same with kept features, whose filling counts.
+# no-anneal: one cosine; layers freeze all the same.
+# cached: no-anneal with kept features, whose filling counts.
+# short: full training on a cosine as long as the seconds of freezeout, or of cached.
+# const-time: freezeout as long as full training's seconds.
 KINDS = ("full", "freezeout", "no-anneal", "cached", "short", "const-time")
 MATCHED = ("short", "const-time")
 # Those for which a `short` runs.
@@ -19,7 +23,9 @@ class Arm:
     """One way to train.
 
     Attributes:
-        t_0, how_scale: of the FreezeOut that it is, or whose seconds it is matched to.
+        kind: one of KINDS.
+        t_0: of the FreezeOut that the arm is, or whose seconds the arm is matched to.
+        how_scale: of the same FreezeOut.
         part: of the steps that the run takes; below 1 with full training on a shorter cosine.
         of: kind of the arm whose seconds a `short` takes.
     """
@@ -77,22 +83,25 @@ def default_kinds() -> list[str]:
 def make_arms(
     kinds: Iterable[str], t_0s: Iterable[float], how_scales: Iterable[str | float], parts: Iterable[float] = ()
 ) -> list[Arm]:
-    """The arms of `kinds`, one for each (how_scale, t_0); what a matched arm is matched to is added.
+    """The arms of `kinds`, one for each (how_scale, t_0). What a matched arm is matched to is added.
 
     Args:
-        parts: of full training's steps, in (0, 1); each adds full training on a cosine of that length.
+        parts: of full training's steps, in (0, 1). Each adds full training on a cosine of that length.
     """
-    parts = sorted(set(parts), reverse=True)
+    parts = list(parts)
     for part in parts:
+        check_kind("shorter", part, int | float, "parts in (0, 1)")
         if not 0 < part < 1:
             raise ValueError(f"shorter must be parts in (0, 1), got {part}")
+    parts = sorted(set(parts), reverse=True)
     kinds = list(dict.fromkeys([*kinds, *["full"] * bool(parts)]))
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f"arms must be of {', '.join(KINDS)}, got {kind!r}")
+    if odd := [kind for kind in kinds if kind not in KINDS] or (not kinds and ["none"]):
+        raise ValueError(f"arms must be of {', '.join(KINDS)}, got {odd[0]!r}")
     if any(kind in MATCHED for kind in kinds):
         kinds += ["full"] + [kind for kind in ("freezeout",) if "const-time" in kinds or "cached" not in kinds]
     variants = list(dict.fromkeys((t_0, how_scale) for how_scale in how_scales for t_0 in t_0s))
+    for t_0, how_scale in variants:
+        Schedule(2, 1, t_0=t_0, how_scale=how_scale)  # checks both
     arms = []
     for kind in KINDS:
         if kind in kinds:

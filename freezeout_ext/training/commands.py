@@ -1,12 +1,12 @@
 """What the commands of the command line do, given its arguments."""
 
 import argparse
-import math
 import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from ..arguments import check_count, check_number
 from ..layers import find_layers
 from ..models import build_model
 from ..schedule import Schedule
@@ -14,7 +14,7 @@ from ..tasks import Task
 from . import plot
 from .arms import default_kinds, make_arms
 from .chosen import base_config, folder_name, given, own_task, task_of
-from .compare import Comparison
+from .compare import MOST_SEEDS, Comparison
 from .config import OWN_MODEL, TrainConfig, faults_of_input
 from .html import write_report
 from .ranks import Ranks, ranks_of_torchrun
@@ -84,8 +84,7 @@ def _train_folder(args: argparse.Namespace, own: Task | None) -> Path:
 
 def compare(args: argparse.Namespace) -> None:
     with faults_of_input():
-        if args.seeds < 1:
-            raise ValueError(f"seeds must be >= 1, got {args.seeds}")
+        check_count("seeds", args.seeds, 1, MOST_SEEDS)
         own = own_task(args)
         base = replace(base_config(own, args), **given(args)).resolved()
         kinds = [*(args.arms or default_kinds()), *args.const_time]
@@ -170,10 +169,8 @@ def report(args: argparse.Namespace) -> None:
 
 def _schedules(args: argparse.Namespace) -> dict[str, Schedule]:
     num_layers = len(find_layers(build_model(args.model))) if args.model else args.layers
-    if not 1 <= num_layers <= MOST_LAYERS:
-        raise ValueError(f"layers must be in 1..{MOST_LAYERS}, got {num_layers}")
-    if not (args.lr >= 0 and math.isfinite(args.lr)):
-        raise ValueError(f"lr must be >= 0, got {args.lr}")
+    check_count("layers", num_layers, 1, MOST_LAYERS)
+    check_number("lr", args.lr)
     return {
         f"{how_scale}, t_0 = {t_0:g}{'' if args.scale_lr else ', not scaled'}": Schedule(
             num_layers,

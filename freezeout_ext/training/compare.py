@@ -9,6 +9,7 @@ from statistics import fmean, median
 
 import torch
 
+from ..arguments import check_kind
 from ..planner import StepCosts
 from ..tasks import Task, faults_of
 from .arms import Arm
@@ -26,18 +27,19 @@ from .trainer import Trainer
 from .values import in_percent, metric_text
 
 WARMUP_STEPS = 5
+MOST_SEEDS = 10_000
 
 
 class Comparison:
     """The runs of all arms and seeds in one folder, OUT/runs/ARM/seed-SEED, and what they say together.
 
-    Runs are sequential, seed by seed, in alternating order, so that what slows the machine slows all arms. The matched
-    arms come after the others, whose seconds (see `undisturbed_seconds`) decide their length. With `resume` finished
-    runs are kept and an unfinished one goes on.
+    Runs are sequential, seed by seed, in alternating order, so that what slows the machine slows all arms.
+    The matched arms come after the others, whose seconds (see `undisturbed_seconds`) decide their length.
 
     Args:
-        accuracies: values of the evaluation's metric whose first time is reported. None: for an accuracy a point below
-            full training's last, or below the worst arm's where there is no full training.
+        resume: keep finished runs, and go on with an unfinished one.
+        accuracies: values of the evaluation's metric whose first time is reported. With none, where the metric is an
+            accuracy: a point below full training's last, or below the worst arm's where there is no full training.
 
     Raises:
         BadInput: one sentence on what is wrong with the input; nothing was written.
@@ -56,6 +58,7 @@ class Comparison:
         accuracies: Sequence[float] = (),
     ) -> None:
         for accuracy in accuracies:
+            check_kind("accuracies", accuracy, int | float, "numbers")
             if not (0 < accuracy <= 1 if in_percent(task.metric_name) else math.isfinite(accuracy)):
                 raise ValueError(f"accuracies must be in (0, 1], got {accuracy}")
         self.accuracies = list(accuracies)
@@ -121,7 +124,7 @@ class Comparison:
         trainer.train_epoch(lambda step: progress(step, WARMUP_STEPS))
 
     def _matched_steps(self, arm: Arm, results: dict[Arm, dict[int, dict]]) -> int | None:
-        """How many steps an arm takes, None for the base's; what an earlier call decided for a matched arm stays."""
+        """How many steps an arm takes, None for the base's. What an earlier call decided for a matched arm stays."""
         if arm.part < 1:
             return max(1, round(arm.part * self._steps))
         if not arm.is_matched:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import check_count, check_flag, check_kind, check_number
 from ..prefix import MODES
 from ..schedule import Schedule
 from ..tasks import Task
@@ -24,7 +25,30 @@ OWN_MODEL = "own"
 LATER_FIELDS = ("image_size", "weights", "fingerprint", "start_frozen", "thaw_to", "cache", "views", "cache_dtype")
 # Of kept features.
 CACHE_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-MOST_THREADS = 1024
+# What a field may be: whole numbers from least to most, numbers that are not negative, one of several words.
+MOST_STEPS, MOST_SEED = 10**12, 2**63 - 1
+COUNTS: dict[str, tuple[int, int | None]] = {
+    "epochs": (1, MOST_STEPS),
+    "steps": (1, MOST_STEPS),
+    "warmup_steps": (0, None),
+    "batch_size": (1, None),
+    "image_size": (1, None),
+    "max_transitions": (1, None),
+    "start_frozen": (0, None),
+    "views": (1, None),
+    "threads": (1, 1024),
+    "seed": (0, MOST_SEED),
+}
+NUMBERS = ("lr", "momentum", "weight_decay", "warmup_epochs", "val_fraction")
+FLAGS = ("scale_lr", "graph", "compile", "augment", "channels_last", "deterministic")
+CHOICES = {
+    "method": METHODS,
+    "optimizer": OPTIMIZERS,
+    "device": ("auto", "cpu", "cuda"),
+    "amp": tuple(AMP_DTYPES),
+    "prefix": MODES,
+    "cache_dtype": tuple(name for name in CACHE_DTYPES if name),
+}
 
 
 class BadInput(Exception):
@@ -50,10 +74,11 @@ TUNED: dict[str, Any] = {"optimizer": "fused-adamw", "weight_decay": 0.01, "epoc
 class TrainConfig:
     """weights = f(TrainConfig): on one machine, runs of equal configs end in the same weights, bit for bit.
 
-    On a CPU with prefix "exact" or "off", and then a run that was stopped and resumed does so too. On CUDA, and with a
-    prefix of its own arithmetic ("folded", "bf16", "fp16"), which is else kept or left by its time, with
-    `deterministic`. Where data lies and what is shown is no part of it. Fields that are None mean "choose": see
-    `resolved`.
+    This holds on a CPU with prefix "exact" or "off". A run that was stopped and resumed ends in the same weights too.
+    On CUDA, and with a prefix of its own arithmetic ("folded", "bf16", "fp16"), it holds with `deterministic`: else
+    such a prefix is kept or left by its time.
+    Where data lies and what is shown is no part of the config.
+    A field that is None means "choose", see `resolved`.
 
     Args:
         data: a built-in set, or the name of the task.
@@ -61,24 +86,28 @@ class TrainConfig:
         image_size: side of a built-in task's inputs; None: that of its images.
         weights: of a built-in task, see `tasks.nets.find_net`.
         fingerprint: of the code of the user's file that holds the task.
-        method: "freezeout"; "full": plain training on one cosine; "no-anneal": one cosine, layers frozen at their
-            milestones all the same.
+        method: one of METHODS.
+            "full": plain training on one cosine.
+            "no-anneal": one cosine; layers freeze at their milestones all the same.
         steps: length of the run in optimizer steps, instead of `epochs`.
         optimizer: one of OPTIMIZERS.
-        lr: peak learning rate; None with the task's own optimizer. SGD always has Nesterov momentum where
-            momentum > 0.
+        lr: peak learning rate; None with the task's own optimizer.
+        momentum: of SGD, Nesterov's where it is above 0.
         warmup_epochs: instead of warmup_steps.
-        t_0, how_scale, scale_lr, max_transitions: see `Schedule`.
+        t_0: see `Schedule`.
+        how_scale: see `Schedule`.
+        scale_lr: see `Schedule`.
+        max_transitions: see `Schedule`.
         start_frozen: layers that are frozen from the first step on, see `FreezeOut`.
-        thaw_to: "LAYER@PART", such as "blocks.2@0.8" or "0@0.8": from that part of the steps on only this layer and all
-            before it, or so many, stay frozen; no further layer freezes. None thaws nothing.
-        cache: where the frozen layers' outputs are kept: "device", "host" or a folder; None runs the layers each time.
-        views: of each sample, or "auto", see `FeatureCache`. What "auto" takes goes by the clock, but where a run
-            resumes.
-        cache_dtype: of what is kept: "bf16", "fp16", "int8"; None: as computed.
+        thaw_to: "LAYER@PART", such as "blocks.2@0.8" or "0@0.8". From that part of the steps on only this layer and all
+            before it, or so many, stay frozen, and no further layer freezes. None thaws nothing.
+        cache: where the frozen layers' outputs are kept: "device", "host" or a folder. None runs the layers each time.
+        views: of each sample, or "auto", see `FeatureCache`. What "auto" takes goes by the clock, but a run that
+            resumes takes what it took.
+        cache_dtype: of what is kept: "bf16", "fp16", "int8". None keeps it as computed.
         prefix: how the frozen layers run, see `FreezeOut`.
-        deterministic: nothing is chosen by the clock, and CUDA's kernels add in a fixed order; slower.
-        graph: the step as a CUDA graph, see `GraphedStep`; eager on CPU. With `cache` what is kept is its input.
+        deterministic: nothing is chosen by the clock, and CUDA's kernels add in a fixed order. This is slower.
+        graph: the step as a CUDA graph, see `GraphedStep`. On a CPU the step is eager.
         compile: torch.compile layer by layer, see `CompiledLayers`.
         threads: torch's intra-op threads.
     """
@@ -122,12 +151,15 @@ class TrainConfig:
     def resolved(self) -> "TrainConfig":
         """The config with every choice made for this machine, checked.
 
-        device: CUDA where there is one; lr: 0.1, AdamW 0.001; amp: bf16 on CUDA; channels_last: yes (on a CPU too,
-        where the small nets take 0.65 to 0.8 of the time); scale_lr: not for AdamW; max_transitions: 4 where layers
-        are compiled.
+        device: CUDA where there is one.
+        lr: 0.1, of AdamW 0.001.
+        amp: bf16 on CUDA.
+        channels_last: yes. On a CPU too the small nets then take 0.65 to 0.8 of the time.
+        scale_lr: not for AdamW.
+        max_transitions: 4 where layers are compiled.
 
         Raises:
-            ValueError: a value out of its range, by name.
+            ValueError, TypeError: a value out of its range or of another kind, by name.
         """
         _check(self)
         device = self.device
@@ -203,54 +235,47 @@ def parsed_thaw(text: str) -> tuple[int | str, float]:
 
 
 def _check(config: TrainConfig) -> None:
-    _check_choice("method", config.method, METHODS)
-    _check_choice("optimizer", config.optimizer, OPTIMIZERS)
-    _check_choice("device", config.device, ("auto", "cpu", "cuda"))
-    if config.amp is not None:
-        _check_choice("amp", config.amp, tuple(AMP_DTYPES))
-    if config.prefix is not None:
-        _check_choice("prefix", config.prefix, MODES)
-    if config.cache_dtype is not None:
-        _check_choice("cache_dtype", config.cache_dtype, tuple(name for name in CACHE_DTYPES if name))
-    if config.cache == "":
-        raise ValueError("cache must be device, host or a folder, got ''")
-    if config.cache is not None and config.method == "full":
-        raise ValueError("cache must be None where no layer freezes, method is full")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value is not None or field.default is not None:
+            _check_field(field.name, value)
+    if config.method == "full":
+        for name in ("cache", "thaw_to"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name} must be None where no layer freezes, method is full")
     if config.thaw_to is not None:
         parsed_thaw(config.thaw_to)
-        if config.method == "full":
-            raise ValueError("thaw_to must be None where no layer freezes, method is full")
-    for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_steps", 0), ("seed", 0)):
-        _check_least(name, getattr(config, name), least)
-    if isinstance(config.views, str):
-        _check_choice("views", config.views, ("auto",))
-        if config.deterministic:
-            raise ValueError("views must be a number with deterministic, auto goes by measured times")
-    else:
-        _check_least("views", config.views, 1)
-    for name in ("steps", "threads", "max_transitions", "image_size"):
-        if getattr(config, name) is not None:
-            _check_least(name, getattr(config, name), 1)
-    if (config.threads or 1) > MOST_THREADS:
-        raise ValueError(f"threads must be <= {MOST_THREADS}, got {config.threads}")
+    if config.views == "auto" and config.deterministic:
+        raise ValueError("views must be a number with deterministic, auto goes by measured times")
     if config.lr is not None and config.optimizer == "task":
         raise ValueError("lr is the task's own where the task makes the optimizer: name an optimizer too")
-    for name in ("momentum", "weight_decay", "warmup_epochs"):
-        _check_least(name, getattr(config, name), 0)
-    if config.lr is not None:
-        _check_least("lr", config.lr, 0)
-    if not 0 <= config.val_fraction < 1:
+    if config.val_fraction >= 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {config.val_fraction}")
     if config.warmup_steps and config.warmup_epochs:
         raise ValueError("warmup_steps and warmup_epochs must not both be given")
     Schedule(2, 1, t_0=config.t_0, how_scale=config.how_scale)  # checks both
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_field(name: str, value: Any) -> None:
+    """The value by itself; that of t_0 and how_scale is the schedule's to check."""
+    if name == "views" and isinstance(value, str):
+        _check_choice(name, value, ("auto",))
+    elif name == "start_frozen" and isinstance(value, str):
+        return
+    elif name in COUNTS:
+        check_count(name, value, *COUNTS[name])
+    elif name in CHOICES:
+        _check_choice(name, value, CHOICES[name])
+    elif name in NUMBERS:
+        check_number(name, value)
+    elif name in FLAGS:
+        check_flag(name, value)
+    elif name not in ("t_0", "how_scale"):
+        check_kind(name, value, str, "a string")
+        if not value:
+            raise ValueError(f"{name} must not be empty, got ''")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_least(name: str, value: float, least: int) -> None:
-    if not (value >= least and math.isfinite(value)):
-        raise ValueError(f"{name} must be >= {least}, got {value}")

@@ -24,7 +24,7 @@ MAX_ROUNDS, MAX_SECONDS = 10, 60.0
 
 
 def kept_costs(path: Path, config: TrainConfig, task: Task, layers: Sequence[str], *, runs: int = 1) -> StepCosts:
-    """The costs that `path` keeps; measured and written there where it does not exist.
+    """The costs that `path` keeps. They are measured and written there where the file does not exist.
 
     Raises:
         ValueError: the file is damaged, or of a net with other layers than `layers`.
@@ -45,7 +45,7 @@ def kept_costs(path: Path, config: TrainConfig, task: Task, layers: Sequence[str
 def run_costs(config: TrainConfig, task: Task, *, runs: int = 1) -> StepCosts:
     """The step's costs for `runs` runs of `config`: measured on its device, or FLOP counted where they are too short.
 
-    The net that steps is another one than the run's; torch's generators are left as they are.
+    The net that steps is another one than the run's. torch's generators are left as they are.
     """
     with torch.random.fork_rng([] if config.device == "cpu" else None):
         trainer = Trainer(replace(unfrozen(config), compile=False), task)
@@ -58,12 +58,12 @@ def run_costs(config: TrainConfig, task: Task, *, runs: int = 1) -> StepCosts:
 
 
 def unfrozen(config: TrainConfig) -> TrainConfig:
-    """The config of full training: all layers of its net are there to be measured."""
+    """The config of full training, in which all layers of the net are there to be measured."""
     return replace(config, method="full", start_frozen=0, thaw_to=None, cache=None)
 
 
 def training_costs(trainer: Trainer, *, rounds: int, max_seconds: float) -> StepCosts:
-    """measure_costs with the trainer's net, batches, optimizer and precision; its weights stay as they are."""
+    """measure_costs with the trainer's net, batches, optimizer and precision. The net's weights stay as they are."""
     loader = 0.0
     if trainer.length.steps_per_epoch > 1:
         loader, _ = measure_loader(trainer.train_batches(), on_progress=Progress("measuring the loader, batches"))

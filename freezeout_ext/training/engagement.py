@@ -15,10 +15,14 @@ LEAST_DROP = 0.25
 def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -> list[dict]:
     """Each transition with what its phase saves of a step, predicted and measured, and what it alone saved.
 
-    predicted_saving, measured_saving: 1 - step / step with nothing frozen; engagement: measured over predicted, see
-    `judged`. predicted_drop, measured_drop: by which part of the whole step this transition shortened it. *_error: the
-    sd that the scatter of the rounds, or of the steps, leaves. None where no step was measured. Of the steps' CPU time
-    where it is known, as in `measure_costs`.
+    predicted_saving: 1 - step / step with nothing frozen, from the layers' times.
+    measured_saving: the same, from the run's steps.
+    engagement: measured over predicted, see `judged`.
+    predicted_drop: by which part of the whole step this transition should have shortened the step.
+    measured_drop: by which part it has.
+    predicted_error, measured_error, drop_error: the sd that the scatter of the rounds, or of the steps, leaves.
+
+    A value is None where no step was measured. Steps are of CPU time where that is known, as in `measure_costs`.
 
     Args:
         transitions: as `transitions_measured` gives them.
@@ -57,9 +61,9 @@ def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -
 def judged(row: dict) -> dict:
     """`row` with engagement = measured_saving / predicted_saving and its sd, engagement_error.
 
-    Both None where too few steps were measured to know their scatter, or where the predicted saving lies within the
-    noise of either: a ratio of two numbers that may be 0 says nothing. predicted_error None (FLOP were counted, or one
-    round measured) counts as 0.
+    Both are None where too few steps were measured to know their scatter, or where the predicted saving lies within the
+    noise of either: a ratio of two numbers that may be 0 says nothing.
+    A predicted_error of None counts as 0: FLOP were counted, or one round was measured.
     """
     measured, predicted = row["measured_saving"], row["predicted_saving"]
     errors = row["measured_error"], row["predicted_error"] or 0.0
@@ -73,8 +77,8 @@ def judged(row: dict) -> dict:
 def over_runs(rows_of_runs: Sequence[list[dict]]) -> list[dict]:
     """The rows of an arm: savings and drops are means over its runs, and their errors those of the means.
 
-    From the scatter of the runs, which alone shows the machine's drift between two phases; or from the steps within
-    the runs where that is more, since the scatter of two or three may be small by chance.
+    An error is from the scatter of the runs, which alone shows the machine's drift between two phases. The scatter of
+    two or three runs may be small by chance: where the steps within the runs say more, the error is theirs.
     """
     n = len(rows_of_runs)
     merged = []
@@ -148,7 +152,8 @@ def _causes(costs: StepCosts, config: dict) -> list[str]:
 def with_engagement(result: dict, costs: StepCosts, config: dict, runs: Sequence[dict] = ()) -> dict:
     """`result` with its transitions engaged, and what holds for the whole of it as "engagement".
 
-    runs: results with engagement, where `result` is an arm's over them.
+    Args:
+        runs: results with engagement, where `result` is an arm's over them.
     """
     if runs:
         rows = over_runs([run["transitions"] for run in runs])
@@ -161,7 +166,7 @@ def with_engagement(result: dict, costs: StepCosts, config: dict, runs: Sequence
 
 
 def _timed(phase: dict | None) -> tuple[float | None, float | None]:
-    """(seconds a step, their sd) of a phase that may not exist or have no timed step; CPU time where that is known."""
+    """(seconds a step, their sd) of a phase, CPU time where that is known. The phase may not exist or be untimed."""
     phase = phase or {}
     clock = "cpu_seconds" if phase.get("cpu_seconds_per_step") else "seconds"
     return phase.get(f"{clock}_per_step"), phase.get(f"{clock}_error")

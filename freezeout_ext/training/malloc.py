@@ -9,12 +9,12 @@ kept = False
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc's malloc to give nothing back to the system from now on; True where it does.
+    """Tells glibc's malloc to give nothing back to the system from now on. Returns whether malloc does so.
 
     By default the large tensors of a step are mapped and unmapped, or the heap is cut, again and again, by thresholds
-    that move: a step of DenseNet-22-12 took 4,000 to 9,000 page faults, a tenth of its time, and the next net none.
-    The process then holds its peak until it ends. Another C library, and settings of the user's own (the MALLOC_
-    variables and GLIBC_TUNABLES), stay as they are.
+    that move. A step of DenseNet-22-12 took 4,000 to 9,000 page faults, a tenth of its time, and the next net none.
+    The process then holds its peak until it ends.
+    Another C library stays as it is, and so do settings of the user's own (the MALLOC_ variables and GLIBC_TUNABLES).
 
     Source: mallopt(3).
     """

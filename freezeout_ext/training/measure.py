@@ -1,4 +1,4 @@
-"""What a run costs: seconds per step and bytes, for each stretch between two transitions; and where it ran."""
+"""What a run costs, in seconds per step and bytes for each stretch between two transitions; and where it ran."""
 
 import platform
 import subprocess
@@ -22,10 +22,12 @@ CUDA_MEMORY = "torch.cuda.max_memory_allocated"
 
 @dataclass
 class Phase:
-    """The steps first_step .. first_step + steps - 1, in which num_frozen layers were frozen; seconds of each step.
+    """The steps first_step .. first_step + steps - 1, in which num_frozen layers were frozen.
 
-    The first step of a phase is not among `seconds`: memory is counted and allocators warm up in it. cpu_seconds: as
-    StepTimer gives them.
+    Attributes:
+        seconds: of each step but the first, in which memory is counted and allocators warm up.
+        cpu_seconds: of the same steps, as StepTimer gives them.
+        memory: bytes at the peak.
     """
 
     num_frozen: int
@@ -33,7 +35,7 @@ class Phase:
     steps: int = 0
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-    memory: int = 0  # bytes at the peak
+    memory: int = 0
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -58,8 +60,10 @@ class Phase:
 
 
 def steps_error(seconds: list[float]) -> float | None:
-    """The sd of the steps' median. From the medians of stretches where there are enough steps: what slows the machine
-    slows neighbours together, and the scatter of single steps would say too little."""
+    """The sd of the steps' median, from the medians of stretches where there are enough steps.
+
+    What slows the machine slows neighbours together: the scatter of single steps would say too little.
+    """
     length = len(seconds) // STRETCHES
     if length < 2:
         return median_error(seconds)
@@ -69,7 +73,8 @@ def steps_error(seconds: list[float]) -> float | None:
 class StepTimer:
     """seconds()[k] = time from mark k to mark k + 1: by the clock on CPU, by the stream on CUDA (synchronised once).
 
-    cpu_seconds(): of this thread, where it alone works: other programs do not lengthen them. Else empty.
+    cpu_seconds() are of this thread, where this thread alone works. Other programs do not lengthen them. Else there are
+    none.
     """
 
     def __init__(self, device: torch.device) -> None:

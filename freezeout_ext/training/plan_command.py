@@ -1,11 +1,11 @@
 """freezeout plan: what each schedule would save, before anything is trained."""
 
 import argparse
-import math
 from dataclasses import asdict, replace
 
 import torch
 
+from ..arguments import check_count, check_number
 from ..layers import find_layers
 from ..planner import T_0S, Plan, StepCosts, flop_costs, suggestions_text
 from ..schedule import POWERS
@@ -30,10 +30,8 @@ def plan(args: argparse.Namespace) -> None:
     """Prints the plans of a task, and writes what was asked for."""
     check_file("--json", args.json)
     check_file("--png", args.png)
-    if args.rounds < 1:
-        raise ValueError(f"rounds must be >= 1, got {args.rounds}")
-    if not (args.max_seconds >= 0 and math.isfinite(args.max_seconds)):
-        raise ValueError(f"max_seconds must be >= 0, got {args.max_seconds}")
+    check_count("rounds", args.rounds, 1)
+    check_number("max_seconds", args.max_seconds)
     own = own_task(args)
     config = replace(base_config(own, args), **given(args)).resolved()
     if config.cache and not args.measure:
@@ -68,7 +66,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def _measured(args: argparse.Namespace, config: TrainConfig, own: Task | None, kept: list[Kept]) -> Plan:
-    """The plan; `kept` takes what keeping features would do, where they are to be kept."""
+    """The plan. Where features are to be kept, what keeping them would do is added to `kept`."""
     length = None
     if own is not None or args.data_dir is not None or config.data not in SETS or config.data == "digits":
         task = _shown(own or task_of(args, config))
@@ -86,7 +84,7 @@ def _measured(args: argparse.Namespace, config: TrainConfig, own: Task | None, k
 
 
 def _counted(args: argparse.Namespace, config: TrainConfig, own: Task | None) -> list[Plan]:
-    """One plan for each of BACKWARDS; a built-in set need not be there."""
+    """One plan for each of BACKWARDS. A built-in set need not be there."""
     if own is not None or config.data not in SETS:
         trainer = Trainer(unfrozen(config), _shown(own or task_of(args, config)))
         model, length, layers = trainer.model, trainer.length, find_layers(trainer.model, trainer.task.layers)

@@ -226,7 +226,7 @@ def _freezes(rows: list[dict]) -> list[int]:
 
 
 def _at(step: int, steps: list[int], *curves: list[float]) -> tuple[float, ...]:
-    """The curves at `step`, on the line between the two epochs around it; before the first epoch's end, there."""
+    """The curves at `step`, on the line between the two epochs around it. Before the first epoch's end, at that end."""
     if step <= steps[0]:
         return tuple(curve[0] for curve in curves)
     k = next((k for k, end in enumerate(steps) if end >= step), len(steps) - 1)

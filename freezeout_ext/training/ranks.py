@@ -21,7 +21,7 @@ TIMEOUT = datetime.timedelta(minutes=15)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Process `rank` of `world`; without a process group the only one."""
+    """Process `rank` of `world`. Without a process group it is the only one."""
 
     rank: int = 0
     world: int = 1

@@ -46,7 +46,7 @@ class Reporter:
 
 
 class Progress:
-    """Lines that say how far something is, and how long it will take: nothing in its first seconds, then few."""
+    """Lines that say how far something is and how long it will take. In its first seconds there is none, then few."""
 
     def __init__(self, what: str, say: Callable[[str], None] = say) -> None:
         self._what, self._say = what, say
@@ -109,8 +109,10 @@ class LineReporter(StepReporter):
 
 
 class BarReporter(LineReporter):
-    """LineReporter's lines above a live bar (rich). Drawn from the training thread, twice a second: no second thread
-    takes time from the steps that are measured."""
+    """LineReporter's lines above a live bar (rich).
+
+    The bar is drawn from the training thread, twice a second: no second thread takes time from measured steps.
+    """
 
     def __init__(self, stream: TextIO | None = None, *, title: str = "", epochs: bool = True) -> None:
         super().__init__(stream)
@@ -219,7 +221,7 @@ class Reporters(Reporter):
 
 
 def has_live_bar(stream: TextIO | None) -> bool:
-    """Whether a live bar can be shown: `stream` is a terminal and rich is there; says so where only rich is missing."""
+    """Whether a live bar can be shown: `stream` is a terminal and rich is there. Says so where only rich is missing."""
     if stream is None or not stream.isatty():
         return False
     try:

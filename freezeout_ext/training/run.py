@@ -19,7 +19,7 @@ from .trainer import Trainer, TrainingFailed
 
 
 class Run:
-    """One run in one folder. `prepare` finds every fault of the input and writes nothing; `train` does the rest."""
+    """One run in one folder. `prepare` finds every fault of the input. `train` does the rest."""
 
     told_of_threads = False  # once a process
 
@@ -37,13 +37,15 @@ class Run:
         resume: bool = False,
         ranks: Ranks = Ranks(),  # noqa: B008, frozen
     ) -> "Run":
-        """Makes the model and finds the checkpoint to go on from.
+        """Makes the model, and finds the checkpoint to go on from.
 
-        With `resume` the run in `out` goes on, or starts where there is none. The folder is this run's own until it
-        has been trained.
+        The folder is this run's own until the run has been trained.
+
+        Args:
+            resume: the run in `out` goes on, or starts where there is none.
 
         Raises:
-            BadInput: one sentence on what is wrong with the input.
+            BadInput: one sentence on what is wrong with the input; nothing was written.
         """
         config = config.resolved()
         folder = RunFolder(out)

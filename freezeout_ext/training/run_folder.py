@@ -21,7 +21,7 @@ STATE = {"config", "epoch", "step", "model", "optimizer", "freezeout", "scaler",
 class RunFolder:
     """A folder with config.json, log.jsonl (one line an epoch), checkpoint.pt, best.pt, result.json.
 
-    The checkpoint decides how far the run is: the log is written before it, and cut back to it on resume.
+    The checkpoint decides how far the run is. The log is written before the checkpoint, and cut back to it on resume.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -126,7 +126,7 @@ class RunFolder:
             )
 
     def cut_log(self, epochs: int) -> None:
-        """Keeps the rows of the first `epochs` epochs; a line that a kill tore goes too."""
+        """Keeps the rows of the first `epochs` epochs. A line that a kill tore goes too."""
         rows = self.read_log()[:epochs]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(self.log_path, lambda file: file.write(text.encode()))

@@ -11,7 +11,7 @@ from .run_folder import RunFolder
 def undisturbed_seconds(result: dict) -> float:
     """train_seconds; where one CPU thread did all the work, what they would be with no other program on the machine.
 
-    Not of a compiled run, whose compiler works elsewhere.
+    The compiler of a compiled run works elsewhere, so such a run has its train_seconds.
     """
     # Steps that fill a cache are not like those that read from it: their median is not their sum.
     name = "cpu_seconds_per_step_mean" if result.get("features") else "cpu_seconds_per_step"
@@ -61,8 +61,8 @@ def arm_summary(arm: Arm, results: dict[Arm, dict[int, dict]], judge: str, sign:
 def paired_test(differences: Sequence[float]) -> dict | None:
     """Student's t-test of the mean of differences between runs of equal seeds: p two-sided, a 95 % interval.
 
-    None for fewer than two differences. Where all are equal their scatter is unknown (accuracies are counted in whole
-    samples: it happens by chance): the interval, t and p are None.
+    None for fewer than two differences. Where all are equal their scatter is unknown, and the interval, t and p are
+    None. Accuracies are counted in whole samples: this happens by chance.
     """
     n = len(differences)
     if n < 2:
@@ -98,8 +98,11 @@ def spread(values: Sequence[float]) -> dict:
 
 
 def time_to_metric(logs: Iterable[list[dict]], judge: str, sign: int, value: float) -> dict:
-    """The training seconds after which `judge` first was as good as `value`, at an epoch's end, over the runs that got
-    there; None where none did. sign: -1 where lower is better."""
+    """The training seconds until `judge` was as good as `value` at an epoch's end, over the runs that got there.
+
+    Args:
+        sign: -1 where lower is better.
+    """
     first = []
     for rows in logs:
         reached = [row["train_seconds"] for row in rows if sign * row[judge] >= sign * value]

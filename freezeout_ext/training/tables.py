@@ -33,7 +33,7 @@ def comparison_tables(summary: dict) -> str:
 
 
 def kept_text(arm: dict) -> str:
-    """One line on what the kept features of an arm have saved; empty where it cannot be said."""
+    """One line on what the kept features of an arm have saved; "" where that cannot be said."""
     found = arm.get("kept_saving")
     if not found:
         return ""

@@ -120,7 +120,11 @@ class Trainer:
         return [float(self.optimizer.param_groups[0]["lr"])] * len(self.layer_names)
 
     def train_epoch(self, on_step: Callable[[int], None] = lambda step: None) -> dict:
-        """Trains to the end of the epoch, or of the run; calls on_step(step) after each. Returns the epoch's row."""
+        """Trains to the end of the epoch, or of the run. Returns the epoch's row.
+
+        Args:
+            on_step: called with the number of steps done, after each.
+        """
         self.model.train()
         torch.manual_seed(_epoch_seed(self.config.seed, self.epoch) + self.ranks.rank)
         first_step, transitions_before = self.step, len(self.transitions)

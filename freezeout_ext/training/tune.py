@@ -9,10 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..arguments import check_count
 from ..planner import StepCosts, steps_within
 from ..schedule import Schedule
 from ..tasks import Task, faults_of
 from ..text import duration, table
+from .compare import MOST_SEEDS
 from .config import BadInput, TrainConfig, faults_of_input
 from .costing import kept_costs, unfrozen
 from .course import count_through
@@ -80,9 +82,10 @@ def settings(layers: Sequence[str]) -> list[Setting]:
 
 
 def rounds_of(candidates: int, seconds: float, seeds: int) -> list[Round]:
-    """Rounds of twice the seconds and half the settings, up to one; then this one and full training, for `seconds`.
+    """Rounds of twice the seconds and half the settings, up to one setting; then this one and full training.
 
-    The round before the last takes half the seeds, those before it one: what they leave out was far behind.
+    The last round is of `seconds`. The round before it takes half the seeds, the others take one: what these leave out
+    was far behind.
     """
     counts = []
     while candidates > 1:
@@ -98,13 +101,13 @@ def rounds_of(candidates: int, seconds: float, seeds: int) -> list[Round]:
 class Tuning:
     """Tries the settings against each other in rounds, see `rounds_of`, and the last one against full training.
 
-    Every run is a whole one, with its schedule as long as its share of the seconds: predicted from the costs of the
-    layers, the filling of the cache included. So what wins is what gives the most in equal seconds.
+    Every run is a whole one, with its schedule as long as its share of the seconds. The length is predicted from the
+    costs of the layers, the filling of the cache included. So what wins is what gives the most in equal seconds.
 
     Args:
         seconds: of the run that is wanted in the end.
-        saving: instead: the part of full training's seconds that the run is to save.
-        seeds: of the last round: with one nothing is known of chance.
+        saving: instead of seconds, the part of full training's seconds that the run is to save.
+        seeds: of the last round. With one nothing is known of chance.
 
     Raises:
         BadInput: one sentence on what is wrong with the input; nothing was written.
@@ -127,8 +130,7 @@ class Tuning:
             raise ValueError("seconds or a saving must be given, and not both")
         if seconds is not None and not 0 < seconds < float("inf"):
             raise ValueError(f"seconds must be > 0, got {seconds}")
-        if seeds < 1:
-            raise ValueError(f"seeds must be >= 1, got {seeds}")
+        check_count("seeds", seeds, 1, MOST_SEEDS)
         if not resume:
             check_empty(self.out)
         with faults_of(task.file):
@@ -150,7 +152,7 @@ class Tuning:
         self.refused: dict[str, str] = {}
 
     def run(self, make_reporter: Callable[[str], Reporter], say: Callable[[str], None] = say) -> dict:
-        """Tries the settings and returns what won, see `best`; KeyboardInterrupt leaves the rows that are done."""
+        """Tries the settings and returns what won, see `best`. KeyboardInterrupt leaves the rows that are done."""
         began = time.perf_counter()
         full, *left = self._settings
         rounds = rounds_of(len(left), self.seconds, self.seeds)
@@ -240,7 +242,7 @@ class Tuning:
         return f"{split}_{self.task.metric_name}"
 
     def _try(self, setting: Setting, number: int, seconds: float, seed: int, make_reporter, say) -> bool:
-        """Trains a setting, or finds that it is trained, and adds its row; False where it cannot be trained."""
+        """Trains a setting, or finds it trained, and adds its row. False where the setting cannot be trained."""
         try:
             steps = self._steps_within(setting, seconds)
             config = setting.config(self.base, steps, seed).resolved()

@@ -9,8 +9,8 @@ CLEAR = 0.05
 def verdict(summary: dict) -> str:
     """Who won, in one sentence: the freezing arm that is most ahead of full training at equal seconds, or not ahead.
 
-    With several such arms the chance that one of them is ahead by accident is as many times larger: p is multiplied by
-    their number (Bonferroni).
+    With several such arms the chance that one of them is ahead by accident is as many times larger. So p is multiplied
+    by their number (Bonferroni).
     """
     judge = judge_of(summary)
     metric = judge.removeprefix("test_")
