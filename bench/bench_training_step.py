@@ -94,6 +94,9 @@ class Case:
 class Arm:
     """One way to train; step(x, y) -> loss."""
 
+    optimizer: torch.optim.Optimizer
+    freezeout: FreezeOut | None = None
+
     def __init__(self, case: Case, *, channels_last: bool, amp: torch.dtype | None) -> None:
         self.case, self.channels_last, self.amp = case, channels_last, amp
         self.model = case.model(channels_last=channels_last)
@@ -103,7 +106,12 @@ class Arm:
         return self.case.data[k % len(self.case.data)]
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError
+        loss = self.backward(x, y)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.freezeout is not None:
+            self.freezeout.step()
+        return loss
 
     def next(self) -> Tensor:
         x, y = self.inputs(self.steps)
@@ -138,12 +146,6 @@ class Authors(Arm):
                 module.register_forward_hook(lambda module, args, output: output.detach())
         self.optimizer = torch.optim.SGD(groups, lr=LR, **OPTIONS)
 
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        loss = self.backward(x, y)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss
-
 
 def freezeout_of(model: nn.Module, optimizer: torch.optim.Optimizer, case: Case, prefix: str) -> FreezeOut:
     """Half-way through a long run, at the number of frozen layers that the case wants."""
@@ -160,13 +162,6 @@ class Ours(Arm):
         super().__init__(case, channels_last=channels_last, amp=amp)
         self.optimizer = FusedSGD(self.model.parameters(), lr=LR, **OPTIONS)
         self.freezeout = freezeout_of(self.model, self.optimizer, case, prefix)
-
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        loss = self.backward(x, y)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.freezeout.step()
-        return loss
 
 
 class Graphed(Ours):

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 from finetune_arms import Arm
-from finetune_tasks import Experiment, cosine, evaluate
+from finetune_tasks import Experiment, cosine, evaluate, fresh
 from torch import Tensor
 from torch.nn import functional
 
@@ -91,7 +91,7 @@ class Run:
     def _prepare(self) -> None:
         arm, experiment = self.arm, self.experiment
         for epoch in range(arm.adapt):
-            batches = self.images.fresh(experiment.batch_size, 900 + self.seed, epoch)
+            batches = fresh(self.images, experiment.batch_size, 900 + self.seed, epoch)
             torch.optim.swa_utils.update_bn((inputs for inputs, _ in batches), self.model)
         self.optimizer = experiment.make_optimizer(self.model.parameters(), arm.rate)
         if arm.views is not None:
@@ -115,7 +115,7 @@ class Run:
     def _epoch(self) -> Iterator[tuple]:
         if self.loader is not None:
             return iter(self.loader)
-        return self.images.fresh(self.experiment.batch_size, self.seed, self.step // self.steps_per_epoch)
+        return fresh(self.images, self.experiment.batch_size, self.seed, self.step // self.steps_per_epoch)
 
     def _rate(self, step: int) -> float:
         rate = cosine(step, self.total)
@@ -158,7 +158,7 @@ class Run:
             model = self.experiment.make_model(self.seed).to(memory_format=torch.channels_last).train()
         # Rate 0: the yardstick's weights stay finite and its work the same.
         optimizer = self.experiment.make_optimizer(model.parameters(), 0.0)
-        inputs, targets = next(self.images.fresh(self.experiment.batch_size, 0, 0))
+        inputs, targets = next(fresh(self.images, self.experiment.batch_size, 0, 0))
 
         def step() -> None:
             functional.cross_entropy(model(inputs), targets).backward()

@@ -7,7 +7,7 @@ scratch-vgg, scratch-wrn: 10,000 images of CIFAR-100, from scratch.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,56 +16,11 @@ from torch.nn import functional
 
 from freezeout_ext import FusedSGD
 from freezeout_ext.models import build_model
-from freezeout_ext.tasks.images import load_data
+from freezeout_ext.tasks import DeviceData, batches
+from freezeout_ext.tasks.images import Split, load_data
 from freezeout_ext.tasks.nets import find_net
 
-PADDING = 4
 TEST_BATCH = 500
-
-
-class Images:
-    """CIFAR images as a data set that makes whole batches: inputs[b] = resize(normalise(crop_flip(image))).
-
-    Shifts of up to 4 pixels, uniform, with a black border, and flips, as the package's own data sets draw them.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, mean: tuple, std: tuple, size: int | None = None) -> None:
-        self.images, self.labels, self.size = images, labels, size
-        self.mean, self.std = (255 * torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
-        padded = functional.pad(images, (PADDING,) * 4)
-        self._crops = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, samples: Tensor, seeds: Tensor) -> Tensor:
-        """Shapes: samples, seeds int64 [B] -> float32 [B, 3, size, size]; each view is a function of its seed."""
-        shifts = 2 * PADDING + 1
-        top, left, flip = seeds % shifts, seeds // shifts % shifts, seeds // shifts**2 % 2
-        chosen = self._crops[samples, :, top, left]
-        return self._inputs(torch.where(flip.bool().view(-1, 1, 1, 1), chosen.flip(3), chosen))
-
-    def targets(self, samples: Tensor) -> Tensor:
-        return self.labels[samples]
-
-    def fresh(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of views that are seen once, in whole batches."""
-        drawn = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        order = torch.randperm(len(self), generator=drawn)
-        seeds = torch.randint(2**62, (len(self),), generator=drawn)
-        for start in range(0, len(self) - batch_size + 1, batch_size):
-            where = slice(start, start + batch_size)
-            yield self.batch(order[where], seeds[where]), self.targets(order[where])
-
-    def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for where in torch.arange(len(self)).split(TEST_BATCH):
-            yield self._inputs(self.images[where]), self.labels[where]
-
-    def _inputs(self, images: Tensor) -> Tensor:
-        found = images.to(torch.float32, memory_format=torch.channels_last).sub_(self.mean).div_(self.std)
-        if self.size:
-            found = functional.interpolate(found, size=self.size, mode="bilinear", align_corners=False)
-        return found
 
 
 @dataclass(frozen=True)
@@ -77,8 +32,8 @@ class Experiment:
     """
 
     make_model: Callable[[int], nn.Module]
-    train: Callable[[int], Images]
-    test: Callable[[int], Images]
+    train: Callable[[int], DeviceData]
+    test: Callable[[int], DeviceData]
     make_optimizer: Callable[[Iterator[nn.Parameter], float], torch.optim.Optimizer]
     epochs: float
     batch_size: int
@@ -103,7 +58,7 @@ def between_classes(data_dir: Path, work: Path) -> Experiment:
     def halves(seed: int) -> tuple[Tensor, Tensor]:
         return torch.randperm(100, generator=torch.Generator().manual_seed(seed)).split(50)
 
-    def of_classes(split, classes: Tensor, a_class: int | None = None, seed: int = 0) -> Images:
+    def of_classes(split: Split, classes: Tensor, a_class: int | None = None, seed: int = 0) -> Split:
         drawn = torch.Generator().manual_seed(1000 + seed)
         chosen, labels = [], []
         for label, name in enumerate(classes.tolist()):
@@ -112,13 +67,13 @@ def between_classes(data_dir: Path, work: Path) -> Experiment:
                 found = found[torch.randperm(len(found), generator=drawn)[:a_class]]
             chosen.append(found)
             labels.append(torch.full((len(found),), label))
-        return Images(split.images[torch.cat(chosen)], torch.cat(labels), split.mean, split.std)
+        return replace(split, images=split.images[torch.cat(chosen)], labels=torch.cat(labels))
 
     def make_model(seed: int) -> nn.Module:
         path = work / f"pretrained-{seed}.pt"
         if not path.exists():
-            model = _pretrain(of_classes(data.train, halves(seed)[0]), seed)
-            test = of_classes(data.test, halves(seed)[0])
+            model = _pretrain(of_classes(data.train, halves(seed)[0]).dataset(augment=True), seed)
+            test = of_classes(data.test, halves(seed)[0]).dataset()
             print(f"pretrained {path.name}: {evaluate(model, test)[0]:.2f} % on its own classes", flush=True)
             torch.save(model.state_dict(), path)
         torch.manual_seed(seed)
@@ -130,8 +85,8 @@ def between_classes(data_dir: Path, work: Path) -> Experiment:
 
     return Experiment(
         make_model=make_model,
-        train=lambda seed: of_classes(data.train, halves(seed)[1], 40, seed),
-        test=lambda seed: of_classes(data.test, halves(seed)[1]),
+        train=lambda seed: of_classes(data.train, halves(seed)[1], 40, seed).dataset(augment=True),
+        test=lambda seed: of_classes(data.test, halves(seed)[1]).dataset(),
         make_optimizer=sgd,
         epochs=8,
         batch_size=32,
@@ -140,14 +95,14 @@ def between_classes(data_dir: Path, work: Path) -> Experiment:
     )
 
 
-def _pretrain(images: Images, seed: int, epochs: int = 5, batch_size: int = 32) -> nn.Module:
+def _pretrain(images: DeviceData, seed: int, epochs: int = 5, batch_size: int = 32) -> nn.Module:
     torch.manual_seed(seed)
     model = build_model("vgg-11-x0.125", 50).to(memory_format=torch.channels_last).train()
     optimizer = sgd(model.parameters(), 1.0)
     total = epochs * (len(images) // batch_size)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, total))
     for epoch in range(epochs):
-        for inputs, targets in images.fresh(batch_size, 500 + seed, epoch):
+        for inputs, targets in fresh(images, batch_size, 500 + seed, epoch):
             functional.cross_entropy(model(inputs), targets).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -158,17 +113,20 @@ def _pretrain(images: Images, seed: int, epochs: int = 5, batch_size: int = 32) 
 def pretrained(data_dir: Path, work: Path) -> Experiment:
     data = load_data("cifar10", data_dir)
     net = find_net("efficientnet-lite0", 10, image_size=64, weights="pretrained")
-    mean, std = net.mean, net.std
 
     def make_model(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return net.make()
 
-    def train(seed: int) -> Images:
-        chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(1000 + seed))[:2000]
-        return Images(data.train.images[chosen], data.train.labels[chosen], mean, std, 64)
+    def normalised(split: Split) -> Split:
+        return replace(split, mean=net.mean, std=net.std)
 
-    test = Images(data.test.images, data.test.labels, mean, std, 64)
+    def train(seed: int) -> DeviceData:
+        chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(1000 + seed))[:2000]
+        drawn = replace(data.train, images=data.train.images[chosen], labels=data.train.labels[chosen])
+        return normalised(drawn).dataset(augment=True, size=64)
+
+    test = normalised(data.test).dataset(size=64)
     return Experiment(
         make_model=make_model,
         train=train,
@@ -188,8 +146,8 @@ def from_scratch(name: str, epochs: int, timed: tuple[int, float]) -> Callable[[
         drawn = torch.Generator().manual_seed(0)
         where = [(split.labels == k).nonzero()[:, 0] for k in range(100)]
         chosen = torch.cat([found[torch.randperm(len(found), generator=drawn)[:100]] for found in where])
-        images = Images(split.images[chosen], split.labels[chosen], split.mean, split.std)
-        test = Images(data.test.images, data.test.labels, split.mean, split.std)
+        images = replace(split, images=split.images[chosen], labels=split.labels[chosen]).dataset(augment=True)
+        test = data.test.dataset()
 
         def make_model(seed: int) -> nn.Module:
             torch.manual_seed(seed)
@@ -221,12 +179,17 @@ def cosine(step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
 
 
-def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:
+def fresh(images: DeviceData, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of views that are seen once, in whole batches."""
+    return batches(images, batch_size, shuffle=True, drop_last=True, seed=seed, epoch=epoch)
+
+
+def evaluate(model: nn.Module, images: DeviceData) -> tuple[float, float]:
     """-> accuracy in percent and mean cross-entropy, of the net in eval mode."""
     model.eval()
     correct = loss = 0.0
     with torch.no_grad():
-        for inputs, targets in images.plain():
+        for inputs, targets in batches(images, TEST_BATCH):
             outputs = model(inputs)
             correct += (outputs.argmax(1) == targets).sum().item()
             loss += functional.cross_entropy(outputs, targets, reduction="sum").item()

@@ -1,4 +1,4 @@
-"""bench/bench_finetune.py with a tiny net: what a view is, what a run does, what the tables compare with."""
+"""bench/bench_finetune.py with a tiny net: what a run does, what the tables compare with."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 from load_script import BENCH, load_script
 
 from freezeout_ext.models import build_model
-from freezeout_ext.tasks.images import _crop_flip
+from freezeout_ext.tasks.images import Split
 
 pytest.importorskip("scipy")
 
@@ -27,7 +27,8 @@ def bench(monkeypatch):
 def images(bench):
     drawn = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8, generator=drawn)
-    return sys.modules["finetune_tasks"].Images(pixels, torch.arange(16) % 4, (0.5,) * 3, (0.25,) * 3)
+    split = Split(pixels, torch.arange(16) % 4, (0.5,) * 3, (0.25,) * 3, padding=4, flip=True)
+    return split.dataset(augment=True)
 
 
 @pytest.fixture
@@ -48,22 +49,6 @@ def experiment(images):
         timed=(1, 1e9),
         data="noise",
     )
-
-
-def test_a_view_is_the_packages_crop_and_flip_of_its_seed(images):
-    seeds = torch.arange(0, 16) * 7919
-    top, left, flip = seeds % 9, seeds // 9 % 9, (seeds // 81 % 2).bool()
-    expected = _crop_flip(images.images, top, left, flip, padding=4).float()
-    found = images.batch(torch.arange(16), seeds)
-    assert torch.equal(found, (expected - 0.5 * 255) / (0.25 * 255))
-
-
-def test_a_fresh_epoch_shows_each_sample_once_and_another_one_in_another_order(images):
-    first, again, other = (
-        torch.cat([targets for _, targets in images.fresh(8, 0, epoch)]).tolist() for epoch in (0, 0, 1)
-    )
-    assert first == again != other
-    assert sorted(first) == sorted(images.labels.tolist())
 
 
 def test_a_kept_run_fills_its_views_and_thaws_when_asked_to(bench, experiment, monkeypatch):
