@@ -90,7 +90,7 @@ def test_a_tail_thaws_to_the_end_of_the_run_and_costs_what_its_layers_do():
     assert with_tail.t_0 < suggest_t_0(COSTS, 0.2, how_scale="linear", total_steps=100).t_0
 
 
-def test_seconds_become_steps_by_what_a_step_costs_with_and_without_kept_features():
+def test_seconds_become_steps_by_what_a_step_costs():
     costs = StepCosts(
         layers=("a", "b", "c", "d"), forward=(1.0,) * 4, frozen_forward=(1.0,) * 4, backward=(2.0,) * 4,
         backward_first=(2.0,) * 4, optimizer=(0.0,) * 4,
@@ -98,9 +98,6 @@ def test_seconds_become_steps_by_what_a_step_costs_with_and_without_kept_feature
     half = Schedule(4, 100, t_0=1.0, how_scale="linear", start_frozen=2)
     assert steps_within(costs, Schedule(4, 100, t_0=1.0), 120.0) == 10  # 12 a step
     assert steps_within(costs, half, 80.0) == 10  # two layers forward alone: 8 a step
-    # 20 steps fill at 8 a step, all others cost 6.
-    assert steps_within(costs, half, 160.0, filling=20) == 20
-    assert steps_within(costs, half, 160.0 + 60.0, filling=20) == 30
     assert steps_within(costs, half, 0.1) == 1
 
 

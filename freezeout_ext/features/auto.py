@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import claims
+from .files import decide
 from .forwards import Forwards
 from .generations import Generations
 from .timing import seconds_of
@@ -161,7 +161,7 @@ class Choice:
         self._note(f"views: {views} of each sample: {said}")
         self._kept.grow()
         if self._kept.folder is not None and self._kept.rank == 0:
-            claims.decide(self._kept.folder, self.state_dict(freezeout))
+            decide(self._kept.folder, self.state_dict(freezeout))
 
     def measured(self, freezeout: Any) -> Measured | None:
         """What was measured, once it is known. It stays the same then, so that a resumed run decides as this one."""

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count, check_flag, check_kind
-from . import claims
 from .auto import Choice
 from .columns import KEPT_DTYPES
+from .files import claim, decided
 from .forwards import Forwards
+from .frontier import through
 from .generations import Generations
 from .keys import Keys, checked_keys
 from .loader import CacheLoader
 from .moves import Moves
 from .report import CacheReport, report_of
 from .serving import Serving
-from .through import through
 from .timing import Stopwatch
 from .views import Views
-from .worth import Left
 
 logger = logging.getLogger("freezeout_ext")
 
@@ -99,7 +98,7 @@ class FeatureCache:
         self._notes: list[str] = []
         self._kept = Generations(self.views, os.fspath(store), dtype, limit, self._note)
         loading = Stopwatch(torch.device("cpu"), calls=1)
-        moves = Moves(self._kept, self._left, loading.median) if measure else None
+        moves = Moves(self._kept, lambda: self._freezeout, loading.median) if measure else None
         self._forwards = Forwards(self._kept, moves, note=self._note)
         self._freezeout: FreezeOutLike | None = None
         self._paused: Callable[[], AbstractContextManager] = nullcontext
@@ -109,8 +108,8 @@ class FeatureCache:
         self._serving = Serving(self._kept, self._forwards, self._choice, loading, self._follow)
         folder = self._kept.folder
         if folder is not None:
-            claims.claim(folder, self._described() | {"sample": self.views.digest()})
-            if self.views.auto and (found := claims.decided(folder)):
+            claim(folder, self._described() | {"sample": self.views.digest()})
+            if self.views.auto and (found := decided(folder)):
                 self._choice.load_state_dict(found)
                 self._note(f"views: {self.views.count} of each sample, as was decided for {folder}")
 
@@ -283,20 +282,6 @@ class FeatureCache:
             self._forwards.moved(num_frozen, {name: m for layer in layers for name, m in layer.modules.items()})
             self._serving.whole_due.restart()
         return freezeout
-
-    def _left(self) -> tuple[int, Left] | None:
-        """-> the step, and how many steps are left."""
-        freezeout = self._freezeout
-        if freezeout is None:
-            return None
-        step, schedule = freezeout.step_count, freezeout.schedule
-        end = schedule.total_steps
-        milestone = schedule.next_milestone(step)
-        # One that was passed by hand freezes nothing.
-        while milestone is not None and schedule.num_frozen(milestone) <= freezeout.num_frozen:
-            milestone = schedule.next_milestone(milestone)
-        following = end if milestone is None else min(milestone, end)
-        return step, Left(max(following - step, 0), max(end - step, 0))
 
     # Checks
 

@@ -1,4 +1,4 @@
-"""Column: one kept tensor of a sample: its shape and dtype, as computed and as it is stored."""
+"""Column: one kept tensor of a sample, as computed and as it is stored; ColumnRows: what is stored of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from .rounding import BOUNDS, Rounding
 
 KEPT_DTYPES = (None, torch.bfloat16, torch.float16, torch.int8)
 
@@ -35,9 +37,10 @@ class Column:
         return cls(shape, batch.dtype, order, kept if batch.is_floating_point() else None, padded)
 
     @cached_property
-    def back(self) -> tuple[int, ...]:
-        """The permutation of a gathered batch, as it lies in memory, that makes it one as computed."""
-        return 0, *(d + 1 for d in sorted(range(len(self.order)), key=self.order.__getitem__))
+    def back(self) -> tuple[int, ...] | None:
+        """The permutation of a gathered batch, as it lies in memory, that makes it one as computed; None: none."""
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return None if back == [*range(len(back))] else (0, *(d + 1 for d in back))
 
     @property
     def stored(self) -> torch.dtype:
@@ -63,3 +66,99 @@ class Column:
 def row_bytes_of(columns: Sequence[Column], length: int = 1) -> int:
     """-> bytes of a row of all columns, of this length where rows differ in it."""
     return sum(column.row_bytes(length) for column in columns)
+
+
+class ColumnRows:
+    """What is stored of one column, on one device: row behind row, or position behind position of rows that differ.
+
+    Args:
+        buffer: [R, *unit].
+        factors: float32 [rows], of int8 rows; else [0].
+    """
+
+    def __init__(self, column: Column, buffer: Tensor, factors: Tensor) -> None:
+        self.column, self.buffer, self.factors = column, buffer, factors
+        self.rounding = Rounding(column.unit, channel_first=not column.padded) if column.kept is torch.int8 else None
+
+    @property
+    def bytes_taken(self) -> int:
+        return self.buffer.nbytes + self.factors.nbytes
+
+    def write(self, batch: Tensor, first: int, lengths: Tensor | None, position: int) -> None:
+        """Stores the rows of a batch [B, ...] as rows first, first + 1, ...; padded ones from `position` on."""
+        row_of, count = None, len(batch)
+        if self.column.padded:
+            assert lengths is not None  # of rows that differ in length
+            batch = torch.cat([row[:length] for row, length in zip(batch, lengths.tolist(), strict=True)])
+            row_of = torch.arange(count, device="cpu").repeat_interleave(lengths).to(batch.device)
+        else:
+            batch, position = batch.permute(0, *(d + 1 for d in self.column.order)), first
+        if self.rounding is not None:
+            batch, factors = self.rounding.encode(batch, row_of, count)
+            self.factors[first : first + count].copy_(factors)
+        self.buffer[position : position + len(batch)].copy_(batch)
+
+    def read(self, index: Tensor, places: tuple[Tensor, Tensor] | None, device: torch.device) -> Tensor:
+        """-> rows [B, ...] as computed.
+
+        Args:
+            index: of the rows, on the device of the buffer.
+            places: of rows that differ in length, positions [B, L] on the device of the buffer; and which of them are
+                no padding, on the CPU.
+        """
+        column = self.column
+        padded = places if column.padded else None
+        found = self._selected(index if padded is None else padded[0].flatten(), device)
+        if self.rounding is not None:
+            factors = torch.index_select(self.factors, 0, index).to(device, non_blocking=True)
+            factors = factors if padded is None else factors.repeat_interleave(padded[0].shape[1])
+            found = self.rounding.decode(found, factors, column.dtype)
+        elif found.dtype != column.dtype:
+            found = found.to(column.dtype)
+        if padded is not None:
+            found, valid = found.view(*padded[0].shape, *found.shape[1:]), padded[1]
+            return found.masked_fill_(~valid.to(device).view(*valid.shape, *[1] * (found.dim() - 2)), 0)
+        return found if column.back is None else found.permute(column.back)
+
+    def rounded(self, batch: Tensor, valid: Tensor | None) -> Tensor:
+        """-> a batch [B, ...] as it would be read back.
+
+        Args:
+            valid: bool [B, L], which positions are no padding, where rows differ in length.
+        """
+        column, row_of = self.column, None
+        if column.padded:
+            assert valid is not None  # of rows that differ in length
+            batch = batch.masked_fill(~valid.to(batch.device).view(*valid.shape, *[1] * (batch.dim() - 2)), 0)
+        if self.rounding is None:
+            return batch.to(column.stored).to(column.dtype)
+        if column.padded:
+            row_of = torch.arange(len(batch), device=batch.device).repeat_interleave(batch.shape[1])
+        here = batch.flatten(0, 1) if column.padded else batch.permute(0, *(d + 1 for d in column.order))
+        q, factors = self.rounding.encode(here, row_of, len(batch))
+        here = self.rounding.decode(q, factors if row_of is None else factors[row_of], column.dtype)
+        return here.view(batch.shape) if column.back is None else here.permute(column.back)
+
+    def allowed(self, rows: Tensor, batch: Tensor) -> Tensor:
+        """-> the largest difference [B] that rounding explains between the rows and the same ones computed."""
+        column = self.column
+        largest = batch.abs().flatten(1).amax(1).to(torch.float32) if batch.dim() > 1 else batch.abs()
+        if self.rounding is not None:
+            assert self.rounding.scale is not None  # its rows were written
+            steps = self.factors[rows.to(self.factors.device)].to(batch.device)
+            return steps * self.rounding.scale.max().to(batch.device) / 2 + BOUNDS[None] * largest
+        if not column.dtype.is_floating_point:
+            return largest * 0.0
+        # What was computed in half precision differs by a unit where its kernel chose another order.
+        return largest * max(BOUNDS[column.kept], 4 * torch.finfo(batch.dtype).eps)
+
+    def _selected(self, index: Tensor, device: torch.device) -> Tensor:
+        if device == self.buffer.device:
+            return torch.index_select(self.buffer, 0, index)
+        if device.type != "cuda":
+            return torch.index_select(self.buffer, 0, index).to(device)
+        # torch reuses pinned memory once the copy from there has run.
+        staged = torch.empty(
+            (len(index), *self.buffer.shape[1:]), dtype=self.buffer.dtype, device="cpu", pin_memory=True
+        )
+        return torch.index_select(self.buffer, 0, index, out=staged).to(device, non_blocking=True)

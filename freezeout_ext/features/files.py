@@ -1,4 +1,4 @@
-"""Files: tensors mapped from files, and a journal of the rows whose data is on disk."""
+"""Files: tensors mapped from files, a journal of the rows that are on disk, and of which views a folder's rows are."""
 
 import fcntl
 import json
@@ -18,6 +18,8 @@ from torch import Tensor
 RECORD = struct.Struct("<4qI")
 # How often written rows are brought to disk. A kill in between loses only the rows written since.
 COMMIT_SECONDS = 10.0
+# Of which views a folder is, and how many of them were decided on.
+VIEWS, DECISION = "views.json", "decided.json"
 
 
 class Files:
@@ -186,3 +188,31 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
+
+
+def claim(folder: Path, described: dict) -> None:
+    """Claims the folder for the views that `described` describes.
+
+    Raises:
+        ValueError: the folder holds rows of other views.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / VIEWS
+    found = json.loads(path.read_text()) if path.exists() else described
+    if found != described:
+        differ = ", ".join(k for k in described if found.get(k) != described[k])
+        raise ValueError(
+            f"store must be of the same views, {folder} differs in {differ}: it is of {found}, here {described}"
+        )
+    path.write_text(json.dumps(described))
+
+
+def decided(folder: Path) -> dict | None:
+    """-> what was decided for the folder's rows, None where nothing was decided."""
+    path = folder / DECISION
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def decide(folder: Path, decision: dict) -> None:
+    """Writes what was decided beside the folder's rows."""
+    write_whole(folder / DECISION, json.dumps(decision))

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .eligible import unwatchable
 from .frontier import merged, sliced
-from .generation import Generation
-from .generations import Generations
+from .generations import Generation, Generations
+from .keys import Unread
 from .moves import Moves
-from .probe import Forward, Seen, autocast_state, lengths_of, right_padded
+from .probe import Forward, Seen, autocast_state, lengths_of, right_padded, unwatchable
 from .spot import Schedule, spot_check
 from .timing import Stopwatch, seconds_of
-from .unread import Unread
 from .watch import Refused
 
 logger = logging.getLogger("freezeout_ext")
@@ -122,15 +120,16 @@ class Forwards:
 
     def _decided(self, now: Generation | None) -> bool:
         """Whether it is known if rows are kept behind the present layers; `refused` says why they are not."""
-        reason = unwatchable(self._kept.attached, self.frozen)
-        if reason is not None:
-            self._refuse(reason)
-        elif self._moves is not None:
-            verdict = self._moves.decide(now, self.frozen, self.seconds("gather"))
-            if isinstance(verdict, str):
-                self._postpone(verdict)
-            return bool(verdict)
-        return True
+        moves = self._moves
+        verdict = True if moves is None else moves.decide(now, self.frozen, self.seconds("gather"))
+        if isinstance(verdict, str):
+            self._postpone(verdict)
+        elif verdict or (moves is not None and not moves.is_timing):
+            reason = unwatchable(self._kept.attached, self.frozen)
+            if reason is not None:
+                self._refuse(reason)
+                return True
+        return bool(verdict)
 
     def as_ever(self, keys: Tensor) -> bool:
         """Whether a forward over these keys neither reads nor keeps anything."""

@@ -1,4 +1,4 @@
-"""Frontier: what of a frozen prefix is kept, and how a forward runs from that alone."""
+"""Frontier: what of a frozen prefix is kept, and how a forward runs from that alone, with poison for the rest."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .columns import Column
-from .poison import poison
-from .through import through
 from .watch import Refused, Watch
 
 
@@ -207,3 +205,48 @@ def merged(batch_size: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def _names(inputs: tuple | Mapping) -> list[Any]:
     places = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
     return [place for place, value in places for _ in tree_flatten(value)[0]]
+
+
+def poison(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """NaN of this shape (for integers the least value, for bool False), expanded from one element."""
+    if dtype.is_floating_point or dtype.is_complex:
+        value = float("nan")
+    else:
+        value = 0 if dtype in (torch.bool, torch.uint8) else torch.iinfo(dtype).min
+    return torch.full((), value, dtype=dtype, device=device).expand(tuple(shape))
+
+
+@contextmanager
+def through(modules: Mapping[str, nn.Module], call: Callable) -> Iterator[None]:
+    """Calls of modules' forwards become call(name, module, original, args, kwargs); all as before afterwards."""
+    before = {}
+    try:
+        for name, module in modules.items():
+            if module in before:
+                continue
+            before[module] = module.__dict__.get("forward")
+            module.__dict__["forward"] = _Through(call, name, module, module.forward)
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+class _Through:
+    def __init__(self, call: Callable, name: str, module: nn.Module, original: Callable) -> None:
+        self._given = call, name, module, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call, name, module, original = self._given
+        return call(name, module, original, args, kwargs)
+
+    def __reduce__(self) -> tuple:
+        # A copy or a pickle of the module runs its own forward.
+        return _same, (self._given[3],)
+
+
+def _same(forward: Callable) -> Callable:
+    return forward

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .columns import Column
-from .poison import poison
+from .frontier import poison
 from .serving import Serving
 from .store import Store
 

@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, default_collate
 
 from ..arguments import check_callable, check_count, check_flag, check_kind
+from .frontier import poison
 from .items import Items
 from .keys import Keys
 from .parts import Batches, Collate, Numbers, Requested, Requests
-from .poison import poison
 from .serving import Serving
 from .views import order_seed
 
@@ -172,16 +172,19 @@ class CacheLoader:
     def _plans(self, epoch: int, first_step: int, planned: Planned) -> Iterator[list]:
         order, views = self.order(epoch), self._serving.views
         # Those of the whole epoch at once: a batch's own would take as long as a small net's layer.
-        drawn = [(keys, views.seeds(keys, epoch)) for keys in (views.keys(order, epoch), -1 - order)]
+        drawn = [(-1 - order, views.seeds(-1 - order, epoch))]
         for step in range(first_step, len(self)):
             where = slice(step * self.batch_size, (step + 1) * self.batch_size)
             samples = order[where]
             if self._serving.is_idle:
-                keys, seeds = (of_epoch[where] for of_epoch in drawn[1])
+                keys, seeds = (of_epoch[where] for of_epoch in drawn[0])
                 planned.append((keys, samples, seeds, None))
                 yield [] if self._loader is None else _pairs(samples, seeds)
                 continue
             keys = self._serving.keys(samples, epoch)
+            if len(drawn) == 1:
+                shown = views.keys(order, epoch)
+                drawn.append((shown, views.seeds(shown, epoch)))
             known = next((s[where] for k, s in drawn if torch.equal(k[where], keys)), None)
             seeds = views.seeds(keys, epoch) if known is None else known
             skipped = kept = self._serving.skippable(keys)

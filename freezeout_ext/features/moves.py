@@ -1,20 +1,21 @@
 """Moves: whether rows are kept behind the layers that are frozen now, or read on from where they are kept."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import replace
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from .generation import Generation
-from .generations import Generations
-from .weighing import Weighing
-from .worth import Left, Pace, Times, reason_against
-
-# Forwards that a watch takes besides its own, until one was timed.
-WATCHED = 3.0
-# Seconds of a forward that the calls around reading take, and those around writing besides.
-CALLS = 1e-3
+from .columns import Column, row_bytes_of
+from .frontier import through
+from .generations import Generation, Generations
+from .store import Store
+from .timing import Stopwatch, seconds_of
+from .worth import TIMED, Left, Pace, Times, reason_against
 
 
 class Moves:
@@ -22,7 +23,7 @@ class Moves:
 
     Args:
         kept: what is kept.
-        left: -> (the present step, steps that are left); None where nobody knows.
+        freezeout: -> the FreezeOut that has the cache, None where there is none.
         loading: -> seconds in which a step waits for a sample that is read.
 
     Attributes:
@@ -30,10 +31,8 @@ class Moves:
         layers_seconds: of a sample in the frozen layers, as far as they were timed.
     """
 
-    def __init__(
-        self, kept: Generations, left: Callable[[], tuple[int, Left] | None], loading: Callable[[], float | None]
-    ) -> None:
-        self._kept, self._left, self._loading = kept, left, loading
+    def __init__(self, kept: Generations, freezeout: Callable[[], Any], loading: Callable[[], float | None]) -> None:
+        self._kept, self._freezeout, self._loading = kept, freezeout, loading
         self._pace = Pace()
         self._weighing: Weighing | None = None
         self._decided = False
@@ -46,8 +45,8 @@ class Moves:
 
     def count(self, samples: int) -> bool:
         """Notes a forward. Returns whether steps turn out to be larger than a decision has taken them for."""
-        left = self._left()
-        grew = left is not None and self._pace.count(left[0], samples)
+        freezeout = self._freezeout()
+        grew = freezeout is not None and self._pace.count(freezeout.step_count, samples)
         if grew:
             self.restart()
         return grew
@@ -56,12 +55,14 @@ class Moves:
         """-> True: rows are to be kept behind these modules; a text: why that would not pay; False: not known yet.
 
         Args:
-            now: what is read meanwhile. gathered: seconds in which a row of it is read, where that is known.
+            now: what is read meanwhile.
+            gathered: seconds in which a row of it is read, where that is known.
         """
-        left = self._left()
-        if self._decided or left is None:
+        freezeout = self._freezeout()
+        if self._decided or freezeout is None:
             return True
-        samples, rows = left[1].times(self._pace.samples), self._kept.owned
+        left = Left.of(freezeout.schedule, freezeout.step_count, freezeout.num_frozen)
+        samples, rows = left.times(self._pace.samples), self._kept.owned
         if self._weighing is None:
             reason = reason_against(Times(layers=float("inf")), samples, rows, rows)
             if reason is not None:  # whatever the times
@@ -72,23 +73,22 @@ class Moves:
         found = self._weighing.times()
         if found is None:
             return False
-        (layers, forward), calls = found, CALLS / self._weighing.samples
-        times = Times(
-            layers=layers + ((self._loading() or 0.0) if now is None else 0.0),
-            fill=calls,
-            gather=calls,
-            gathered=0.0 if now is None else (gathered or 0.0) + calls,
-            watch=WATCHED * forward if self.watch_seconds is None else self.watch_seconds,
-        )
+        layers, forward = found
+        reads = None if now is None else gathered or 0.0
+        times = partial(
+            Times.measured, self._weighing.samples, layers=layers, wait=self._loading() or 0.0, forward=forward,
+            watch=self.watch_seconds,
+        )  # fmt: skip
         # Without the times of rows first: to try them takes a while itself.
-        reason = reason_against(times, samples, rows, rows)
+        reason = reason_against(times(gathered=reads), samples, rows, rows)
         if reason is None:
             fill, gather = self._weighing.trial()
             fitting, drops = self._kept.fitting(self._weighing.row_bytes)
             again = now.layers_seconds if now is not None and drops else 0.0
-            gathered = 0.0 if now is None else (gathered or gather) + calls
-            times = replace(times, fill=fill + calls, gather=gather + calls, gathered=gathered, again=again)
-            reason = reason_against(times, samples, rows, fitting)
+            reads = None if now is None else gathered or gather
+            reason = reason_against(
+                times(gathered=reads, fill=fill, gather=gather, again=again), samples, rows, fitting
+            )
         self._weighing = None
         if reason is not None:
             return reason
@@ -96,7 +96,91 @@ class Moves:
         self.layers_seconds = layers + (0.0 if now is None else now.layers_seconds)
         return True
 
+    @property
+    def is_timing(self) -> bool:
+        """Whether a forward behind this transition was timed already."""
+        return self._weighing is not None and self._weighing.samples > 0
+
     def timed(self, samples: int) -> AbstractContextManager:
         """Around a forward that runs as before, where `decide` does not know yet."""
         assert self._weighing is not None  # see `decide`
         return self._weighing.timed(samples)
+
+
+class Weighing:
+    """What frozen modules cost now, and what keeping their outputs would.
+
+    Args:
+        modules: name -> frozen module that runs now.
+        kept: the dtype of rows.
+
+    Attributes:
+        samples: of the forward that was timed last.
+        row_bytes: of what the last module gave.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device, kept: torch.dtype | None) -> None:
+        self._modules, self._device, self._kept = modules, device, kept
+        self._layers, self._forward = Stopwatch(device, TIMED), Stopwatch(device, TIMED)
+        self._outputs: list[Tensor] = []
+        self._inside = False
+        self.samples = 0
+        self.row_bytes = 0
+
+    @contextmanager
+    def timed(self, samples: int) -> Iterator[None]:
+        """Around a forward over so many samples."""
+        self.samples = samples
+        with through(self._modules, self._call):
+            self._forward.start()
+            yield
+            self._forward.stop(samples)
+            self._layers.stop(samples)
+
+    def times(self) -> tuple[float, float] | None:
+        """-> seconds of a sample in the modules, and of a whole forward; None before they are known."""
+        layers, forward = self._layers.least(), self._forward.median()
+        return None if layers is None or forward is None else (layers, forward * self.samples)
+
+    def trial(self) -> tuple[float, float]:
+        """-> seconds to write and to read a row like the last module's outputs."""
+        outputs, self._outputs = self._outputs, []
+        self.row_bytes, fill, gather = trial(outputs, self._kept, self._device)
+        return fill, gather
+
+    def _call(self, name: str, module: nn.Module, original: Any, args: tuple, kwargs: dict) -> Any:
+        if self._inside:
+            return original(*args, **kwargs)
+        self._inside = True
+        try:
+            self._layers.start()
+            output = original(*args, **kwargs)
+            self._layers.pause()
+        finally:
+            self._inside = False
+        self._outputs = [
+            x.detach() for x in tree_leaves(output) if isinstance(x, Tensor) and x.dim() and len(x) == self.samples
+        ]
+        return output
+
+
+def trial(outputs: Sequence[Tensor], kept: torch.dtype | None, device: torch.device) -> tuple[int, float, float]:
+    """-> bytes of a row like these outputs [B, ...], and seconds to write one and to read one.
+
+    Args:
+        kept: the dtype of rows.
+        device: where they lie.
+    """
+    if not outputs:
+        return 0, 0.0, 0.0
+    columns, n = [Column.like(x, kept) for x in outputs], len(outputs[0])
+    store = Store(columns, TIMED * n, TIMED * n, device)
+    keys = torch.arange(TIMED * n, device="cpu").split(n)
+
+    def fill(part: Tensor) -> None:
+        store.put(part, [x.clone() for x in outputs])  # see Frontier.recorded
+
+    filled = [seconds_of(partial(fill, part), device) for part in keys]
+    mixed = keys[1].flip(0)
+    gathered = [seconds_of(lambda: store.gather(mixed, outputs[0].device), device) for _ in range(TIMED)]
+    return row_bytes_of(columns), statistics.fmean(filled[1:]) / n, statistics.median(gathered) / n

@@ -1,4 +1,4 @@
-"""Probe: a forward is watched, its frontier found, and a forward from that alone checked against it."""
+"""Probe: a forward that may be watched is watched, its frontier found, and a forward from that alone checked."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -11,16 +11,34 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .effects import leaves_of
-from .frontier import Frontier, sliced
-from .poison import poison
+from .frontier import Frontier, poison, sliced, through
 from .rounding import BOUNDS
-from .through import through
 from .watch import Refused, Watch
 
 try:
     import numpy
 except ImportError:
     numpy = None  # type: ignore[assignment]  # None is its absence
+
+
+def unwatchable(model: nn.Module, frozen: Mapping[str, nn.Module]) -> str | None:
+    """-> why frozen modules of this model cannot be left out of a forward; None where no reason is known."""
+    for name, module in frozen.items():
+        for inner, m in module.named_modules():
+            where = f"{name}.{inner}" if inner else name
+            if _has_hooks(m):
+                return f"a hook is registered on {where}, which would see no forward"
+            if isinstance(m, torch.jit.ScriptModule):
+                return f"{where} is scripted"
+    for name, m in model.named_modules():
+        if getattr(m, "_compiled_call_impl", None) is not None or "_orig_mod" in m._modules:
+            return f"{name or 'the model'} is compiled, which hides what it reads"
+        if isinstance(m, nn.SyncBatchNorm) and m.training and _is_spread():
+            return f"{name} waits for other processes, whose forwards differ from this one's"
+    hooks = torch.nn.modules.module
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return "a global module hook is registered"
+    return None
 
 
 class Seen(Refused):
@@ -239,3 +257,16 @@ def _restored(model: nn.Module) -> Iterator[None]:
             # Through .data: the graph of the watched forward must not see a newer version.
             if not torch.equal(b, value):
                 b.data.copy_(value)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    tables = module._forward_hooks, module._forward_pre_hooks
+    return any(not getattr(hook, "observes_only", False) for table in tables for hook in table.values())
+
+
+def _is_spread() -> bool:
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from .frontier import merged, sliced
-from .generation import Generation
-from .generations import Generations
+from .generations import Generation, Generations
 from .store import Store
 from .timing import Stopwatch
 
@@ -29,10 +28,22 @@ class Schedule:
     def pass_on(self, *, done: bool) -> None:
         self.count += 1
         if done:
-            self._next = self.count + min(self.count, MOST_UNCHECKED)
+            self._next = _next_due(self.count)
 
     def restart(self) -> None:
         self._next = self.count
+
+
+def due_among(before: int, count: int) -> int:
+    """-> how many of `count` events are due, with `before` counted ahead of them and the first one due."""
+    found, at = 0, before
+    while at < before + count:
+        found, at = found + 1, _next_due(at + 1)
+    return found
+
+
+def _next_due(count: int) -> int:
+    return count + min(count, MOST_UNCHECKED)
 
 
 def spot_check(

@@ -1,10 +1,18 @@
 """Worth: whether keeping behind another frontier pays before the run ends: pure maths of counts and seconds."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 # What is to be saved must be more than what it costs by this factor: times of a few forwards are no exact ones, and the
 # calls around writing and reading are not in them.
 MARGIN = 2.0
+# Forwards that run as before and are timed, before anything is decided.
+TIMED = 3
+# Forwards that a watch takes besides its own, until one was timed.
+WATCHED = 3.0
+# Seconds of a forward that the calls around reading take, and those around writing besides.
+CALLS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -13,6 +21,16 @@ class Left:
 
     until_next: int
     until_end: int
+
+    @classmethod
+    def of(cls, schedule: Any, step: int, num_frozen: int) -> "Left":
+        """The steps behind `step`, of a run in which num_frozen layers are frozen now."""
+        end, milestone = schedule.total_steps, schedule.next_milestone(step)
+        # One that was passed by hand freezes nothing.
+        while milestone is not None and schedule.num_frozen(milestone) <= num_frozen:
+            milestone = schedule.next_milestone(milestone)
+        following = end if milestone is None else min(milestone, end)
+        return cls(max(following - step, 0), max(end - step, 0))
 
     def times(self, samples: int) -> "Left":
         return Left(self.until_next * samples, self.until_end * samples)
@@ -39,7 +57,9 @@ class Times:
 
     layers: of what runs now and would not run where rows are read: frozen layers, and loading where nothing is read
         yet.
-    fill, gather: to write a row, and to read one. gathered: to read what is read now, 0 where nothing is.
+    fill: to write a row.
+    gather: to read a row.
+    gathered: to read a row of what is read now, 0 where nothing is.
     again: of frozen layers whose rows must make room, and which run again while new rows are written; else 0.
     watch: the forward that shows what must be kept.
     """
@@ -51,6 +71,26 @@ class Times:
     again: float = 0.0
     watch: float = 0.0
 
+    @classmethod
+    def measured(
+        cls, samples: int, *, layers: float, wait: float, forward: float, gathered: float | None,
+        fill: float = 0.0, gather: float = 0.0, again: float = 0.0, watch: float | None = None,
+    ) -> "Times":  # fmt: skip
+        """Of forwards over so many samples, the calls around writing and reading added.
+
+        Args:
+            layers: of the frozen layers alone.
+            wait: for the loader.
+            forward: seconds of a whole forward.
+            gathered: None where nothing is read now.
+            watch: None before one was timed.
+        """
+        calls = CALLS / samples
+        return cls(
+            layers + (wait if gathered is None else 0.0), fill + calls, gather + calls,
+            0.0 if gathered is None else gathered + calls, again, WATCHED * forward if watch is None else watch,
+        )  # fmt: skip
+
 
 def reason_against(times: Times, left: Left, rows: int, fitting: int) -> str | None:
     """-> why keeping from now on does not pay; None where it does.
@@ -61,7 +101,8 @@ def reason_against(times: Times, left: Left, rows: int, fitting: int) -> str | N
     it must be more as well: else the next frontier saves the rest, and this one is left out.
 
     Args:
-        rows: how many views there are. fitting: how many of them there is room for.
+        rows: how many views there are.
+        fitting: how many of them there is room for.
     """
     share = fitting / rows
     if left.until_end <= rows:
@@ -77,6 +118,53 @@ def reason_against(times: Times, left: Left, rows: int, fitting: int) -> str | N
     if left.until_next < left.until_end and saved <= MARGIN * cost:
         return f"the next layer freezes in {left.until_next:,} samples, until then it {_balance(saved, cost)}"
     return None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of a run between two changes of what is frozen or kept.
+
+    num_frozen: layers.
+    steps: how many.
+    frontier: layers behind which rows are kept, 0 where nothing is.
+    fills: how many of the steps compute and write new rows. The others read, where there is a frontier.
+    before: the frontier that this one has moved on from; None: it is that of the steps before.
+    moves: how many steps' rows pass from there through the layers between.
+    """
+
+    num_frozen: int
+    steps: int
+    frontier: int
+    fills: int
+    before: int | None = None
+    moves: int = 0
+
+
+def kept_stretches(
+    phases: Iterable[tuple[int, int]], views: int, pays: Callable[[int, int, Left], bool], *, timed: int = TIMED
+) -> Iterator[Stretch]:
+    """What a run keeps, step by step.
+
+    Args:
+        phases: (num_frozen, steps) of each stretch between two transitions.
+        views: steps over which all views are seen once.
+        pays: (frontier now, num_frozen, steps left) -> whether keeping behind these layers pays.
+        timed: steps that a transition runs as before, until that is decided.
+    """
+    spans = list(phases)
+    ahead, frontier, filled, frozen = sum(steps for _, steps in spans), 0, 0, 0
+    for num_frozen, steps in spans:
+        if num_frozen < frozen:  # thawed: what was kept is gone
+            frontier = filled = 0
+        left = Left(steps - timed, ahead - timed)
+        moves = num_frozen not in (0, frozen) and left.until_next > 0 and pays(frontier, num_frozen, left)
+        frozen, before, passing = num_frozen, None, 0
+        for part, opens in ((timed, False), (steps - timed, True)) if moves else ((steps, False),):
+            if opens:
+                before, frontier, passing = frontier, num_frozen, min(filled, ahead)
+            fills = min(part, views - filled) if frontier else 0
+            yield Stretch(num_frozen, part, frontier, fills, before, passing)
+            filled, ahead = filled + fills, ahead - part
 
 
 def _balance(saved: float, cost: float) -> str:

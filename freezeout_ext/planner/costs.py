@@ -191,21 +191,13 @@ def predict(costs: StepCosts, schedule: Schedule, tail: Tail | None = None) -> P
     return Prediction(schedule.how_scale, schedule.t_0, 1 - cost / full, 1 - least / full, cost, full, memory, error)
 
 
-def steps_within(costs: StepCosts, schedule: Schedule, seconds: float, *, filling: int | None = None) -> int:
+def steps_within(costs: StepCosts, schedule: Schedule, seconds: float) -> int:
     """n, at least 1, so that a run of n steps by `schedule` costs `seconds`.
 
     The length of a run only scales the schedule's milestones.
-
-    Args:
-        filling: how many steps run the frozen layers and keep their outputs. All other steps read what was kept.
-            None: nothing is kept.
     """
-    found = predict(costs, schedule)
-    paid = found.cost / schedule.total_steps
-    if filling is None or seconds <= filling * paid:
-        return max(1, int(seconds / paid))
-    free = (1 - found.ceiling) * costs.step(0)
-    return filling + int((seconds - filling * paid) / free)
+    step = predict(costs, schedule).cost / schedule.total_steps
+    return max(1, int(seconds / step))
 
 
 def suggest_t_0(

@@ -93,8 +93,7 @@ def uniform(seeds: Tensor, count: int) -> Tensor:
     """
     x = seeds[:, None] + torch.arange(1, count + 1, device=seeds.device) * -7046029254386353131  # 0x9E3779B97F4A7C15
     # splitmix64, on int64 that wraps. Source: Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195.
-    # >> copies the sign, which the masks remove.
+    # >> copies the sign, which the masks remove. Its last step changes none of the upper 24 bits, and is left out.
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
-    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
     return ((x >> 40) & 0xFFFFFF).to(torch.float32) / 2**24

@@ -1,21 +1,19 @@
 """Keeping: what kept features would save of a run and what they take, before anything is trained."""
 
-import statistics
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..batch import call, part, size
+from ..batch import Batch, call, part, size
 from ..features import FeatureCache
 from ..features.auto import Measured, best_views
-from ..features.columns import Column
+from ..features.moves import trial
 from ..features.room import room_for
-from ..features.store import Store
-from ..features.timing import seconds_of
+from ..features.timing import Stopwatch
+from ..features.worth import CALLS, kept_stretches
 from ..freezeout import FreezeOut
 from ..layers import find_layers
 from ..planner import Plan, StepCosts
@@ -26,10 +24,11 @@ from ..text import table
 from .config import CACHE_DTYPES, TrainConfig
 from .costing import plan_of, unfrozen
 from .course import Length
+from .kept_run import KeptRun, Rows
 from .trainer import Trainer
 
 SAMPLES = 2  # as few as show what is kept
-READS = 6
+READS = 9
 MOST = 2**62
 
 
@@ -61,8 +60,7 @@ class Keeping:
     def __init__(self, trainer: Trainer, config: TrainConfig, plan: Plan, length: Length) -> None:
         self._trainer, self._config, self._plan, self._length = trainer, config, plan, length
         self._costs: StepCosts = plan.costs
-        self._rows: dict[int, float | None] = {}
-        self._reads: dict[int, float] = {}
+        self._found: dict[int, Rows | None] = {}
 
     def predicted(self) -> list[Kept]:
         """-> what keeping would do for each prediction of the plan."""
@@ -80,15 +78,18 @@ class Keeping:
     def of(self, t_0: float, how_scale: str | float) -> Kept:
         """-> the prediction of one schedule."""
         schedule = Schedule(len(self._costs.layers), t_0=t_0, how_scale=how_scale, **self._plan.schedule)
-        spans = list(phases(schedule, self._plan.tail))
-        frozen = [k for k, _ in spans if k]
-        views = self._views(spans) if frozen and all(self._row(k) for k in frozen) else 0
-        full = schedule.total_steps * self._costs.step(0)
-        saving = 1 - self._seconds(spans, views) / full
-        if not views:
+        run = KeptRun(self._costs, self._config.batch_size, self._rows, not self._config.deterministic)
+        spans, each = list(phases(schedule, self._plan.tail)), self._length.steps_per_epoch
+        views = self._views(spans) if any(k for k, _ in spans) else 0
+        first = each if isinstance(self._config.views, str) else None
+        stretches = list(kept_stretches(spans, 0, lambda *_: False))
+        if views:
+            stretches = run.stretches(schedule, self._plan.tail, each * views, first=first)
+        saving = 1 - run.seconds(stretches) / (schedule.total_steps * self._costs.step(0))
+        kept = [rows.bytes for s in stretches if s.frontier and (rows := self._rows(s.frontier))]
+        if not kept:
             return Kept(how_scale, t_0, 0, saving, 0)
-        most = max(self._bytes(k) for k in frozen)
-        return Kept(how_scale, t_0, views, saving, round(views * self._samples * most))
+        return Kept(how_scale, t_0, views, saving, round(views * self._samples * max(kept)))
 
     @property
     def _samples(self) -> int:
@@ -101,7 +102,10 @@ class Keeping:
         k = next(k for k, _ in spans if k)
         each, batch = self._length.steps_per_epoch, self._config.batch_size
         epochs = (sum(steps for _, steps in spans) - before) / each
-        one = round(self._samples * self._bytes(k))
+        rows = self._rows(k)
+        if rows is None:
+            return 0
+        one = round(self._samples * rows.bytes)
         where = self._config.cache
         folder = None if where in (None, "device", "host") else Path(str(where)).absolute()
         while folder is not None and not folder.exists():
@@ -113,7 +117,7 @@ class Keeping:
                 prefix=sum(self._costs.frozen_forward[:k]) / batch,
                 wait=wait / batch,
                 rest=replace(self._costs, loader=0.0).step(k, free_prefix=True) / batch,
-                gather=self._gather(k),
+                gather=rows.gather,
                 before=before / each,
                 epochs=epochs,
                 left=epochs,
@@ -122,70 +126,64 @@ class Keeping:
             )
         )
 
-    def _seconds(self, spans: Sequence[tuple[int, int]], views: int) -> float:
-        """Of a run whose first `views` epochs behind the first freeze fill; rows that are seen again move on."""
-        reading, total, frozen_before = replace(self._costs, loader=0.0), 0.0, 0
-        filling, left = views * self._length.steps_per_epoch, sum(steps for _, steps in spans)
-        filled = 0
-        for k, steps in spans:
-            keeps = bool(k and views and k >= frozen_before)  # a tail that thaws runs as ever
-            fills = min(steps, filling - filled) if keeps else steps
-            total += fills * self._costs.step(k)
-            if keeps:
-                read = reading.step(k, free_prefix=True) + self._gather(k) * self._config.batch_size
-                total += (steps - fills) * read
-                total += min(filled, left) * sum(self._costs.frozen_forward[frozen_before:k])
-                filled, frozen_before = filled + fills, k
-            left -= steps
-        return total
-
-    def _bytes(self, k: int) -> float:
-        row = self._row(k)
-        assert row is not None  # see `of`
-        return row
-
-    def _gather(self, k: int) -> float:
-        """-> seconds to read a row of as many bytes as one behind k layers, in a batch."""
-        if k not in self._reads:
-            row, batch, device = max(1, round(self._bytes(k))), self._config.batch_size, self._trainer.device
-            where = device if self._config.cache == "device" else torch.device("cpu")
-            store = Store([Column((row,), torch.uint8, (0,))], READS * batch, READS * batch, where)
-            keys = torch.randperm(READS * batch, generator=torch.Generator().manual_seed(0))
-            store.put(keys, [torch.zeros((len(keys), row), dtype=torch.uint8, device=where)])
-            taken = [
-                seconds_of(partial(store.gather, some, device), device) / batch for some in keys.flip(0).split(batch)
-            ]
-            self._reads[k] = statistics.median(taken)
-        return self._reads[k]
-
-    def _row(self, k: int) -> float | None:
-        """-> bytes of a view behind k frozen layers; None where nothing can be kept there."""
-        if k not in self._rows:
+    def _rows(self, k: int) -> Rows | None:
+        """-> what keeping behind k frozen layers takes; None where nothing can be kept there."""
+        if k not in self._found:
             with torch.random.fork_rng([] if self._trainer.device.type == "cpu" else None), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._rows[k] = self._watched(k)
-        return self._rows[k]
+                self._found[k] = self._watched(k)
+        return self._found[k]
 
-    def _watched(self, k: int) -> float | None:
-        trainer, task = self._trainer, self._trainer.task
+    def _watched(self, k: int) -> Rows | None:
+        trainer, task, batch = self._trainer, self._trainer.task, self._config.batch_size
         model = Trainer(trainer.config, task).model.train()
         inputs, _ = next(iter(trainer.train_batches()))
-        some = part(inputs, 0, max(1, self._config.batch_size // SAMPLES))
+        some = part(inputs, 0, max(1, batch // SAMPLES))
         keys = range(size(some))
-        cache = FeatureCache(keys, views=1, measure=False, dtype=CACHE_DTYPES[self._config.cache_dtype])
+        dtype = CACHE_DTYPES[self._config.cache_dtype]
+        cache = FeatureCache(keys, views=1, measure=False, dtype=dtype)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         freezeout = FreezeOut(
             model, optimizer, total_steps=2, t_0=1.0, start_frozen=k, layers=find_layers(model, task.layers),
             anneal=False, prefix="off", cache=cache,
         )  # fmt: skip
         amp = trainer.amp_dtype
-        for _ in range(2):  # what shares memory shows in the second one
-            with cache.samples(keys), torch.autocast(trainer.device.type, dtype=amp, enabled=amp is not None):
-                call(model, some)
-        report = cache.report()
+        with torch.autocast(trainer.device.type, dtype=amp, enabled=amp is not None):
+            for _ in range(2):  # what shares memory shows in the second one
+                with cache.samples(keys):
+                    call(model, some)
+            report = cache.report()
+            rows, calls = self._read(cache, model, some) if report.rows else ((), None)
         freezeout.close()
         cache.close()
-        return report.bytes / report.rows if report.rows else None
+        if not report.rows:
+            return None
+        row, where = report.bytes / report.rows, trainer.device
+        outputs = [torch.cat([x] * -(-batch // len(x)))[:batch] for x in rows]
+        if not outputs:  # of rows that differ in length
+            outputs, dtype = [torch.zeros((batch, round(row)), dtype=torch.uint8, device=where)], None
+        _, fill, gather = trial(outputs, dtype, where if self._config.cache == "device" else torch.device("cpu"))
+        return Rows(row, fill, gather, CALLS if calls is None else calls)
+
+    def _read(
+        self, cache: FeatureCache, model: torch.nn.Module, inputs: Batch
+    ) -> tuple[tuple[torch.Tensor, ...], float | None]:
+        """-> kept rows of the inputs, and seconds of a step on them but for its forward; (), None where they differ."""
+        watch, keys = Stopwatch(self._trainer.device, 1), range(size(inputs))
+        found: tuple[torch.Tensor, ...] = ()
+        for _ in range(READS):
+            watch.start()
+            with cache.samples(keys):
+                rows = cache.rows()
+                if rows is None:  # a spot check is due, or rows differ in length
+                    continue
+                found = rows
+                with cache.given(rows):
+                    watch.pause()
+                    call(model, inputs)
+                    watch.start()
+            watch.stop(1)
+        return found, watch.median()
 
 
 def kept_saving(config: TrainConfig, task: Task, costs: StepCosts, views: int, measured: float) -> dict:

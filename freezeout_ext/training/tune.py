@@ -18,6 +18,7 @@ from .compare import MOST_SEEDS
 from .config import BadInput, TrainConfig, faults_of_input
 from .costing import kept_costs, unfrozen
 from .course import count_through
+from .kept_run import KeptRun, Rows
 from .reporters import Reporter, say
 from .run import trained
 from .run_folder import RunFolder, check_empty, make_folder, write_json
@@ -271,9 +272,16 @@ class Tuning:
         changes = dict(setting.changes)
         rule = {"t_0": changes.get("t_0", 1.0), "how_scale": changes.get("how_scale", "linear")}
         count = count_through(changes["start_frozen"], self._layers, "start_frozen")
-        schedule = Schedule(len(self._layers), self._length.total_steps, start_frozen=count, **rule)
-        filling = changes["views"] * self._length.steps_per_epoch if changes["cache"] else None
-        return steps_within(self.costs, schedule, seconds, filling=filling)
+
+        def schedule(steps: int) -> Schedule:
+            return Schedule(len(self._layers), steps, start_frozen=count, **rule)
+
+        if not changes["cache"]:
+            return steps_within(self.costs, schedule(self._length.total_steps), seconds)
+        config = self.base
+        # What rows take is not measured: a share of the seconds goes into runs, not into measuring.
+        run = KeptRun(self.costs, config.batch_size, lambda num_frozen: Rows(0.0), not config.deterministic)
+        return run.steps_within(seconds, schedule, changes["views"] * self._length.steps_per_epoch)
 
     def _flags(self, row: dict) -> str:
         changes = row["changes"]
