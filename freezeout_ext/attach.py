@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class OwnMethod:
         self.name = name
         self.function = function
         self.replaced = module.__dict__.get(name)
-        self.original = getattr(module, name)
+        self.original = method_of(module, name)
         module.__dict__[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,6 +201,13 @@ def _no_hook() -> "TransientHook":
 
 def _do_nothing(*_: Any) -> None:
     return None
+
+
+def method_of(module: nn.Module, name: str) -> Callable:
+    """-> the module's method as it is called: one on the instance, or the class's own at the time of a call."""
+    if name not in vars(module) and isinstance(getattr(type(module), name), FunctionType):
+        return partial(_class_method, module, name)
+    return getattr(module, name)
 
 
 def _class_method(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:

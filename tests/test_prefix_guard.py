@@ -1,6 +1,7 @@
 """What a frozen module relies on: any change of it, by any route, is noticed at the next call."""
 
 import copy
+import enum
 import functools
 import random
 import types
@@ -213,6 +214,130 @@ def same(expected, found, tolerance=0.0):
         keys = ["loss"]
         return all((expected[k] - found[k]).abs().max() <= tolerance * expected[k].abs().max() for k in keys)
     return all(torch.equal(value, found[key]) or value.isnan().any() for key, value in expected.items())
+
+
+STATE = 1.0
+
+
+def by_helper(x, *, factor=1.0):
+    return x * STATE * factor
+
+
+class Kind(enum.Enum):
+    SOFT = types.SimpleNamespace(gain=1.0)
+
+
+class Name(str):
+    gain = 1.0
+
+
+class Base(nn.Module):
+    gain = 1.0
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Scaled(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight * STATE, bias)
+
+
+class Outer(nn.Conv2d):
+    def __call__(self, x):
+        return super().__call__(x) * STATE
+
+
+class Reader(Base):
+    """Reads what is no attribute of itself."""
+
+    def __init__(self, conv=nn.Conv2d):
+        super().__init__()
+        self.conv, self.norm, self.kind, self.name = conv(3, 3, 1), nn.BatchNorm2d(3), Kind.SOFT, Name("a")
+        self.conv.weight.gain = 1.0
+
+    def __getattr__(self, name):
+        return STATE if name == "absent" else super().__getattr__(name)
+
+    def forward(self, x):
+        x = torch.relu(by_helper(super().forward(x))) * self.absent * self.gain * abs(-1)
+        return self.norm(x) * self.kind.value.gain * self.name.gain * self.conv.weight.gain * by_helper.gain
+
+
+by_helper.gain = 1.0
+STRANGE = {
+    "global of a helper": lambda b, patch: patch.setitem(globals(), "STATE", 3.0),
+    "global before a builtin": lambda b, patch: patch.setitem(globals(), "abs", lambda x: 3.0),
+    "function of torch's": lambda b, patch: patch.setattr(torch, "relu", torch.sigmoid),
+    "keyword default": lambda b, patch: patch.setattr(by_helper, "__kwdefaults__", {"factor": 3.0}),
+    "code": lambda b, patch: patch.setattr(by_helper, "__code__", (lambda x, *, factor: x * 3).__code__),
+    "function's attribute": lambda b, patch: patch.setattr(by_helper, "gain", 3.0),
+    "class attribute before the base's": lambda b, patch: patch.setattr(Reader, "gain", 3.0, raising=False),
+    "class's forward": lambda b, patch: patch.setattr(Reader, "forward", lambda self, x: self.conv(x) * 3),
+    "base's forward": lambda b, patch: patch.setattr(Base, "forward", lambda self, x: self.conv(x) * 3),
+    "forward of torch's class": lambda b, patch: patch.setattr(nn.BatchNorm2d, "forward", lambda self, x: x * 3),
+    "enum's value": lambda b, patch: patch.setattr(Kind.SOFT.value, "gain", 3.0),
+    "string's attribute": lambda b, patch: patch.setattr(b.name, "gain", 3.0),
+    "tensor's attribute": lambda b, patch: patch.setattr(b.conv.weight, "gain", 3.0),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("mode", ["exact", "folded"])
+@pytest.mark.parametrize("conv", [nn.Conv2d, Scaled, Outer])
+def test_a_change_outside_of_the_module_is_noticed_at_the_next_call(name, mode, conv, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(Reader(conv), Reader(conv), nn.Flatten(), nn.Linear(48, 2)).train()
+    layers = find_layers(model, ["0", "1", "3"])
+    freeze(model, 2, layers)
+    prefix = Prefix(model, layers, mode=mode, measure=False)
+    prefix.freeze(2)
+    x = torch.randn(4, 3, 4, 4)
+    for _ in range(3):
+        before = model(x)
+    calls = prefix.report().calls
+    assert calls, prefix.report()
+    STRANGE[name](model[0], monkeypatch)
+    found = model(x)
+    assert prefix.report().calls == calls
+    prefix.close()
+    assert torch.equal(found, model(x)) and not torch.allclose(found, before)
+
+
+class Asks(nn.Module):
+    def __init__(self, question):
+        super().__init__()
+        self.conv, self.question = nn.Conv2d(3, 3, 1), question
+
+    def forward(self, x):
+        return self.conv(x) * (3.0 if self.question(x) else 1.0)
+
+
+QUESTIONS = {
+    "size in a set": lambda x: x.shape[-1] in {6, 7},
+    "size as a key": lambda x: {6: True}.get(x.size(2)),
+    "memory format": lambda x: not x.is_contiguous(),
+    "default dtype": lambda x: torch.get_default_dtype() == torch.float64,
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("mode", ["exact", "folded"])
+def test_an_answer_that_the_probe_had_is_not_kept(name, mode):
+    model = nn.Sequential(Asks(QUESTIONS[name]), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)).train()
+    layers = find_layers(model, ["0", "1", "2"])
+    freeze(model, 2, layers)
+    prefix = Prefix(model, layers, mode=mode, measure=False)
+    prefix.freeze(2)
+    for _ in range(3):
+        model(torch.randn(4, 3, 4, 4))
+    assert prefix.report().calls
+    x = torch.randn(4, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(model(x), copy.deepcopy(model)(x), rtol=1e-5, atol=1e-6)  # as folded rounds
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_values_that_are_put_back_need_no_new_capture():

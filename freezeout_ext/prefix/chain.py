@@ -4,6 +4,7 @@ The first unit's call runs the engine for all units. All units but the last retu
 unit returns what the engine gave. Each unit looks again, at its own call, whether it is called as at the capture.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..attach import OwnForward
+from ..attach import OwnForward, method_of
 from .forms import Form, Input
-from .guard import STALE, Guard, autocast_state, has_global_hooks, other_values, plain_tensor, version_of
+from .guard import (
+    STALE,
+    Guard,
+    autocast_state,
+    has_global_hooks,
+    other_values,
+    plain_tensor,
+    version_of,
+    watched_by_user,
+)
 from .judge import Runner, constant
+
+# Placeholders, before dead ones are forgotten: where units are called outside of the model's forward.
+MANY = 1000
 
 
 @dataclass
@@ -44,7 +57,7 @@ class Units:
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = links
-        self.forwards = [link.unit.module.forward for link in links]
+        self.forwards = [method_of(link.unit.module, "forward") for link in links]
 
     @property
     def name(self) -> str:
@@ -107,7 +120,8 @@ class Passage:
                     f"the output of frozen module {name} was looked at after the input of {first} was changed in "
                     "place: it cannot be computed any more; pass prefix='off'"
                 )
-            with constant():
+            enabled, dtype = self.chain.autocast
+            with constant(), torch.autocast(self.given[0].device.type, enabled=enabled, dtype=dtype):
                 self.values = list(islice(self.chain.units.values(*self.inputs), self.reached + 1))
         return self.values[index]
 
@@ -120,11 +134,21 @@ class Deferred(torch.Tensor):
 
     @staticmethod
     def __new__(cls, passage: Passage, unit: int) -> "Deferred":
-        dtype, device, _ = passage.chain.kinds[0]
+        dtype, device, *_ = passage.chain.kinds[0]
         # No size that anyone could use by mistake; everything below goes through value().
         self = torch.Tensor._make_wrapper_subclass(cls, (0,), dtype=dtype, device=device)
-        self.passage, self.unit = passage, unit
+        self.__dict__.update(passage=passage, unit=unit)
+        passage.chain.placeholders.append(weakref.ref(self))
         return self
+
+    @property  # type: ignore[misc]  # it can only be read
+    def __class__(self) -> type:
+        return Tensor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Who sets an attribute sets it on the value, for the next unit to read."""
+        setattr(self.value(), name, value)
+        super().__setattr__(name, value)
 
     def value(self) -> Tensor:
         self.passage.chain.looked_inside.add(self.unit)
@@ -167,7 +191,8 @@ class Chain:
     or whose state changed since the first unit's call: that unit is given the right values.
 
     Attributes:
-        kinds: dtype, device and rank of each input.
+        kinds: dtype, device, rank and memory format of each input.
+        placeholders: that were handed out since the model's forward ended last.
         passed: whether all units ran once in a row, called as at the capture.
         looked_inside: units whose output was used by something else than the next unit.
         bypassed: why calls ran the units as they are, and how many.
@@ -178,13 +203,14 @@ class Chain:
 
     def __init__(self, units: Units, inputs: list[Tensor], autocast: tuple[bool, torch.dtype], runner: Runner) -> None:
         self.units, self.autocast, self.runner = units, autocast, runner
-        self.kinds = [(x.dtype, x.device, x.dim()) for x in inputs]
+        self.kinds = list(map(_kind, inputs))
         self.passed = False
         self.looked_inside: set[int] = set()
         self.bypassed: dict[str, int] = {}
         self.on_bypass: Callable[[str], None] = lambda reason: None
         self.on_loss: Callable[[Chain], None] = lambda chain: None
         self.is_paused: Callable[[], bool] = lambda: False
+        self.placeholders: list[weakref.ref[Deferred]] = []
         self._forwards: list[OwnForward] = []
 
     @property
@@ -203,6 +229,13 @@ class Chain:
         for forward in self._forwards:
             forward.remove()
         self._forwards = []
+
+    def settle(self) -> None:
+        """The model's forward is over: placeholders that somebody has kept become values, before a weight changes."""
+        for placeholder in self.placeholders:
+            if (kept := placeholder()) is not None:
+                kept.value()
+        self.placeholders.clear()
 
     @torch.compiler.disable
     def _forward(self, i: int, *args: Any, **kwargs: Any) -> Any:
@@ -228,6 +261,8 @@ class Chain:
                 self.bypassed[reason] = self.bypassed.get(reason, 0) + 1
                 self.on_bypass(reason)
             return None
+        if len(self.placeholders) > MANY:
+            self.placeholders = [p for p in self.placeholders if p() is not None]
         copies = given if self.passed else tuple(x.clone() for x in given)
         versions = list(map(version_of, given))
         (y,) = self.runner(*given, timed=not paused)
@@ -242,12 +277,14 @@ class Chain:
                 return "an input is not a plain tensor"
             if x.requires_grad and torch.is_grad_enabled():
                 return "an input needs a gradient"
-            if (x.dtype, x.device, x.dim()) != kind:
-                return "another dtype, device or rank than at the capture"
+            if _kind(x) != kind:
+                return "another dtype, device, rank or memory format than at the capture"
         if autocast_state(inputs[0].device) != self.autocast:
             return "another autocast than at the capture"
         if has_global_hooks():
             return "a global module hook is registered"
+        if watched_by_user():
+            return "a mode is active that sees each operation"
         guards = [link.guard for link in self.links]
         reasons = (reason for guard in guards if (reason := guard.broken(values=False)))
         return next(reasons, None) or (STALE if other_values(guards) else None)
@@ -271,3 +308,8 @@ class Chain:
             return passage
         self.looked_inside.add(i - 1)
         return None
+
+
+def _kind(x: Tensor) -> tuple:
+    images = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x.dtype, x.device, x.dim(), x.is_contiguous(), images

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR"}
 WRITING_FUNCTIONS = {"setattr", "delattr", "globals", "exec", "eval", "compile", "open", "input", "print", "__import__"}
 WRITING_METHODS = {
@@ -15,7 +17,12 @@ WRITING_METHODS = {
     "add_module",
 }  # fmt: skip
 # What a traced value answers otherwise than a tensor.
-ASKS = {"hasattr", "type", "callable", "id", "is_torch_fx_proxy"}
+ASKS = {
+    "hasattr", "type", "callable", "id", "is_torch_fx_proxy",
+    # What is no function of the arguments: a trace would keep the answer.
+    "get_default_dtype", "are_deterministic_algorithms_enabled", "is_grad_enabled", "is_inference_mode_enabled",
+    "get_float32_matmul_precision", "get_num_threads", "is_autocast_enabled", "get_autocast_dtype", "initial_seed",
+}  # fmt: skip
 LIST_WRITERS = {"append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse"}
 
 
@@ -80,6 +87,11 @@ def of_torch(cls: type) -> bool:
     return cls.__module__.startswith(("torch.nn.", "torch.ao.nn."))
 
 
+def of_user(cls: type) -> list[type]:
+    """-> the class and its bases, those of torch and of Python left out."""
+    return [each for each in cls.__mro__ if not each.__module__.startswith(("torch.", "builtins"))]
+
+
 def functions_of(value: Any) -> list[types.FunctionType]:
     """The functions behind a class's attribute: a method, a static or class method, a property."""
     if isinstance(value, staticmethod | classmethod):
@@ -91,15 +103,29 @@ def functions_of(value: Any) -> list[types.FunctionType]:
 @functools.cache
 def codes_of(cls: type) -> tuple[Code, ...]:
     """-> the code of a class's forward and of all methods that it names in turn."""
+    return () if of_torch(cls) else tuple(_codes(cls, torchs=False))
+
+
+def _codes(cls: type, *, torchs: bool = True) -> list[Code]:
     names, done, found = {"forward"}, set[str](), []
-    while not of_torch(cls) and names - done:
+    while names - done:
         name = (names - done).pop()
         done.add(name)
         for function in [f for each in cls.__mro__ for f in functions_of(vars(each).get(name))]:
-            if not function.__module__.startswith("torch."):
+            if torchs or not function.__module__.startswith("torch."):
                 found.append(code_of(function.__code__))
                 names |= found[-1].names
-    return tuple(found)
+    return found
+
+
+def entered(cls: type) -> set[str]:
+    """-> the methods of a class with which a call of a module begins; where forward is torch's, those that it names."""
+    own = of_user(cls)
+    names = {name for name in ("__call__", "__getattr__") if any(name in vars(c) for c in own)} | {"forward"}
+    torchs = next((c for c in cls.__mro__ if "forward" in vars(c)), nn.Module)
+    if torchs not in own:
+        names.update(*(code.names for code in _codes(torchs)), ())
+    return names - {"__init__"}
 
 
 def asks(cls: type) -> str | None:
@@ -110,3 +136,10 @@ def asks(cls: type) -> str | None:
 def may_write_lists(cls: type) -> bool:
     """Whether the forward of a class may change a list that it is given."""
     return any(code.adds_in_place or code.names & LIST_WRITERS for code in codes_of(cls))
+
+
+def asks_identity(model: nn.Module, name: str) -> bool:
+    """Whether the code around a module asks what a value's type is, which a placeholder answers otherwise."""
+    parts = name.split(".")
+    around: list[type] = [type(model.get_submodule(".".join(parts[:i]))) for i in range(len(parts))]
+    return any("type" in code.globals for kind in around for code in codes_of(kind))

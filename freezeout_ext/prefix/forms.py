@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -40,13 +41,13 @@ class Form:
         found, spec = flatten(tree)
         leaves: list[Any] = []
         for leaf in found:
-            if leaf is carried:
+            if carried is not None and leaf is carried:
                 leaves.append(Carried)
             elif isinstance(leaf, Tensor):
                 if not any(leaf is x for x in inputs):
                     new(leaf)
                 leaves.append(next(Input(i) for i, x in enumerate(inputs) if x is leaf))
-            elif isinstance(leaf, PLAIN):
+            elif type(leaf) in PLAIN or isinstance(leaf, Enum):
                 leaves.append(leaf)
             else:
                 raise Refused(f"a {type(leaf).__name__}")
@@ -77,7 +78,7 @@ class Form:
         for leaf, known in zip(found, self.leaves, strict=True):
             if known is leaf or known is Carried or type(known) is Input:
                 continue
-            if type(leaf) is not type(known) or leaf != known:
+            if type(leaf) is not type(known) or leaf != known or repr(leaf) != repr(known):  # 0.0 == -0.0
                 return None
         return found
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .judge import Refused
 from .reads import HOOKS, PLAIN, read
@@ -78,7 +81,8 @@ class Guard:
 
     def _facts_now(self) -> list:
         tensors = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in self._tensors]
-        return [list(map(type, self.modules)), list(map(len, self._sized)), tensors]
+        kinds: list[Any] = list(map(type, self.modules))
+        return [kinds, [kind.forward for kind in kinds], list(map(len, self._sized)), tensors]
 
     def _changed(self) -> bool:
         try:
@@ -93,7 +97,7 @@ class Guard:
             if new is old:
                 continue
             # Not `new != old`: 1 is True, and 0.0 is -0.0.
-            if type(new) is not type(old) or not isinstance(new, PLAIN) or repr(new) != repr(old):
+            if type(new) is not type(old) or type(new) not in PLAIN or repr(new) != repr(old):
                 return True
             self._entries[i] = new
         return False
@@ -167,7 +171,16 @@ def autocast_state(device: torch.device) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
+def watched_by_user() -> bool:
+    """Whether a mode of the user's sees or changes each operation: torch's function modes, dispatch modes."""
+    if torch._C._len_torch_dispatch_stack() or not torch._C._len_torch_function_stack():
+        return bool(torch._C._len_torch_dispatch_stack())
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
 def plain_tensor(x: Any) -> bool:
-    """Whether x is a real tensor: no subclass, not inside vmap or grad transforms, not being traced."""
-    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return type(x) in (Tensor, nn.Parameter) and not traced and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether x is a real tensor and no more: no subclass, without attributes, not being transformed or traced."""
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or forward_ad._current_level >= 0
+    if traced or vars(x):
+        return False
+    return type(x) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)

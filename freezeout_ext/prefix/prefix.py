@@ -13,6 +13,7 @@ from torch import nn
 from ..attach import OwnForward, TransientHook
 from .build import MODES, Builder
 from .chain import Chain, Unit, Units
+from .code import asks_identity
 from .guard import HOOKED, STALE
 from .judge import Refused, Runner, Trial, first_line, median, shapes_of, signals_held
 from .report import PrefixReport
@@ -157,7 +158,9 @@ class Prefix:
         if self._waits or self._changed():
             self._take_down()
             with signals_held():
-                self._recorder = Recorder(self._units(), cut_after=self._cut_after, refused=self._left_out)
+                units = self._units()
+                cut_after = self._cut_after | {u.module for u in units if asks_identity(self.model, u.name)}
+                self._recorder = Recorder(units, cut_after=cut_after, refused=self._left_out)
 
     def _changed(self) -> bool:
         """Whether the chains have to be captured anew; notes where to cut them, and what to leave out."""
@@ -173,7 +176,11 @@ class Prefix:
         return bool(cut or broken)
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if model is not self.model or self._paused:
+        if model is not self.model:
+            return
+        for chain in self._chains:
+            chain.settle()
+        if self._paused:
             return
         self._inside = False
         if self._recorder is None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import OwnMethod
-from .code import ASKS, WRITING_FUNCTIONS, WRITING_METHODS, Code, code_of, functions_of, of_torch
+from .code import ASKS, WRITING_FUNCTIONS, WRITING_METHODS, Code, code_of, entered, functions_of, of_torch, of_user
 from .judge import Refused
 
 # Immutable: their identity or value is all there is to compare.
@@ -29,6 +29,7 @@ PLAIN = (
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, enum.Enum,
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
 )  # fmt: skip
+MAY_HAVE_FIELDS = (*PLAIN[:6], enum.Enum, list, tuple, set, frozenset, dict, Tensor)  # as subclasses, or set on them
 TRUSTED = {
     "torch", "timm", "transformers", "torchvision", "einops", "math", "cmath", "operator", "functools", "itertools",
     "collections", "typing", "types", "abc", "enum", "dataclasses", "builtins", "copy", "warnings", "logging",
@@ -75,11 +76,11 @@ class _Reader:
         self.unit = unit
         self.found = Reads(list(unit.modules()))
         self._inside = set(self.found.modules)
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[Any, Any] = {}
 
     def module(self, module: nn.Module) -> None:
         cls = type(module)
-        names = set() if of_torch(cls) else self._class(cls, {"forward"})
+        names = set() if of_torch(cls) else self._class(cls, entered(cls))
         needs_all = of_torch(cls) or bool(names & DYNAMIC)
         # What is installed on the unit itself is the engine.
         attributes = {k: v for k, v in vars(module).items() if k != "forward" or module is not self.unit}
@@ -117,11 +118,13 @@ class _Reader:
     def _class(self, cls: type, names: set[str]) -> set[str]:
         """Reads the methods of a class by these names and all that they name in turn; returns all names."""
         names, done = set(names), set[str]()
+        own = of_user(cls)
+        self.found.sized += [vars(each) for each in own]  # a name that is new may stand before one of a base
         while names - done:
             name = (names - done).pop()
             done.add(name)
-            for each in cls.__mro__:
-                if each.__module__.startswith(("torch.", "builtins")) or name not in vars(each):
+            for each in own:
+                if name not in vars(each):
                     continue
                 value = vars(each)[name]
                 self._entries(vars(each), (name,))
@@ -135,27 +138,33 @@ class _Reader:
         """-> the names that a function's code reads; what it reads of globals and closures is noted."""
         code, where = code_of(function.__code__), function.__qualname__
         names = set(code.names | (code.globals & (DYNAMIC | ASKS)))
-        if id(function) in self._seen:
+        if ("code", id(function)) in self._seen:
             return names
-        self._seen[id(function)] = function
+        self._seen["code", id(function)] = function
         if code.writes:
             raise Refused(f"{where} writes {code.writes}")
         if found := sorted((code.globals & WRITING_FUNCTIONS) | (code.names & WRITING_METHODS)):
             raise Refused(f"{where} uses {found[0]}")
         if foreign := sorted(code.imports - TRUSTED):
             raise Refused(f"{where} imports {foreign[0]}")
-        globals_ = function.__globals__
+        globals_, absent = function.__globals__, code.globals - function.__globals__.keys()
         for name in sorted(code.globals & globals_.keys()):
             self._entries(globals_, (name,))
             self.value(globals_[name], f"global {name} of {where}", code)
-        for cell in function.__closure__ or ():
+        # A global may come to stand before a builtin of its name.
+        self.found.sources.append(partial(map, globals_.get, sorted(absent)))
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if name == "__class__":  # for super(), whose methods are read with the class
+                continue
             try:
                 self.value(cell.cell_contents, f"closure of {where}", code)
             except ValueError:  # an empty cell
                 continue
             self.found.sources.append(lambda cell=cell: (cell.cell_contents,))  # type: ignore[misc]
-        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        self.found.sources.append(lambda: (function.__code__, function.__defaults__, function.__kwdefaults__))
+        for default in (function.__defaults__, function.__kwdefaults__):
             self.value(default, f"default of {where}")
+        self._attributes(vars(function), dict(vars(function)), where, lambda key: key in names)
         return names
 
     def value(self, value: Any, where: str, code: Code | None = None) -> None:
@@ -165,9 +174,13 @@ class _Reader:
             where: the value was found.
             code: of the function that names the value: what that names, too, may be read of the value.
         """
-        if isinstance(value, (*PLAIN, OwnMethod)) or id(value) in self._seen:
+        if type(value) in PLAIN or isinstance(value, OwnMethod) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
+        if isinstance(value, MAY_HAVE_FIELDS):
+            self._fields(value, where, code.names if code else frozenset())
+        if isinstance(value, PLAIN):
+            return
         root = (getattr(value, "__module__", None) or "").split(".")[0]
         if isinstance(value, Tensor):
             if type(value) not in (Tensor, nn.Parameter, nn.Buffer) or value.layout != torch.strided:
@@ -203,6 +216,14 @@ class _Reader:
         else:
             raise Refused(f"{where} is a {type(value).__name__}, which cannot be compared")
 
+    def _fields(self, value: Any, where: str, named: frozenset[str]) -> None:
+        """What was set on an object of a subclass of Python's own kinds, or on a tensor; an enum's value."""
+        table = getattr(value, "__dict__", None)
+        if table or (table is not None and not isinstance(value, Tensor)):
+            self._attributes(table, dict(table), where, lambda key: key == "_value_" or key in named)
+        if type(value).__module__.split(".")[0] not in TRUSTED:
+            self._class(type(value), {"__getattr__"} | named)
+
     def _container(self, items: Any, where: str, code: Code | None) -> None:
         mapping = isinstance(items, dict | types.MappingProxyType)
         for item in items.values() if mapping else items:
@@ -217,13 +238,13 @@ class _Reader:
     def _python_module(self, module: types.ModuleType, where: str, code: Code | None) -> None:
         root = module.__name__.split(".")[0]
         names = code.names if code else frozenset()
+        self._entries(vars(module), sorted(names & vars(module).keys()))
         if root in TRUSTED or (root == "numpy" and "random" not in names and module.__name__ != "numpy.random"):
             return
         # A module in C, or one of Python's own: random, time, os.
         if not hasattr(module, "__file__") or root == "numpy" or root in sys.stdlib_module_names:
             raise Refused(f"{where} is the module {module.__name__}")
         for name in names & vars(module).keys():
-            self._entries(vars(module), (name,))
             self.value(vars(module)[name], f"{module.__name__}.{name}", code)
 
 

@@ -31,7 +31,13 @@ class Trace:
     constants: dict[str, Tensor] = field(default_factory=dict)
 
 
-class _TensorProxy(fx.Proxy):
+class _Proxy(fx.Proxy):
+    """Has no hash: a set or dict would answer for a stand-in what it does not for the size."""
+
+    __hash__ = None  # type: ignore[assignment]  # Python's way to say so
+
+
+class _TensorProxy(_Proxy):
     """Says that it is a tensor, as the value will be."""
 
     @property  # type: ignore[misc]  # it can only be read
@@ -48,7 +54,7 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         known = node.op in ("placeholder", "call_module") or not (gives_size(node) or node.op == "get_attr")
-        return (_TensorProxy if known else fx.Proxy)(node, self)
+        return (_TensorProxy if known else _Proxy)(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not issubclass(type(a), fx.Proxy):

@@ -149,6 +149,8 @@ class Recorder:
         """-> the segment that a unit goes on with, or a new one, and how the unit is called."""
         if not tensors or any(type(t) is not Tensor for t in tensors):
             raise Refused("it is called with something else than plain tensors" if tensors else "no tensor is given")
+        if any(map(vars, tensors)):
+            raise Refused("an attribute was set on its input")
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise Refused("its input needs a gradient")
         autocast = autocast_state(tensors[0].device)
