@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from freezeout_ext.attach import pin, unpin
+from freezeout_ext.attach import is_pinned, pin, unpin
 from freezeout_ext.layers import Layers, find_layers
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix
@@ -216,10 +216,10 @@ def freeze(model: nn.Module, num_frozen: int, layers: Layers | None = None) -> L
             p.requires_grad_(i >= num_frozen)
             p.grad = p.grad if i >= num_frozen else None
         for module in layer.submodules:
-            if i < num_frozen:
-                pin(module)
-            else:
+            if i >= num_frozen:
                 unpin(module)
+            elif not is_pinned(module):
+                pin(module)
     return layers
 
 

@@ -33,7 +33,6 @@ class Builder:
         self.half = segment.autocast[1] if segment.autocast[0] else None
         names = {dtype: name for name, dtype in HALF.items()}
         self.tolerance = TOLERANCE[names.get(self.half, mode) if self.half else mode]
-        self.traces: dict = {}
 
     def build(self) -> tuple[Any, float]:
         """-> the engine and its error. A unit that cannot be written as ops, or comes out wrong, is called as it is.
@@ -45,19 +44,20 @@ class Builder:
         if any(_storage(segment.y) == _storage(x) for x in segment.inputs):
             raise Refused("its output shares memory with its input")
         with quietly(segment.y.device, segment.autocast):
+            few_y = self.units(*self.few)[0].clone() if segment.few_y is None else segment.few_y
             if self.mode == "exact":
                 for link in segment.links:
                     link.guard.drop_values()  # the modules read their weights at each call
                 engine = ExactEngine(self.units)
-                self._error(engine, self.few, segment.few_y, TOLERANCE["bf16" if self.half else "folded"])
+                self._error(engine, self.few, few_y, TOLERANCE["bf16" if self.half else "folded"])
                 return engine, 0.0  # another batch size rounds otherwise
             try:
-                return self._engine_of(segment.links, self.few, segment.few_y)
+                return self._engine_of(segment.links, self.few, few_y)
             except Refused as reason:
                 wrong = self._wrong_units()
                 if not wrong:
                     raise
-                engine, error = self._engine_of(segment.links, self.few, segment.few_y, as_they_are=wrong)
+                engine, error = self._engine_of(segment.links, self.few, few_y, as_they_are=wrong)
                 engine.notes += [f"{name} runs as it is: {reason}" for name in wrong.values()]
                 return engine, error
 
@@ -76,7 +76,7 @@ class Builder:
 
     def _engine_of(self, links: Any, inputs: tuple, y: Tensor, **how: Any) -> tuple[Any, float]:
         """-> an engine that gives y for the inputs, and its error."""
-        engine = self._engine(lower_chain(links, len(self.few), traces=self.traces, **how), y)
+        engine = self._engine(lower_chain(links, len(self.few), **how), y)
         return engine, self._error(engine, inputs, y, max(self.tolerance, engine.tolerance))  # TF32 has its own
 
     def _error(self, engine: Callable[..., tuple], inputs: tuple, y: Tensor, allowed: float) -> float:

@@ -44,12 +44,13 @@ class Unit:
 
 @dataclass
 class Link:
-    """A unit in a chain: its guard, how it is called, what it returns."""
+    """A unit in a chain: its guard, how it is called, what it returns, traces of its modules."""
 
     unit: Unit
     guard: Guard
     call: Form
     result: Form
+    traces: dict = field(default_factory=dict)
 
 
 class Units:
@@ -191,6 +192,7 @@ class Chain:
     or whose state changed since the first unit's call: that unit is given the right values.
 
     Attributes:
+        error: of the engine against the units, on the probe.
         kinds: dtype, device, rank and memory format of each input.
         placeholders: that were handed out since the model's forward ended last.
         passed: whether all units ran once in a row, called as at the capture.
@@ -198,17 +200,21 @@ class Chain:
         bypassed: why calls ran the units as they are, and how many.
         on_bypass: called with the reason.
         on_loss: called with the chain once its trial has ended for eager.
+        on_end: called with each passage at the last unit's call.
         is_paused: whether nothing is noted or timed now.
     """
 
-    def __init__(self, units: Units, inputs: list[Tensor], autocast: tuple[bool, torch.dtype], runner: Runner) -> None:
-        self.units, self.autocast, self.runner = units, autocast, runner
+    def __init__(
+        self, units: Units, inputs: list[Tensor], autocast: tuple[bool, torch.dtype], runner: Runner, error: float
+    ) -> None:
+        self.units, self.autocast, self.runner, self.error = units, autocast, runner, error
         self.kinds = list(map(_kind, inputs))
         self.passed = False
         self.looked_inside: set[int] = set()
         self.bypassed: dict[str, int] = {}
         self.on_bypass: Callable[[str], None] = lambda reason: None
         self.on_loss: Callable[[Chain], None] = lambda chain: None
+        self.on_end: Callable[[Passage], None] | None = None
         self.is_paused: Callable[[], bool] = lambda: False
         self.placeholders: list[weakref.ref[Deferred]] = []
         self._forwards: list[OwnForward] = []
@@ -245,6 +251,8 @@ class Chain:
             return self.units.forwards[i](*real(args, value), **real(kwargs, value))
         passage.reached, is_last = i, i == len(self.links) - 1
         self.passed |= is_last
+        if is_last and self.on_end is not None:
+            self.on_end(passage)
         return self.links[i].result.fill(passage.y if is_last else Deferred(passage, i), passage.given)
 
     def _start(self, args: tuple, kwargs: dict) -> Passage | None:

@@ -27,23 +27,22 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def lower_chain(
-    links: Sequence[Link], num_inputs: int, *, as_they_are: Container[nn.Module] = (), traces: dict | None = None,
-    carried: bool = False,
-) -> Program:  # fmt: skip
+    links: Sequence[Link], num_inputs: int, *, as_they_are: Container[nn.Module] = (), carried: bool = False
+) -> Program:
     """-> the Program of unit_n(... unit_1(inputs)).
 
     Args:
         as_they_are: units that are called and not written as ops.
-        traces: those that were made for these units before; new ones are kept there.
         carried: the first link is inside a chain. The last input is what the link before returned.
     """
     program = Program()
-    lowering = Lowering(program, {} if traces is None else traces)
+    lowering = Lowering(program)
     inputs = tuple(Ref(program.new()) for _ in range(num_inputs))
     x: Any = Ref(program.new()) if carried else None
     program.inputs = [value.value for value in inputs] + ([x.value] if carried else [])
     for link in links:
         module, (args, kwargs) = link.unit.module, link.call.fill(x, inputs)
+        lowering.traces = link.traces  # hold as long as the link's guard does
         if module in as_they_are:
             output = lowering.call(module.forward, args, kwargs, link.unit.name)
         else:
@@ -59,7 +58,7 @@ def lower_units(*units: nn.Module) -> Program:
     x = Ref(program.new())
     program.inputs = [x.value]
     for unit in units:
-        x = Lowering(program, {}).module(unit, (x,), {}, type(unit).__name__)
+        x = Lowering(program).module(unit, (x,), {}, type(unit).__name__)
     program.output = x.value
     return simplify(program)
 
@@ -67,14 +66,14 @@ def lower_units(*units: nn.Module) -> Program:
 class Lowering:
     """Writes modules as ops of a program.
 
-    Args:
+    Attributes:
         program: is added to.
         traces: of modules by what they are given; new ones are kept there.
     """
 
-    def __init__(self, program: Program, traces: dict) -> None:
+    def __init__(self, program: Program) -> None:
         self.program = program
-        self.traces = traces
+        self.traces: dict = {}
         self.renamed: dict[int, int] = {}  # what was changed in place is a new value from then on
 
     def carried(self, output: Any, form: Form) -> Ref:

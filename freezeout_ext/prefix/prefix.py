@@ -74,7 +74,8 @@ class Prefix:
         """The first `num_frozen` layers are frozen from now on: more than before, or fewer (thawed)."""
         if not 0 <= num_frozen <= len(self.layers):
             raise ValueError(f"num_frozen must be in 0..{len(self.layers)}, got {num_frozen}")
-        self._take_down()
+        grows = num_frozen > self.num_frozen and all(chain.is_settled for chain in self._chains)
+        self._take_down(self._chains if grows else [])
         for handle in self._handles:
             handle.remove()
         self.num_frozen, self._handles = num_frozen, []
@@ -127,7 +128,7 @@ class Prefix:
             of_units=len(units),
             fused={kind: sum(engine.fused().get(kind, 0) for engine in engines) for kind in fused},
             fallbacks=tuple(dict.fromkeys(fallbacks)),
-            error=max(self._errors, default=None),
+            error=max((chain.error for chain in chains), default=None),
             eager_ms=sum(1e3 * median(trial.eager) for trial in timed) if timed else None,
             prefix_ms=sum(1e3 * median(trial.engine) for trial in timed) if timed else None,
             bytes_held=sum(each.bytes_held for each in held),
@@ -155,12 +156,13 @@ class Prefix:
         self._stop_watching()  # a forward that ended in an exception
         if not model.training or not torch.is_grad_enabled():
             return
-        if self._waits or self._changed():
-            self._take_down()
+        changed = self._changed()
+        if self._waits or changed:
+            self._take_down([] if changed else self._chains)
             with signals_held():
-                units = self._units()
+                units, chains = self._units(), list(self._chains)
                 cut_after = self._cut_after | {u.module for u in units if asks_identity(self.model, u.name)}
-                self._recorder = Recorder(units, cut_after=cut_after, refused=self._left_out)
+                self._recorder = Recorder(units, chains, cut_after=cut_after, refused=self._left_out)
 
     def _changed(self) -> bool:
         """Whether the chains have to be captured anew; notes where to cut them, and what to leave out."""
@@ -204,24 +206,31 @@ class Prefix:
     def _capture(self) -> None:
         assert self._recorder is not None  # the forward was watched
         recording = self._recorder.finish()
-        self._begin(waits=bool(recording.left_out or recording.cut_after), anew=False)
+        went_on = [segment.chain for segment in recording.segments]
+        stopped = any(chain not in went_on for chain in self._chains)
+        self._begin(waits=bool(recording.left_out or recording.cut_after or stopped), anew=False)
         self._left_out.update(recording.left_out)
         self._cut_after.update(recording.cut_after)
         if self._waits:
-            return  # in the next forward
+            return self._take_down()  # to watch the next forward
         self._fallbacks += [f"{name} runs as it is: {reason}" for name, reason in recording.refused.items()]
         for segment in recording.segments:
-            self._install(segment)
+            if segment.chain is None or len(segment.links) > len(segment.chain.links):
+                self._install(segment)
 
     def _install(self, segment: Segment) -> None:
+        if segment.chain is not None:
+            segment.chain.remove()
+            self._chains.remove(segment.chain)
+            segment.chain = None  # frees the engine
         units = Units(segment.links)
         try:
             engine, error = Builder(self.mode, units, segment).build()
         except Refused as reason:
             return self._refuse(units.name, reason)
-        self._errors.append(error)
-        trial = Trial(shapes_of(segment.inputs), eager=[segment.seconds], open=self.measure)
-        chain = Chain(units, segment.inputs, segment.autocast, Runner(engine, units, trial))
+        eager = [segment.seconds] if segment.seconds == segment.seconds else []
+        trial = Trial(shapes_of(segment.inputs), eager=eager, open=self.measure)
+        chain = Chain(units, segment.inputs, segment.autocast, Runner(engine, units, trial), error)
         chain.is_paused, chain.on_bypass, chain.on_loss = self._is_paused, self._bypassed, self._lose
         chain.install()
         self._chains.append(chain)
@@ -261,21 +270,22 @@ class Prefix:
             self._recorder.remove()
         self._recorder = None
 
-    def _take_down(self) -> None:
-        self._stop_watching()  # it stands on what the chains installed
-        for chain in self._chains:
-            chain.remove()
-        self._chains = []
+    def _take_down(self, but: Sequence[Chain] = ()) -> None:
+        # What was put on the modules last goes first.
+        self._stop_watching()
         if self._sentinel is not None:
             self._sentinel.remove()
         self._sentinel = None
+        for chain in self._chains:
+            if chain not in but:
+                chain.remove()
+        self._chains = list(but)
 
     def _begin(self, waits: bool, *, anew: bool = True) -> None:
         """Nothing is installed; `anew`: nor known of the modules."""
         self._waits, self._inside = waits, False
         self._suspects = False
         self._fallbacks: list[str] = []
-        self._errors: list[float] = []
         self._lost: list[Trial] = []
         if anew:
             self._seconds: float = 0.0

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import OwnForward
-from .chain import Link, Unit
+from .chain import Chain, Link, Passage, Unit
 from .code import may_write_lists
 from .forms import Form, flatten
 from .guard import Guard, autocast_state, version_of
-from .judge import Refused, first_line, now, random_states
+from .judge import Refused, first_line, median, now, random_states, shapes_of
 
 PROBE_SAMPLES = 4
 _NOTHING = torch.empty(0)  # before the first unit
@@ -29,8 +29,9 @@ class Segment:
         inputs: the value that the first unit was given, and the other tensors that the units were given.
         y: what the last unit returned, and its version then.
         few_inputs: copies of the first samples of the inputs.
-        few_y: copies of the first samples of y.
-        seconds: that the units took.
+        few_y: copies of the first samples of y; None where an engine has computed y.
+        seconds: that the units took, as far as known.
+        chain: that ran the first units.
     """
 
     autocast: tuple[bool, torch.dtype]
@@ -39,8 +40,9 @@ class Segment:
     few_inputs: list[Tensor] = field(default_factory=list)
     y: Tensor = _NOTHING
     y_version: int = 0
-    few_y: Tensor = _NOTHING
+    few_y: Tensor | None = None
     seconds: float = 0.0
+    chain: Chain | None = None
 
 
 @dataclass
@@ -67,17 +69,24 @@ class Recorder:
 
     Args:
         units: the frozen units, in any order.
+        chains: of units that are in a chain already; what comes behind may go on with the chain.
         cut_after: units whose output is used by more than the next unit.
         refused: units that run as they are, and why.
     """
 
-    def __init__(self, units: Iterable[Unit], *, cut_after: set[nn.Module], refused: dict[nn.Module, str]) -> None:
+    def __init__(
+        self, units: Iterable[Unit], chains: list[Chain], *, cut_after: set[nn.Module], refused: dict[nn.Module, str]
+    ) -> None:
         self.recording = Recording()
+        self._chains = chains
         self._cut_after = cut_after
         self._segment: Segment | None = None  # which the next unit may go on with
         self._called: Counter[nn.Module] = Counter()
         self._returned: list[tuple[weakref.ref, int, nn.Module]] = []  # outputs and their versions
-        owns = [(unit, OwnForward(unit.module, lambda: None)) for unit in units]
+        inside = {link.unit.module for chain in chains for link in chain.links}
+        for chain in chains:
+            chain.on_end = self._ran
+        owns = [(unit, OwnForward(unit.module, lambda: None)) for unit in units if unit.module not in inside]
         self._forwards = [own for _, own in owns]
         for unit, own in owns:
             own.function = own.original
@@ -111,6 +120,21 @@ class Recorder:
         for forward in reversed(self._forwards):
             forward.remove()
         self._forwards = []
+        for chain in self._chains:
+            chain.on_end = None
+
+    def _ran(self, passage: Passage) -> None:
+        """A chain has run in this forward, and goes on."""
+        chain, given, y = passage.chain, list(passage.given), passage.y
+        last, trial = chain.links[-1].unit.module, chain.runner.trial
+        self._called[last] += 1
+        if passage.is_as_it_was():
+            segment = Segment(chain.autocast, list(chain.links), given, [_few(x, given[0]) for x in given], chain=chain)
+            segment.y, segment.y_version = y, version_of(y)
+            segment.seconds = median(trial.eager) if trial.shape == shapes_of(given) else float("nan")
+            self._returned.append((weakref.ref(y), segment.y_version, last))
+            self.recording.segments.append(segment)
+            self._segment = segment
 
     def _run(self, unit: Unit, guard: Guard, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         self._called[unit.module] += 1
@@ -176,7 +200,8 @@ class Recorder:
         result = _form(output, y, segment.inputs, _no_other, "returns")
         if type(y) is not Tensor or y.device != segment.inputs[0].device or y.requires_grad:
             raise Refused("its output is on another device, no plain tensor, or needs a gradient")
-        segment.y, segment.y_version, segment.few_y = y, version_of(y), _few(y, segment.inputs[0])
+        segment.y, segment.y_version = y, version_of(y)
+        segment.few_y = None if segment.chain else _few(y, segment.inputs[0])
         segment.links.append(Link(unit, guard, call, result))
         if len(segment.links) == 1:
             self.recording.segments.append(segment)
