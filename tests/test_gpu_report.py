@@ -187,18 +187,23 @@ def test_the_script_runs_in_a_posix_shell(tmp_path):
 
 @pytest.mark.usefixtures("bare")
 def test_every_part_of_the_script_runs_its_files(tmp_path):
-    """With a python that only notes what it is asked; the parts that need a GPU or CIFAR at once are left out."""
+    """With a python that only notes what it is asked; the parts that need a GPU at once are left out."""
     asked = tmp_path / "asked"
     stub = tmp_path / "python"
     stub.write_text(f'#!/bin/sh\necho "$@" >>"{asked}"\n')
     stub.chmod(0o755)
     environment = os.environ | {"PYTHON": str(stub), "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")}
-    parts = ["test", "optimizer", "adamw", "kernels", "compile", "step", "features"]
+    environment |= {"CIFAR": str(tmp_path)}
+    parts = ["test", "optimizer", "adamw", "kernels", "compile", "step", "features", "train", "figure"]
     done = subprocess.run(["sh", BENCH / "gpu.sh", *parts], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = asked.read_text()
-    for file in ("bench_fused_sgd.py", "bench_kernels.py", "bench_training_step.py", "tests/test_kernels.py"):
+    files = ("bench_fused_sgd.py", "bench_kernels.py", "bench_training_step.py", "paper_figures.py")
+    for file in (*files, "tests/test_kernels.py"):
         assert file in lines, file
+    compared = [line for line in lines.splitlines() if line.startswith("-m freezeout_ext compare --data cifar100")]
+    assert [f"--seeds {n} " in line for n, line in enumerate(compared, 1)] == [True] * 3
+    assert "all 3 seeds are done" in done.stdout
     suites = [line for line in lines.splitlines() if "--junitxml" in line]
     assert len(suites) == 3 and " -m cuda or native_cuda tests" in suites[0]
     assert lines.count("gpu_report.py") == len(parts)

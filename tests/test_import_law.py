@@ -46,7 +46,7 @@ LAW = {
     "tasks": {"arguments", "models", "batch"},
     "training": {
         "arguments", "batch", "features", "freezeout", "fused", "graphed", "integrations", "layers", "memory", "models",
-        "planner", "prefix", "schedule", "tasks", "text",
+        "native", "planner", "prefix", "schedule", "tasks", "text",
     },
     "__init__": {"schedule", "layers", "freezeout", "fused", "native", "graphed", "transition", "features"},
     "__main__": {"training"},

@@ -272,8 +272,8 @@ def _check_field(name: str, value: Any) -> None:
         check_flag(name, value)
     elif name not in ("t_0", "how_scale"):
         check_kind(name, value, str, "a string")
-        if not value:
-            raise ValueError(f"{name} must not be empty, got ''")
+        if name == "cache" and not value:
+            raise ValueError("cache must be device, host or a folder, got ''")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from statistics import fmean, median
 
 import torch
 
+from ..native import version
 from ..planner import median_error
 from .malloc import malloc_in_use
 
@@ -149,14 +150,6 @@ def transitions_measured(transitions: list[dict], phases: list[Phase]) -> list[d
 
 def conditions(device: torch.device) -> dict:
     """Where and with what numbers were measured."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": _cpu_name(),
@@ -164,7 +157,7 @@ def conditions(device: torch.device) -> dict:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "freezeout_ext": installed("freezeout_ext"),
+        "freezeout_ext": version(),
         "commit": _commit(),
     }
     if device.type == "cpu":

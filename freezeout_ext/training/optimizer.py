@@ -21,18 +21,12 @@ def make_optimizer(
     if config.optimizer == "fused-adamw":
         return FusedAdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     # A CUDA graph holds what the host knew at its capture: rates and counts have to be on the device.
-    on_device: dict[str, Any] = (
-        {"fused": True} if config.graph and config.device == "cuda" and config.optimizer != "fused-sgd" else {}
-    )
+    fused = True if config.graph and config.device == "cuda" else None
     if config.optimizer == "adamw":
-        capturable: dict[str, Any] = {"capturable": True} if on_device else {}
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **on_device, **capturable)
-    sgd = FusedSGD if config.optimizer == "fused-sgd" else torch.optim.SGD
-    return sgd(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.momentum > 0,
-        weight_decay=config.weight_decay,
-        **on_device,
-    )
+        decay = config.weight_decay
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=decay, fused=fused, capturable=bool(fused))
+    given: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.momentum > 0}
+    given["weight_decay"] = config.weight_decay
+    if config.optimizer == "fused-sgd":
+        return FusedSGD(parameters, **given)
+    return torch.optim.SGD(parameters, **given, fused=fused)

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..text import duration
 from .tables import epoch_line, transition_line
@@ -191,15 +191,13 @@ class Reporters(Reporter):
         self._reporters = reporters
 
     def start(self, trainer: "Trainer") -> None:
-        for reporter in self._reporters:
-            reporter.start(trainer)
+        self._tell("start", trainer)
 
     def step(self, step: int) -> None:
-        for reporter in self._reporters:
-            reporter.step(step)
+        self._tell("step", step)
 
     def evaluation(self) -> Callable[[int, int], None]:
-        found = [reporter.evaluation() for reporter in self._reporters]
+        found = self._tell("evaluation")
 
         def tell(done: int, total: int) -> None:
             for each in found:
@@ -208,16 +206,16 @@ class Reporters(Reporter):
         return tell
 
     def epoch(self, row: dict) -> None:
-        for reporter in self._reporters:
-            reporter.epoch(row)
+        self._tell("epoch", row)
 
     def note(self, text: str) -> None:
-        for reporter in self._reporters:
-            reporter.note(text)
+        self._tell("note", text)
 
     def close(self) -> None:
-        for reporter in self._reporters:
-            reporter.close()
+        self._tell("close")
+
+    def _tell(self, what: str, *given: Any) -> list:
+        return [getattr(reporter, what)(*given) for reporter in self._reporters]
 
 
 def has_live_bar(stream: TextIO | None) -> bool:
