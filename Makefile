@@ -28,7 +28,7 @@ test: .venv/test-ready
 simulate: .venv/test-ready
 	FREEZEOUT_TESTS_CUDA=simulated OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "cuda or native_cuda"
 	FREEZEOUT_TESTS_CUDA=simulated FREEZEOUT_TESTS_DEVICE=cuda OMP_NUM_THREADS=1 .venv/bin/python -m pytest \
-	  -m "not cuda and not native_cuda" tests/test_freezeout.py tests/test_state.py tests/test_param_groups.py \
+	  -m "not cuda and not native_cuda" tests/test_freezeout.py tests/test_param_groups.py \
 	  tests/test_prefix_prefix.py tests/test_amp.py
 
 lint: .venv/test-ready
