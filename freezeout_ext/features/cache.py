@@ -174,14 +174,14 @@ class FeatureCache:
         if forwards.is_idle and self._was_checked:
             yield
             return
-        forwards.keys, forwards.lengths, self._was_checked = checked, lengths, True
+        forwards.keys, forwards.filling.lengths, self._was_checked = checked, lengths, True
         try:
             # The frozen prefix must not watch a forward in which its modules do not run.
             pause = nullcontext if forwards.from_inputs(forwards.keys) else self._paused
             with pause(), through({"": model}, self._run()):
                 yield
         finally:
-            forwards.keys = forwards.lengths = None
+            forwards.keys = forwards.filling.lengths = None
         if forwards.count == before and forwards.num_frozen and torch.is_grad_enabled():
             self._note(f"no forward in training of the {type(model).__name__} ran inside samples()")
 

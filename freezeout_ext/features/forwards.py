@@ -1,7 +1,7 @@
 """Forwards: how one forward over known keys runs: from what is kept, filling it, watched, or as ever."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .frontier import merged, sliced
+from .filling import Filling
 from .generations import Generation, Generations
 from .keys import Unread
 from .moves import Moves
-from .probe import Forward, Seen, autocast_state, lengths_of, right_padded, unwatchable
+from .probe import Forward, Seen, autocast_state, unwatchable
 from .spot import Schedule, spot_check
 from .timing import Stopwatch, seconds_of
 from .watch import Refused
@@ -31,11 +31,12 @@ class Forwards:
 
     Attributes:
         frozen: name -> module of what is frozen, and how many layers these are.
-        keys, lengths: of the present batch.
+        keys: of the present batch.
+        filling: computes and keeps the rows that are missing.
         unread: which of its inputs were not read.
         given: rows that the next forward runs on, whatever its keys are; see FeatureCache.given.
         refused: why nothing is kept behind the present number of layers.
-        hits, pushed, misses, checks, difference: see CacheReport.
+        checks, difference: see CacheReport.
         watches: forwards that were watched.
     """
 
@@ -44,15 +45,15 @@ class Forwards:
         self.frozen: dict[str, nn.Module] = {}
         self.num_frozen = 0
         self.keys: Tensor | None = None
-        self.lengths: Tensor | None = None
         self.unread = Unread(generations.views.num_keys)
         self.given: tuple[Tensor, ...] | None = None
         self.refused: str | None = None
-        self.hits = self.pushed = self.misses = self.checks = self.count = self.watches = 0
+        self.checks = self.count = self.watches = 0
         self.difference = 0.0
         self._aliases = self._postponed = False
         self._checks_due = Schedule()
         self._watches: dict[str, Stopwatch] = {}
+        self.filling = Filling(generations, self.unread, note, self._watch)
 
     def moved(self, num_frozen: int, frozen: dict[str, nn.Module]) -> None:
         """Other layers are frozen now."""
@@ -141,6 +142,8 @@ class Forwards:
         now = self._kept.latest
         if self.as_ever(keys):
             return True
+        if now is not None and len(now.store) >= self._kept.owned:
+            return False  # all are kept
         return now is not None and not self.moves and not any(bool(g.store.has(keys).any()) for g in self._kept)
 
     def rows(self) -> tuple[Tensor, ...] | None:
@@ -155,7 +158,7 @@ class Forwards:
         if self._checks_due.due() and not bool(self.unread.among(keys).any()):
             return None
         self._checks_due.pass_on(done=False)
-        self.hits += len(keys)
+        self.filling.hits += len(keys)
         return tuple(now.store.gather(keys, self._kept.device))
 
     # The ways
@@ -163,7 +166,7 @@ class Forwards:
     def _from_given(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         now, given = self._kept.latest, self.given
         assert now is not None and given is not None  # `rows` gathered them
-        if now.frontier.autocast != autocast_state(args, kwargs):
+        if now.frontier.autocast != autocast_state(self._kept.device):
             raise RuntimeError("a step on given rows must run under the autocast under which they were computed")
         with now.frontier.replaced(given):
             return original(*args, **kwargs)
@@ -174,7 +177,7 @@ class Forwards:
 
     def _as_before(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
         """From what is kept, be it behind fewer layers than are frozen now."""
-        if now is not None and now.frontier.autocast != autocast_state(args, kwargs):
+        if now is not None and now.frontier.autocast != autocast_state(self._kept.device):
             self._note("a forward under another autocast than the one that was watched ran as ever")
             now = None
         if now is None:
@@ -184,7 +187,7 @@ class Forwards:
     def _from_kept(self, now: Generation, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
         have = now.store.has(keys)
         if not bool(have.all()):
-            return self._filling(now, original, args, kwargs, keys, have, absent)
+            return self.filling.run(now, original, args, kwargs, keys, have, absent)
         check = self._checks_due.due() and not bool(absent.any())
         self._checks_due.pass_on(done=check)
         if check:
@@ -196,53 +199,10 @@ class Forwards:
         watch.start()
         rows = now.store.gather(keys, self._kept.device, length=length)
         watch.stop(len(keys))
-        self.hits += len(keys)
+        self.filling.hits += len(keys)
         with now.frontier.replaced(rows, length):
             output = original(*args, **kwargs)
         self._weigh(now)
-        return output
-
-    def _filling(self, now, original, args, kwargs, keys: Tensor, have: Tensor, absent: Tensor) -> Any:
-        """Some views are new: their rows are computed and kept, as far as there is room."""
-        frontier, length = now.frontier, now.length(args, kwargs)
-        groups = self._kept.groups(now, keys, have)
-        if not bool(have.any()) and len(groups) == 1:
-            return self._whole(now, groups[0][0], original, args, kwargs, keys, absent)
-        if not frontier.sliceable:
-            return self._whole(now, None, original, args, kwargs, keys, absent)
-        parts = []
-        for base, places in groups:
-            if base is None:
-                self.unread.refuse(absent[places])
-            some = sliced((args, kwargs), places, len(keys))
-            with self._kept.standing_in(base, keys[places], some):
-                watch = self._watch("prefix")
-                watch.start()
-                computed = frontier.computed(original, *some)
-                watch.stop(len(places) if base is None else 0)
-            self._counted(base, len(places))
-            self._keep(now, base, keys[places], computed, some[1], places)
-            parts.append((places, computed))
-        if bool(have.any()):
-            here = have.nonzero().squeeze(1)
-            parts.insert(0, (here, now.store.gather(keys[here], self._kept.device, length=length)))
-            self.hits += len(here)
-        rows = [merged(len(keys), [(places, of[i]) for places, of in parts]) for i in range(len(frontier.columns))]
-        with frontier.replaced(rows, length):
-            return original(*args, **kwargs)
-
-    def _whole(self, now, base: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
-        """The forward as ever, from kept rows of fewer layers where `base` has them; its frontier is kept."""
-        if base is None:
-            self.unread.refuse(absent)
-        watch = self._watch("prefix")
-        with self._kept.standing_in(base, keys, (args, kwargs)):
-            watch.start()
-            with now.frontier.recorded(on_last=lambda: watch.stop(len(keys) if base is None else 0)) as rows:
-                output = original(*args, **kwargs)
-        self._counted(base, len(keys))
-        if rows:
-            self._keep(now, base, keys, rows, kwargs)
         return output
 
     def _watched(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
@@ -256,8 +216,9 @@ class Forwards:
             some = keys if part is None else keys[part]
             return self._kept.standing_in(base, some, (args, kwargs))
 
+        lengths = self.filling.lengths_of(kwargs)
         forward = Forward(
-            self._kept.attached, original, args, kwargs, self.frozen, len(keys), self._lengths_of(kwargs), under
+            self._kept.attached, self._kept.device, original, args, kwargs, self.frozen, len(keys), lengths, under
         )
         self.watches += 1
         found: list = []
@@ -275,8 +236,8 @@ class Forwards:
             if self._moves is not None:
                 self._moves.watch_seconds, begun.layers_seconds = seconds, self._moves.layers_seconds
             self._watches.clear()
-            self._keep(begun, base, keys, forward.rows, kwargs)
-            self._counted(base, len(keys))
+            self.filling.keep(begun, base, keys, forward.rows, kwargs)
+            self.filling.count(base, len(keys))
         return output
 
     def _refuse(self, reason: str) -> None:
@@ -289,28 +250,6 @@ class Forwards:
         self.refused, self._postponed = reason, True
         self._note(f"not kept behind {self.num_frozen} layers: {reason}")
 
-    # Parts of these
-
-    def _keep(
-        self, now: Generation, base: Generation | None, keys: Tensor, rows: list[Tensor], kwargs: Mapping,
-        part: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        lengths = None
-        if now.frontier.length is not None:
-            lengths = self._lengths_of(kwargs)
-            if lengths is None:
-                return self._note("a batch was not kept: it has no attention_mask, and its lengths were not given")
-            if part is not None and self.lengths is not None:
-                lengths = lengths[part]
-            try:
-                right_padded(kwargs, lengths)
-            except Refused as reason:
-                return self._note(f"a batch was not kept: {reason}")
-        kept = now.store.put(keys, rows, lengths, now.origin(base, keys))
-        if not kept and len(now.store) < now.store.rows:
-            self._note("a batch was not kept: its samples have another shape or dtype than those of the first one")
-        self._kept.retire()
-
     def _spot_check(self, now: Generation, original, args, kwargs, keys: Tensor) -> None:
         if not now.frontier.sliceable:
             return
@@ -322,12 +261,6 @@ class Forwards:
             raise
         if difference is not None:
             self.difference, self.checks = max(self.difference, difference), self.checks + 1
-
-    def _counted(self, base: Generation | None, samples: int) -> None:
-        if base is None:
-            self.misses += samples
-        else:
-            self.pushed += samples
 
     def _watch(self, name: str) -> Stopwatch:
         if name not in self._watches:
@@ -343,9 +276,6 @@ class Forwards:
                 f"given up until the next freeze: reading a sample's features takes {1e6 * gather:.0f} us, computing "
                 f"them {1e6 * prefix:.0f} us"
             )
-
-    def _lengths_of(self, kwargs: Mapping) -> Tensor | None:
-        return lengths_of(kwargs) if self.lengths is None else self.lengths.to("cpu", torch.int64)
 
     def _check_batch(self, keys: Tensor, args: tuple, kwargs: dict) -> None:
         sizes = {len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()}

@@ -58,6 +58,7 @@ class Forward:
     """
 
     model: nn.Module
+    device: torch.device
     original: Callable
     args: tuple
     kwargs: dict
@@ -86,7 +87,7 @@ class Forward:
                 right_padded(self.kwargs, self.lengths)
             frontier = Frontier.of(
                 watch, num_frozen, self.batch_size, length, kept, self.args, self.kwargs,
-                autocast_state(self.args, self.kwargs),
+                autocast_state(self.device),
             )  # fmt: skip
             with _restored(self.model), torch.no_grad():
                 ends = [watch.calls[call].ends[leaf] for call, leaf in frontier.kept]
@@ -226,9 +227,9 @@ def right_padded(kwargs: Mapping, lengths: Tensor) -> None:
             )
 
 
-def autocast_state(args: tuple, kwargs: Mapping) -> tuple:
-    device = next((x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)), "cpu")
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+def autocast_state(device: torch.device) -> tuple[bool, torch.dtype]:
+    """-> whether autocast is on there, and its dtype."""
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
 def _kept_names(frontier: Frontier) -> list[str]:
