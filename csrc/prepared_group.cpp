@@ -50,7 +50,7 @@ constexpr KnownKey kKnownKeys[] = {{"params", kParams, 0, kOfSgd | kOfAdamW},
 double as_number(PyObject* object) {
   if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
   const py::object held = py::reinterpret_borrow<py::object>(object);
-  const double value = PyFloat_AsDouble(object);
+  const double value = PyLong_CheckExact(object) ? PyLong_AsDouble(object) : PyFloat_AsDouble(object);
   if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
   return value;
 }

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <tuple>
 
@@ -24,8 +25,14 @@ int dtype_of(const dlpack::DataType& dtype) {
   return -1;
 }
 
-bool is_named(PyObject* key, const char* name) {
-  return PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, name) == 0;
+constexpr const char* kSharedGradient = "a gradient shares memory with a parameter or a state";
+
+// How many tensors ahead of their reading memory is asked for them.
+constexpr std::size_t kAhead = 4;
+constexpr int kCacheLine = 64;
+
+bool holds(PyObject* list, std::size_t index, PyObject* object) {
+  return index < static_cast<std::size_t>(PyList_GET_SIZE(list)) && PyList_GET_ITEM(list, index) == object;
 }
 
 }  // namespace
@@ -38,7 +45,9 @@ PreparedStep::Turn::Turn(PreparedStep& step) : step(step) {
 PreparedStep::Turn::~Turn() {
   step.leftover_.clear();
   for (Group& group : step.groups_) group.list = py::object();
-  for (Tensor& tensor : step.tensors_) tensor.grad = py::object();
+  for (Gradient& grad : step.grads_) {
+    if (std::exchange(grad.is_held, false)) Py_DECREF(grad.seen.object);
+  }
   // Last: where a gradient goes, another thread may run, and would gather what is then dropped here.
   step.is_running_ = false;
 }
@@ -64,17 +73,26 @@ PreparedStep::PreparedStep(std::shared_ptr<TensorReader> reader, int formula, co
     add_group(groups[i], native[i].cast<py::list>(), static_cast<int>(i));
   }
   // From here on no Python code runs.
-  add_states(state);
+  state_ = PreparedState(state.ptr());
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     for (std::size_t j = 0; j < groups_[i].params.size(); ++j) {
-      if (groups_[i].tensor_of[j] >= 0) add_tensor(groups_[i], static_cast<int>(i), static_cast<int>(j));
+      if (groups_[i].params[j].tensor >= 0) add_tensor(groups_[i], static_cast<int>(i), static_cast<int>(j));
     }
     groups_[i].list = py::object();
   }
+  std::int64_t* at = layouts_.data();
+  for (Tensor& tensor : tensors_) {
+    tensor.layout.shape = at;
+    tensor.layout.strides = at + tensor.layout.ndim;
+    at += 2 * tensor.layout.ndim;
+    written_.add_written(*tensor.work, tensor.layout.dtype.bits / 8);
+  }
+  if (!written_.sort_and_are_apart()) throw std::invalid_argument("parameters and states must not share memory");
+  grads_.resize(tensors_.size());
 }
 
 void PreparedStep::add_group(const py::object& dict, const py::list& native, int index) {
-  Group group{PreparedGroup(formula_, dict.ptr()), {}, {}, false, 0, {}};
+  Group group{PreparedGroup(formula_, dict.ptr()), {}, false, 0, {}};
   if (group.prepared.is_active() || !native.empty()) {
     // A copy of the list, which keeps the parameters alive until they are read.
     if (group.prepared.is_active()) {
@@ -87,8 +105,7 @@ void PreparedStep::add_group(const py::object& dict, const py::list& native, int
   }
   for (std::size_t i = 0; i < native.size(); ++i) {
     const bool is_native = native[i].cast<bool>();
-    group.params.push_back(PyTuple_GET_ITEM(group.list.ptr(), i));
-    group.tensor_of.push_back(is_native ? 0 : -1);
+    group.params.push_back({PyTuple_GET_ITEM(group.list.ptr(), i), is_native ? static_cast<int>(num_tensors_++) : -1});
     group.is_native = group.is_native || is_native;
   }
   if (group.is_native) {
@@ -102,85 +119,68 @@ void PreparedStep::add_group(const py::object& dict, const py::list& native, int
   groups_.push_back(std::move(group));
 }
 
-void PreparedStep::add_states(const py::dict& state) {
-  PyObject *param, *values, *key, *value;
-  for (Py_ssize_t i = 0; PyDict_Next(state.ptr(), &i, &param, &values);) {
-    bool any = false;
-    for (Py_ssize_t j = 0; PyDict_Check(values) && PyDict_Next(values, &j, &key, &value); any = true) {
-      state_.push_back({param, values, key, value});
-    }
-    if (!any) state_.push_back({param, values, nullptr, nullptr});
-  }
-}
-
-PyObject* PreparedStep::state_of(PyObject* param, const char* name) const {
-  for (const StateItem& item : state_) {
-    if (item.param == param && item.key && is_named(item.key, name))
-      return item.value == Py_None ? nullptr : item.value;
-  }
-  return nullptr;
-}
-
 void PreparedStep::add_tensor(Group& group, int index, int position) {
   const std::string where = "group " + std::to_string(index) + ", parameter " + std::to_string(position);
-  PyObject* const param = group.params[position];
-  group.tensor_of[position] = static_cast<int>(tensors_.size());
+  PyObject* const param = group.params[position].object;
   Tensor tensor{};
   TensorWork work{};
-  tensor.param = param;
-  tensor.position = position;
-  if (!reader_->read(param, tensor.layout)) throw std::invalid_argument(where + ": no address");
-  tensor.layout.own_layout();
-  tensor.is_single = tensor.layout.size() == 1;
+  TorchTensor read;
+  if (!reader_->read(param, read)) throw std::invalid_argument(where + ": no address");
+  tensor.param = {param, read.view.shape};
+  tensor.layout = read.view;
   for (int k = 0; k < kMaxStates; ++k) {
     if (!(group.states >> k & 1)) continue;
     const char* name = kStateNames[static_cast<int>(formula_)][k];
-    tensor.states[k] = state_of(param, name);
-    if (!tensor.states[k]) {
+    tensor.states[k].object = state_.value_of(param, name);
+    if (!tensor.states[k].object) {
       tensor.lacks_state = true;
-    } else if (!reader_->read(tensor.states[k], scratch_) || !same_layout(tensor.layout, scratch_)) {
+    } else if (!read_alike(tensor.states[k], tensor)) {
       throw std::invalid_argument(where + ": its " + name + " has another layout");
     } else {
       work.states[k] = scratch_.data();
     }
   }
   if (formula_ == Formula::kAdamW) {
-    tensor.step = state_of(param, "step");
-    if (!tensor.step) {
+    tensor.step.object = state_.value_of(param, "step");
+    if (!tensor.step.object) {
       tensor.lacks_state = true;
-    } else if (!reader_->read(tensor.step, scratch_) || scratch_.size() != 1 || !scratch_.is(dlpack::kFloatCode, 32) ||
-               scratch_.view.device.type != tensor.layout.view.device.type) {
+    } else if (!reader_->read(tensor.step.object, scratch_) || scratch_.size() != 1 ||
+               !scratch_.is(dlpack::kFloatCode, 32) || scratch_.view.device.type != read.view.device.type) {
       throw std::invalid_argument(where + ": its step must be one float32 on its device");
     } else {
+      tensor.step.shape = scratch_.view.shape;
       work.step = static_cast<float*>(scratch_.data());
     }
   }
-  tensor.batch = batch_of(tensor.layout.view, where);
-  Batch& batch = batches_[tensor.batch]->batch;
-  tensor.slot = batch.work.size();
-  work.param = tensor.layout.data();
-  work.size = tensor.layout.size();
+  std::vector<TensorWork>& of_batch = batch_of(read.view, where).work;
+  work.param = read.data();
+  work.size = read.size();
   work.group = static_cast<std::uint32_t>(index);
-  batch.work.push_back(work);
-  tensors_.push_back(std::move(tensor));
+  of_batch.push_back(work);
+  tensor.work = &of_batch.back();
+  tensor.is_single = work.size == 1;
+  layouts_.insert(layouts_.end(), read.view.shape, read.view.shape + read.view.ndim);
+  layouts_.insert(layouts_.end(), read.view.strides, read.view.strides + read.view.ndim);
+  tensors_.push_back(tensor);
+  places_.emplace_back(index, position);
 }
 
-std::size_t PreparedStep::batch_of(const dlpack::Tensor& view, const std::string& where) {
+Batch& PreparedStep::batch_of(const dlpack::Tensor& view, const std::string& where) {
   const int dtype = dtype_of(view.dtype);
   if (dtype < 0) throw std::invalid_argument(where + ": its dtype is not supported");
-  for (std::size_t i = 0; i < batches_.size(); ++i) {
-    const TensorBatch& batch = *batches_[i];
-    if (static_cast<int>(batch.batch.dtype) == dtype && batch.device_type == view.device.type &&
-        batch.device_index == view.device.index) {
-      return i;
+  for (const auto& made : batches_) {
+    if (static_cast<int>(made->batch.dtype) == dtype && made->device_type == view.device.type &&
+        made->device_index == view.device.index) {
+      return made->batch;
     }
   }
   batches_.push_back(std::make_shared<TensorBatch>(
       TensorBatch{{formula_, static_cast<Dtype>(dtype), {}, {}}, view.device.type, view.device.index}));
-  return batches_.size() - 1;
+  batches_.back()->batch.work.reserve(num_tensors_);  // each Tensor points at its work
+  return batches_.back()->batch;
 }
 
-const char* PreparedStep::read(const py::list& groups, py::list& updated) {
+const char* PreparedStep::read(const py::list& groups) {
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     Group& group = groups_[i];
     if (groups.size() != groups_.size()) return "the number of param groups changed";
@@ -198,94 +198,110 @@ const char* PreparedStep::read(const py::list& groups, py::list& updated) {
       read.milestone = schedule_[i].milestone;
       read.warmup = schedule_[i].warmup;
     }
-    if ((changed = read_gradients(group, static_cast<int>(i), updated))) return changed;
+    if ((changed = read_gradients(group))) return changed;
   }
   return groups.size() == groups_.size() ? nullptr : "the number of param groups changed";
 }
 
-const char* PreparedStep::read_gradients(Group& group, int index, py::list& updated) {
-  PyObject* const list = group.list.ptr();
-  for (std::size_t j = 0; j < group.params.size(); ++j) {
-    if (j >= static_cast<std::size_t>(PyList_GET_SIZE(list)) || PyList_GET_ITEM(list, j) != group.params[j]) {
-      return "a group's parameters changed";
+const char* PreparedStep::read_gradients(const Group& group) {
+  for (std::size_t i = 0; i < group.params.size(); ++i) {
+    // Each gradient that is read may let another thread in.
+    if (!holds(group.list.ptr(), i, group.params[i].object)) return "a group's parameters changed";
+    const int index = group.params[i].tensor;
+    if (index < 0) continue;
+    if (index + kAhead < tensors_.size()) {
+      prefetch(tensors_[index + kAhead].param);
+      prefetch(grads_[index + kAhead].seen);
     }
-    if (group.tensor_of[j] < 0) continue;
-    Tensor& tensor = tensors_[group.tensor_of[j]];
-    tensor.grad = reader_->grad(tensor.param);
-    if (tensor.grad.is_none()) continue;
+    const Tensor& tensor = tensors_[index];
+    py::object grad = reader_->grad(tensor.param.object);
+    if (grad.is_none()) continue;
     if (tensor.lacks_state) return "a parameter got its first gradient";
-    updated.append(py::handle(tensor.param));
     // Public functions make a negative view of complex elements only. The view is every second real number there, so
     // it is dense only where it has one element.
-    if ((is_first_ || tensor.is_single) && reader_->is_plain(tensor.grad.ptr()) && reader_->is_neg(tensor.grad.ptr())) {
-      leftover_.emplace_back(index, tensor.position);
-      tensor.grad = py::none();
+    if ((is_first_ || tensor.is_single) && reader_->is_plain(grad.ptr()) && reader_->is_neg(grad.ptr())) {
+      leftover_.push_back(places_[index]);
+      continue;
     }
+    grads_[index].seen.object = grad.release().ptr();
+    grads_[index].is_held = true;
   }
-  return static_cast<std::size_t>(PyList_GET_SIZE(list)) == group.params.size() ? nullptr
-                                                                                : "a group's parameters changed";
-}
-
-const char* PreparedStep::compare_state(PyObject* state) const {
-  std::size_t count = 0;
-  const auto is_next = [&](PyObject* param, PyObject* values, PyObject* key, PyObject* value) {
-    if (count == state_.size()) return false;
-    const StateItem& item = state_[count++];
-    return item.param == param && item.values == values && item.key == key && item.value == value;
-  };
-  PyObject *param, *values, *key, *value;
-  for (Py_ssize_t i = 0; PyDict_Next(state, &i, &param, &values);) {
-    bool any = false;
-    for (Py_ssize_t j = 0; PyDict_Check(values) && PyDict_Next(values, &j, &key, &value); any = true) {
-      if (!is_next(param, values, key, value)) return "a state was added or replaced";
-    }
-    if (!any && !is_next(param, values, nullptr, nullptr)) return "a state was added or replaced";
-  }
-  return count == state_.size() ? nullptr : "a state was removed";
+  return nullptr;
 }
 
 const char* PreparedStep::locate(PyObject* state) {
-  if (const char* changed = compare_state(state)) return changed;
-  for (std::size_t i = 0; i < groups_.size(); ++i) {
-    const Group& group = groups_[i];
+  if (const char* changed = state_.compare(state)) return changed;
+  for (const Group& group : groups_) {
     if (!group.prepared.is_active()) continue;
     PyObject* const list = group.list.ptr();
     if (PyList_GET_SIZE(list) != static_cast<Py_ssize_t>(group.params.size())) return "a group's parameters changed";
-    for (std::size_t j = 0; j < group.params.size(); ++j) {
-      if (PyList_GET_ITEM(list, j) != group.params[j]) return "a group's parameters changed";
-      if (group.tensor_of[j] < 0) continue;
-      if (const char* changed = locate_tensor(tensors_[group.tensor_of[j]], static_cast<int>(i))) return changed;
+    for (std::size_t i = 0; i < group.params.size(); ++i) {
+      if (!holds(list, i, group.params[i].object)) return "a group's parameters changed";
     }
+  }
+  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    if (i + kAhead < tensors_.size()) {
+      const Tensor& next = tensors_[i + kAhead];
+      for (const Seen& seen : next.states) prefetch(seen);
+      prefetch(next.step);
+    }
+    if (const char* changed = locate_tensor(i)) return changed;
   }
   for (const auto& batch : batches_) batch->batch.groups = read_groups_;
   return nullptr;
 }
 
-const char* PreparedStep::locate_tensor(Tensor& tensor, int group) {
-  TensorWork& work = batches_[tensor.batch]->batch.work[tensor.slot];
+const char* PreparedStep::locate_tensor(std::size_t index) {
+  Tensor& tensor = tensors_[index];
+  Gradient& grad = grads_[index];
+  TensorWork& work = *tensor.work;
   work.grad = nullptr;
-  if (tensor.grad.is_none()) return nullptr;
-  if (!reader_->read(tensor.param, scratch_) || scratch_.data() != work.param ||
-      !same_layout(tensor.layout, scratch_)) {
-    return "a parameter's storage changed";
-  }
+  if (!grad.is_held) return nullptr;
+  if (!read_alike(tensor.param, tensor) || scratch_.data() != work.param) return "a parameter's storage changed";
   for (int k = 0; k < kMaxStates; ++k) {
-    if (tensor.states[k] && (!reader_->read(tensor.states[k], scratch_) || scratch_.data() != work.states[k] ||
-                             !same_layout(tensor.layout, scratch_))) {
+    Seen& seen = tensor.states[k];
+    if (seen.object && (!read_alike(seen, tensor) || scratch_.data() != work.states[k])) {
       return "a state's storage changed";
     }
   }
-  if (tensor.step &&
-      (!reader_->read(tensor.step, scratch_) || scratch_.data() != work.step || !scratch_.is(dlpack::kFloatCode, 32))) {
+  if (tensor.step.object && (!reader_->read(tensor.step.object, scratch_) || scratch_.data() != work.step ||
+                             !scratch_.is(dlpack::kFloatCode, 32))) {
     return "a step's storage changed";
   }
-  if (!reader_->read(tensor.grad.ptr(), scratch_) || !same_layout(tensor.layout, scratch_)) {
-    leftover_.emplace_back(group, tensor.position);
-    tensor.grad = py::none();
+  if (!read_alike(grad.seen, tensor)) {
+    leftover_.push_back(places_[index]);
     return nullptr;
+  }
+  if (scratch_.data() != grad.apart_at) {
+    if (written_.overlap(scratch_.data(), work.size * tensor.layout.dtype.bits / 8)) return kSharedGradient;
+    grad.apart_at = scratch_.data();
   }
   work.grad = work.size == 0 ? kNoElements : scratch_.data();
   return nullptr;
+}
+
+void PreparedStep::prefetch(const Seen& seen) {
+  if (!seen.object) return;
+  __builtin_prefetch(seen.object);
+  // The shape lies in the middle of what torch reads. An address beyond that is no error.
+  const auto* const shape = reinterpret_cast<const char*>(seen.shape);
+  for (int line = -1; line <= 2; ++line) __builtin_prefetch(shape + line * kCacheLine);
+}
+
+bool PreparedStep::read_alike(Seen& seen, const Tensor& tensor) {
+  if (!reader_->read(seen.object, scratch_)) return false;
+  seen.shape = scratch_.view.shape;
+  return same_layout(tensor.layout, scratch_.view);
+}
+
+py::list PreparedStep::updated() const {
+  const auto is_updated = [](const Tensor& tensor) { return tensor.work->grad != nullptr; };
+  py::list params(std::count_if(tensors_.begin(), tensors_.end(), is_updated));
+  Py_ssize_t count = 0;
+  for (const Tensor& tensor : tensors_) {
+    if (is_updated(tensor)) PyList_SET_ITEM(params.ptr(), count++, Py_NewRef(tensor.param.object));
+  }
+  return params;
 }
 
 bool PreparedStep::locate_inputs(const py::object& inputs, std::vector<SharedInputs>& located) {
@@ -319,8 +335,7 @@ py::object PreparedStep::run(const py::object& groups, const py::object& state, 
                              const py::object& inputs) {
   const Turn turn(*this);
   if (!PyList_Check(groups.ptr()) || !PyDict_Check(state.ptr())) return py::str("param_groups or state was replaced");
-  py::list updated;
-  if (const char* changed = read(py::reinterpret_borrow<py::list>(groups), updated)) return py::str(changed);
+  if (const char* changed = read(py::reinterpret_borrow<py::list>(groups))) return py::str(changed);
 
   // From here on no Python code runs until all is updated.
   struct NoCollection {
@@ -341,10 +356,12 @@ py::object PreparedStep::run(const py::object& groups, const py::object& state, 
       return py::str("another stream is current");
     }
   }
+  const py::list changing = updated();
   bool captured = false;
   for (std::size_t i = 0; i < batches_.size(); ++i) captured |= batches_[i]->run(located[i], num_threads);
   // A step that raises has counted no change.
-  reader_->increment_versions(updated);
+  for (const Tensor& tensor : tensors_) prefetch(tensor.param);
+  reader_->increment_versions(changing);
   is_first_ = false;
   return py::make_tuple(leftover_.empty() ? py::object(py::none()) : py::cast(leftover_), captured);
 }

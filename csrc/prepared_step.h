@@ -8,7 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "memory_spans.h"
 #include "prepared_group.h"
+#include "prepared_state.h"
 #include "tensor_batch.h"
 #include "torch_tensor.h"
 
@@ -50,32 +52,36 @@ class PreparedStep {
   const std::vector<std::shared_ptr<TensorBatch>>& batches() const { return batches_; }
 
  private:
+  // A tensor's Python object, and where the tensor's shape lay when it was read: a step asks for both ahead of time.
+  struct Seen {
+    PyObject* object;  // null for a state that is not used, or not made yet
+    const std::int64_t* shape;
+  };
+  // A tensor of the compiled update: what every step looks at.
   struct Tensor {
-    PyObject* param;
-    PyObject* states[kMaxStates];  // null for a state that is not used, or not made yet
-    PyObject* step;
+    Seen param;
+    Seen states[kMaxStates];
+    Seen step;
+    TensorWork* work;       // in its batch
+    dlpack::Tensor layout;  // the parameter's; shape and strides lie in layouts_
     bool lacks_state;
     bool is_single;  // one element
-    int position;    // in its group
-    std::size_t batch;
-    std::size_t slot;       // in the batch's work
-    TorchTensor layout;     // the parameter's
-    pybind11::object grad;  // of the step under way
+  };
+  struct Gradient {
+    Seen seen;
+    bool is_held;          // the step under way holds a reference
+    const void* apart_at;  // an address at which the gradient shares no memory with what is written
+  };
+  struct Param {
+    PyObject* object;
+    int tensor;  // in tensors_; -1 where torch's loop updates the parameter
   };
   struct Group {
     PreparedGroup prepared;
-    std::vector<PyObject*> params;
-    std::vector<int> tensor_of;  // for each parameter its index in tensors_, -1 where torch updates it
-    bool is_native;              // whether some parameter has such an index
-    unsigned states;             // a bit for each state that the formula uses
-    pybind11::object list;       // of parameters, held during a step
-  };
-  // One item of state[param]. All items stand in the dict's order.
-  struct StateItem {
-    PyObject* param;
-    PyObject* values;
-    PyObject* key;  // null: the dict is empty
-    PyObject* value;
+    std::vector<Param> params;
+    bool is_native;         // whether some parameter has a tensor
+    unsigned states;        // a bit for each state that the formula uses
+    pybind11::object list;  // of parameters, held during a step
   };
   // Marks a step as running, from its begin to its end, also where the step throws.
   struct Turn {
@@ -85,17 +91,21 @@ class PreparedStep {
   };
 
   void add_group(const pybind11::object& dict, const pybind11::list& native, int index);
-  void add_states(const pybind11::dict& state);
   void add_tensor(Group& group, int index, int position);
-  std::size_t batch_of(const dlpack::Tensor& view, const std::string& where);
-  PyObject* state_of(PyObject* param, const char* name) const;  // borrowed; null where there is no such state
+  Batch& batch_of(const dlpack::Tensor& view, const std::string& where);
 
+  // Asks for what reading a tensor looks at.
+  static void prefetch(const Seen& seen);
+  // Reads a tensor into scratch_. Returns whether its layout is that of `tensor`.
+  bool read_alike(Seen& seen, const Tensor& tensor);
   // Each returns null, or what has changed.
-  const char* read(const pybind11::list& groups, pybind11::list& updated);
-  const char* read_gradients(Group& group, int index, pybind11::list& updated);
-  const char* compare_state(PyObject* state) const;
+  const char* read(const pybind11::list& groups);
+  const char* read_gradients(const Group& group);
   const char* locate(PyObject* state);
-  const char* locate_tensor(Tensor& tensor, int group);
+  const char* locate_tensor(std::size_t index);
+  // The parameters that are updated.
+  // The parameters that are updated.
+  pybind11::list updated() const;
   // False if the tensor in `inputs` has another dtype or device than asked for.
   bool locate_inputs(const pybind11::object& inputs, std::vector<SharedInputs>& located);
 
@@ -104,9 +114,14 @@ class PreparedStep {
   std::vector<Group> groups_;
   std::vector<ParamGroup> schedule_;
   std::vector<ParamGroup> read_groups_;
-  std::vector<Tensor> tensors_;
-  std::vector<StateItem> state_;
+  PreparedState state_;
   std::vector<std::shared_ptr<TensorBatch>> batches_;
+  std::size_t num_tensors_ = 0;
+  std::vector<Tensor> tensors_;
+  std::vector<std::int64_t> layouts_;        // shape and strides of each tensor
+  std::vector<std::pair<int, int>> places_;  // group and position of each tensor
+  std::vector<Gradient> grads_;              // of each tensor
+  MemorySpans written_;
   std::vector<std::pair<int, int>> leftover_;
   TorchTensor scratch_;
   bool is_first_ = true;

@@ -7,14 +7,6 @@ namespace py = pybind11;
 
 namespace freezeout {
 
-void TorchTensor::own_layout() {
-  std::vector<std::int64_t> layout(view.shape, view.shape + view.ndim);
-  layout.insert(layout.end(), view.strides, view.strides + view.ndim);
-  owned = std::move(layout);
-  view.shape = owned.data();
-  view.strides = view.shape + view.ndim;
-}
-
 TensorReader::TensorReader(py::type tensor_type, py::type parameter_type, py::dict dtypes,
                            py::function increment_version, bool exchange)
     : tensor_type_(std::move(tensor_type)),

@@ -71,20 +71,18 @@ struct TorchTensor {
   bool is(dlpack::TypeCode code, int bits) const {
     return view.dtype.code == code && view.dtype.bits == bits && view.dtype.lanes == 1;
   }
-  // Copies shape and strides into `owned`, so that the tensor may be freed.
-  void own_layout();
 };
 
 // Whether a and b have equal dtype, device, shape and strides. Then their elements correspond in memory order.
-inline bool same_layout(const TorchTensor& a, const TorchTensor& b) {
-  if (a.view.ndim != b.view.ndim || std::memcmp(&a.view.dtype, &b.view.dtype, sizeof(a.view.dtype)) ||
-      std::memcmp(&a.view.device, &b.view.device, sizeof(a.view.device))) {
+inline bool same_layout(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  if (a.ndim != b.ndim || std::memcmp(&a.dtype, &b.dtype, sizeof(a.dtype)) ||
+      std::memcmp(&a.device, &b.device, sizeof(a.device))) {
     return false;
   }
-  for (int i = 0; i < a.view.ndim; ++i) {
-    if (a.view.shape[i] != b.view.shape[i]) return false;
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.shape[i] != b.shape[i]) return false;
     // The stride of a dimension of size 1 is arbitrary.
-    if (a.view.strides[i] != b.view.strides[i] && a.view.shape[i] != 1) return false;
+    if (a.strides[i] != b.strides[i] && a.shape[i] != 1) return false;
   }
   return true;
 }
