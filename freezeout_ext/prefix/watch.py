@@ -122,7 +122,7 @@ class Recorder:
             segment.seconds = median(trial.eager) if trial.shape == shapes_of(given) else float("nan")
             self._returned.append((weakref.ref(y), segment.y_version, last))
             self.segments.append(segment)
-            self._segment = segment
+            self._segment = None if last in self._cut_after else segment
 
     def _run(self, unit: Unit, guard: Guard, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         self._called[unit.module] += 1
