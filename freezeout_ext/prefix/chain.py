@@ -5,7 +5,7 @@ unit returns what the engine gave. Each unit looks again, at its own call, wheth
 """
 
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,7 +44,13 @@ class Unit:
 
 @dataclass
 class Link:
-    """A unit in a chain: its guard, how it is called, what it returns, traces of its modules."""
+    """A unit in a chain.
+
+    Attributes:
+        call: how the unit is called.
+        result: what the unit returns.
+        traces: of the unit's modules. They hold as long as the guard does.
+    """
 
     unit: Unit
     guard: Guard
@@ -54,7 +60,7 @@ class Link:
 
 
 class Units:
-    """unit_n(... unit_1(inputs)) by the units' own forwards, those of the time when nothing is installed on them."""
+    """unit_n(... unit_1(inputs)) by the units' own forwards. Made while nothing is installed on the units."""
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = links
@@ -92,10 +98,10 @@ class Passage:
     Attributes:
         given: the chain's inputs at the first unit's call.
         y: what the engine gave.
-        inputs: what inner values are computed from; copies in the first passage, which shows who looks at them.
+        inputs: what inner values are computed from. The first passage, which shows who looks at values, has copies.
         versions: of `given` at the first unit's call.
         reached: the last unit that was called.
-        values: of the units reached when somebody first looked at one; later units run as they are.
+        values: of the units that were reached when somebody first looked at one. Later units run as they are.
     """
 
     chain: "Chain"
@@ -112,7 +118,10 @@ class Passage:
     def value(self, index: int) -> Tensor:
         """-> what unit `index` gives, by the units' own forwards.
 
-        All units that were called run, since one may write what another returned.
+        All units that were called run. One may write what another returned.
+
+        Raises:
+            RuntimeError: the chain's input was changed since.
         """
         if not self.values:
             if self.inputs is self.given and not self.is_as_it_was():
@@ -128,7 +137,7 @@ class Passage:
 
 
 class Deferred(torch.Tensor):
-    """What one unit of a chain gives in one passage, computed by the units once anyone looks at it."""
+    """What one unit of a chain gives in one passage. The units compute the value once anyone looks at it."""
 
     passage: Passage
     unit: int
@@ -188,8 +197,8 @@ class Chain:
     """y = unit_n(... unit_1(x)) by a runner, installed as the units' own forwards.
 
     A call that the chain was not captured for (an input that needs a gradient, another dtype, device or autocast,
-    changed state of a unit) runs the units' own forwards. So does a unit that is called otherwise than at the capture,
-    or whose state changed since the first unit's call: that unit is given the right values.
+    changed state of a unit) runs the units' own forwards. A unit that is called otherwise than at the capture, or whose
+    state changed since the first unit's call, runs its own forward, and is given the right values.
 
     Attributes:
         error: of the engine against the units, on the probe.
@@ -197,7 +206,7 @@ class Chain:
         placeholders: that were handed out since the model's forward ended last.
         passed: whether all units ran once in a row, called as at the capture.
         looked_inside: units whose output was used by something else than the next unit.
-        bypassed: why calls ran the units as they are, and how many.
+        bypassed: calls that ran the units as they are, by reason.
         on_bypass: called with the reason.
         on_loss: called with the chain once its trial has ended for eager.
         on_end: called with each passage at the last unit's call.
@@ -211,7 +220,7 @@ class Chain:
         self.kinds = list(map(_kind, inputs))
         self.passed = False
         self.looked_inside: set[int] = set()
-        self.bypassed: dict[str, int] = {}
+        self.bypassed = Counter[str]()
         self.on_bypass: Callable[[str], None] = lambda reason: None
         self.on_loss: Callable[[Chain], None] = lambda chain: None
         self.on_end: Callable[[Passage], None] | None = None
@@ -225,7 +234,7 @@ class Chain:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it has shown that nobody looks inside, and is not timed any more."""
+        """Whether the chain has shown that nobody looks inside, and is not timed any more."""
         return self.passed and not self.looked_inside and not self.runner.trial.open
 
     def install(self) -> None:
@@ -256,7 +265,7 @@ class Chain:
         return self.links[i].result.fill(passage.y if is_last else Deferred(passage, i), passage.given)
 
     def _start(self, args: tuple, kwargs: dict) -> Passage | None:
-        """The first unit's call: the engine runs, unless there is a reason not to."""
+        """The first unit's call -> the passage; None where the units run as they are."""
         call = self.links[0].call
         found = call.match((args, kwargs))
         known = zip(found or (), call.leaves, strict=False)
@@ -266,7 +275,7 @@ class Chain:
         paused = self.is_paused()
         if reason is not None:
             if not paused:
-                self.bypassed[reason] = self.bypassed.get(reason, 0) + 1
+                self.bypassed[reason] += 1
                 self.on_bypass(reason)
             return None
         if len(self.placeholders) > MANY:
@@ -298,7 +307,7 @@ class Chain:
         return next(reasons, None) or (STALE if other_values(guards) else None)
 
     def _goes_on(self, i: int, args: tuple, kwargs: dict) -> Passage | None:
-        """A later unit's call: the passage whose value it was given, if all else is as at the capture too."""
+        """A later unit's call -> the passage whose value the unit was given; None where the unit runs as it is."""
         link = self.links[i]
         found = args if link.call.alone and len(args) == 1 and not kwargs else link.call.match((args, kwargs))
         value = found and found[link.call.at]

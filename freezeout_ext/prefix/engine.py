@@ -100,9 +100,6 @@ class Engine:
             return "cat in a block buffer" if op.out in self.joined else "cat"
         return type(op).__name__.lower() + relu
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor]:
-        return (self.finish(*self.run(inputs)),)
-
     def run(self, inputs: tuple[Tensor, ...], way: Callable | None = None) -> tuple[Tensor, bool]:
         """-> y as the last op left it, and whether it is in memory of its own."""
         state = Run(dict(zip(self.program.inputs, inputs, strict=True)), inputs[0].device, way=way)
@@ -163,9 +160,6 @@ class Engine:
     def affine(self, op: Affine, state: Run) -> tuple[Tensor]:
         y = affine(self.image(state.values[op.x]), *self.affine_constants(op))
         return (y.relu_() if op.relu else y,)
-
-    def conv(self, op: Conv, state: Run) -> tuple[Tensor, ...]:
-        raise NotImplementedError
 
     def linear(self, op: Conv, weight: Tensor, bias: Tensor | None, state: Run) -> tuple[Tensor]:
         y = F.linear(self.image(state.values[op.x]), weight, bias)

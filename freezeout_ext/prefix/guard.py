@@ -26,13 +26,14 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 class Guard:
     """The state of one frozen module: all that its forward can read (see reads.py).
 
-    Compared are the class of each module, training flags and hooks; attributes, globals and what containers hold, by
-    identity, immutable ones by value; of each tensor its address, shape, strides, dtype and requires_grad. Once
-    `keep_values` was called, tensors are compared byte by byte as well: an engine that has packed or folded them needs
-    that, and `p.data.copy_()` leaves no other trace.
+    Compared are:
+    - of each module the class, the training flag and the hooks;
+    - attributes, globals and what containers hold: by identity, immutable ones by value;
+    - of each tensor the address, shape, strides, dtype, requires_grad, and each byte. `p.data.copy_()` leaves no other
+      trace. An engine that reads the tensors at each call needs no bytes: `drop_values`.
 
     Raises:
-        Refused: the module writes, or reads what cannot be compared, or is no constant function of its input.
+        Refused: the module writes, reads what cannot be compared, or is no constant function of its input.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -44,13 +45,13 @@ class Guard:
         self._sources, self._sized, self._tensors = reads.sources, reads.sized, reads.tensors
         self._entries, self._facts = self._entries_now(), self._facts_now()
         self._versions = list(map(version_of, self._tensors))
-        self._values: _Values | None = None
+        self._values: _Values | None = _Values(self._tensors)
 
     def broken(self, *, values: bool = True) -> str | None:
-        """What keeps the captured prefix from running at this call, None if nothing does.
+        """-> what keeps the captured prefix from running at this call, None if nothing does.
 
         Args:
-            values: compare the bytes of tensors, where they were kept.
+            values: the bytes of tensors are compared too, where they are kept.
         """
         if any(self._hooks) and any(map(has_hooks, self.modules)):
             return HOOKED
@@ -59,17 +60,13 @@ class Guard:
         return TRAINING if any(m.training for m in self.modules) else STALE
 
     def written(self) -> str | None:
-        """What has changed since the guard was made, each write into a tensor counted."""
+        """-> what has changed since the guard was made, None if nothing has. Any write into a tensor is a change."""
         if list(map(version_of, self._tensors)) != self._versions:
             return "a parameter or buffer"
         return "an attribute" if self.broken() == STALE else None
 
-    def keep_values(self) -> None:
-        """From now on tensors are compared byte by byte."""
-        self._values = _Values(self._tensors)
-
     def drop_values(self) -> None:
-        """Tensors are no longer compared byte by byte."""
+        """From now on the bytes of tensors may change."""
         self._values = None
 
     @property
@@ -104,7 +101,7 @@ class Guard:
 
 
 class _Values:
-    """The bytes of tensors, as they are now, beside where they are."""
+    """Copies of the bytes of tensors, beside the tensors."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._pairs = [(t, t.clone()) for t in map(_bytes, tensors)]
@@ -118,7 +115,7 @@ class _Values:
 
 
 def other_values(guards: Iterable[Guard]) -> bool:
-    """Whether a tensor holds other bytes than a guard has kept; waits once for a device that is no CPU."""
+    """Whether a tensor holds other bytes than a guard has kept. For tensors on a GPU the host waits once."""
     values = [guard._values for guard in guards if guard._values is not None]
     if any(v.differ_on_cpu() for v in values):
         return True
@@ -140,7 +137,7 @@ def version_of(t: Tensor) -> int:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs something besides its forward that could see or change a value."""
+    """Whether a call of the module runs a hook that could see or change a value."""
     found = chain.from_iterable(getattr(module, name).values() for name in HOOKS)
     return any(not getattr(hook, "observes_only", False) for hook in found)
 
@@ -151,7 +148,7 @@ def has_global_hooks() -> bool:
 
 
 def _inconstant(module: nn.Module) -> str | None:
-    """Why the module is not a constant function of its input, None if it may be."""
+    """-> why the module is no constant function of its input, None if it may be one."""
     for inner in module.modules():
         kind = type(inner).__name__
         if has_hooks(inner):

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..attach import OwnMethod
 from .chain import Link
 from .forms import Carried, Form, flatten
-from .judge import first_line
 from .program import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, batch_norm_affine, map_tree
 from .simplify import simplify
 from .trace import Trace, Unlowerable, gives_size, trace
@@ -89,20 +89,21 @@ class Lowering:
         return leaf
 
     def module(self, module: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:
-        if len(args) == 1 and isinstance(args[0], Ref) and not kwargs:
-            known = self._known(module, args[0])
-            if known is not None:
-                return known
-        if _is_torch(module):
-            return self._torch_module(module, args, kwargs, name)
         program = self.program
         mark = len(program.ops), dict(self.renamed)
         try:
-            return self._graph(self._trace(module, args, kwargs), args, kwargs)
+            if replaced := _replaced(module):
+                raise Unlowerable(f"its {replaced} was replaced on the instance")
+            known = None
+            if len(args) == 1 and isinstance(args[0], Ref) and not kwargs:
+                known = self._known(module, args[0])
+            if known is None and _is_torch(module):
+                known = self._torch_module(module, args, kwargs, name)
+            return known or self._graph(self._trace(module, args, kwargs), args, kwargs)
         except Unlowerable as error:
             del program.ops[mark[0] :]
             self.renamed = mark[1]
-            program.notes.append(f"{name} ({type(module).__name__}) runs as it is: {first_line(error)[13:]}")
+            program.notes.append(f"{name} ({type(module).__name__}) runs as it is: {error}")
             return self.call(module.forward, args, kwargs, name)
 
     def call(self, function: Callable, args: tuple, kwargs: dict, name: str, **flags: Any) -> Ref:
@@ -115,7 +116,7 @@ class Lowering:
             return emit(Conv, x=x.value, module=module)
         if kind is nn.Linear:
             return emit(Conv, x=x.value, module=module)
-        then = NORM_ACTS.get((kind.__module__, kind.__qualname__))
+        then = _norm_act(module)
         if (kind in NORMS or then) and module.running_mean is not None and not module.training:
             scale, shift = batch_norm_affine(cast("nn.modules.batchnorm._BatchNorm", module))
             y = emit(Affine, x=x.value, scale=scale, shift=shift)
@@ -240,6 +241,21 @@ LAYOUT_SAFE = (
     nn.modules.pooling._AdaptiveMaxPoolNd,
     nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Upsample,
 )  # fmt: skip
+
+
+def _norm_act(module: nn.Module) -> tuple[str, ...] | None:
+    return NORM_ACTS.get((type(module).__module__, type(module).__qualname__))
+
+
+def _replaced(module: nn.Module) -> str | None:
+    """-> a method on the instance that is another one than the class's, where what the class does is relied on."""
+    by_class = _is_torch(module) or _norm_act(module)
+    for name, value in vars(module).items():
+        if isinstance(value, OwnMethod) or not callable(getattr(type(module), name, None)):
+            continue
+        if by_class or name == "forward":
+            return name
+    return None
 
 
 def _is_torch(module: nn.Module) -> bool:

@@ -34,22 +34,23 @@ class LayerLike(Protocol):
 class Prefix:
     """frontier = frozen layers(inputs), under no_grad, at every call of the model from the freeze on.
 
-    `freeze(n)` is cheap and cannot fail half-way: it uninstalls the engines and remembers n. The model's next forward
-    in training mode runs as it is and is watched: that batch is the probe. At its end the prefix is captured, checked
-    on a few samples against the modules, and installed. In the next forward it shows whether anyone looks at a value
-    inside a chain, which is then cut there. The engine and eager take turns, timed, on up to 6 calls of the same
-    shape, the watched one among them; eager stays unless the engine's median is smaller.
+    `freeze(n)` is cheap and cannot fail half-way. Engines go on where layers are added, and are taken down where not.
+    The model's next forward in training mode is watched: that batch is the probe. Modules without an engine run as they
+    are in it. At its end the prefix is captured, checked on a few samples against the modules, and installed. The next
+    forward shows whether anyone looks at a value inside a chain. The chain is then cut there. The engine and eager take
+    turns, timed, on up to 6 calls of the same shape, the watched one among them. Eager stays unless the engine's median
+    is smaller.
 
-    A module is part of the prefix only if all that its forward can read is under guard; the others run as they are,
-    and the report says why. Whatever changes of a guarded module, `p.data.copy_()` included, the modules run as they
-    are from that call on, and the next forward is watched again.
+    A module is part of the prefix only if all that its forward can read is under guard. The others run as they are, and
+    the report says why. Once anything of a guarded module changes, by `p.data.copy_()` too, the modules run as they are
+    from that call on, and the next forward is watched again.
 
     Args:
         layers: FreezeOut's layers: objects with `name` and `modules`, in forward order.
         mode: "exact" (the original modules, bit-equal), "folded" (BatchNorm folded, error about 1e-6), "bf16", "fp16"
-            (the prefix computed in that dtype), "off". Under autocast the prefix follows its dtype.
-        measure: False uses a checked engine without timing it, so that equal runs take equal paths. True installs
-            nothing for "exact" on a CPU.
+            (the prefix computed in that dtype), "off". Under autocast the prefix follows autocast's dtype.
+        measure: False uses a checked engine without timing the engine, so that equal runs take equal paths. True
+            installs nothing for "exact" on a CPU.
 
     Raises:
         ValueError: mode is none of these.
@@ -71,7 +72,11 @@ class Prefix:
         self._begin(waits=False)
 
     def freeze(self, num_frozen: int) -> None:
-        """The first `num_frozen` layers are frozen from now on: more than before, or fewer (thawed)."""
+        """The first `num_frozen` layers are frozen from now on: more than before, or fewer (thawed).
+
+        Raises:
+            ValueError: there are not so many layers.
+        """
         if not 0 <= num_frozen <= len(self.layers):
             raise ValueError(f"num_frozen must be in 0..{len(self.layers)}, got {num_frozen}")
         grows = num_frozen > self.num_frozen and all(chain.is_settled for chain in self._chains)
@@ -93,12 +98,12 @@ class Prefix:
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is left to capture, to cut or to time; all of it reads from the device, as no graph may."""
+        """Whether nothing is left to capture, to cut or to time. All of these read from the device, as no graph may."""
         return not self._waits and all(chain.is_settled for chain in self._chains)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the block nothing is watched, timed or noted; engines go on running."""
+        """Within the block nothing is watched, timed or noted. Engines go on running."""
         self._paused += 1
         try:
             yield
@@ -114,7 +119,7 @@ class Prefix:
         chains, units = self._chains, self._units()
         engines = [chain.runner.engine for chain in chains]
         timed = [t for t in [c.runner.trial for c in chains] + self._lost if t.eager and t.engine]
-        fallbacks, fused = list(self._fallbacks), dict.fromkeys(kind for e in engines for kind in e.fused())
+        fallbacks, fused = list(self._fallbacks), sum((Counter(e.fused()) for e in engines), Counter[str]())
         for engine, chain in zip(engines, chains, strict=True):
             fallbacks += engine.fallbacks
             fallbacks += [f"{count} calls ran as they are: {reason}" for reason, count in chain.bypassed.items()]
@@ -126,7 +131,7 @@ class Prefix:
             num_frozen=self.num_frozen,
             units=sum(unit.module in covered for unit in units),
             of_units=len(units),
-            fused={kind: sum(engine.fused().get(kind, 0) for engine in engines) for kind in fused},
+            fused=dict(fused),
             fallbacks=tuple(dict.fromkeys(fallbacks)),
             error=max((chain.error for chain in chains), default=None),
             eager_ms=sum(1e3 * median(trial.eager) for trial in timed) if timed else None,
@@ -165,7 +170,7 @@ class Prefix:
                 self._recorder = Recorder(units, chains, cut_after=cut_after, refused=self._left_out)
 
     def _changed(self) -> bool:
-        """Whether the chains have to be captured anew; notes where to cut them, and what to leave out."""
+        """Whether the chains have to be captured anew. Where to cut them, and what to leave out, is noted."""
         cut = {chain.links[i].unit.module for chain in self._chains for i in chain.looked_inside}
         self._cut_after |= cut
         broken = []
@@ -205,16 +210,17 @@ class Prefix:
 
     def _capture(self) -> None:
         assert self._recorder is not None  # the forward was watched
-        recording = self._recorder.finish()
-        went_on = [segment.chain for segment in recording.segments]
+        seen = self._recorder
+        seen.finish()
+        went_on = [segment.chain for segment in seen.segments]
         stopped = any(chain not in went_on for chain in self._chains)
-        self._begin(waits=bool(recording.left_out or recording.cut_after or stopped), anew=False)
-        self._left_out.update(recording.left_out)
-        self._cut_after.update(recording.cut_after)
+        self._begin(waits=bool(seen.left_out or seen.written or stopped), anew=False)
+        self._left_out.update(seen.left_out)
+        self._cut_after.update(seen.written)
         if self._waits:
             return self._take_down()  # to watch the next forward
-        self._fallbacks += [f"{name} runs as it is: {reason}" for name, reason in recording.refused.items()]
-        for segment in recording.segments:
+        self._fallbacks += [f"{name} runs as it is: {reason}" for name, reason in seen.refused.items()]
+        for segment in seen.segments:
             if segment.chain is None or len(segment.links) > len(segment.chain.links):
                 self._install(segment)
 
@@ -255,7 +261,7 @@ class Prefix:
         self._fallbacks.append(f"{what} not used: {text}")
 
     def _gains_nothing(self) -> bool:
-        """Whether eager wins without a trial: mode "exact" saves launches, of which a CPU has none."""
+        """Whether eager wins without a trial. Mode "exact" saves launches, and a CPU has none."""
         return self.mode == "exact" and self.measure and all(p.device.type == "cpu" for p in self.model.parameters())
 
     def _units(self) -> list[Unit]:
@@ -282,7 +288,7 @@ class Prefix:
         self._chains = list(but)
 
     def _begin(self, waits: bool, *, anew: bool = True) -> None:
-        """Nothing is installed; `anew`: nor known of the modules."""
+        """Nothing is noted so far. `anew`: nothing is known of the modules either."""
         self._waits, self._inside = waits, False
         self._suspects = False
         self._fallbacks: list[str] = []

@@ -1,4 +1,4 @@
-"""What of a model is the frozen prefix: seen in one real forward, cut into chains of units."""
+"""The units of the frozen prefix as one real forward runs them, cut into segments that may become chains."""
 
 import weakref
 from collections import Counter
@@ -27,11 +27,12 @@ class Segment:
 
     Attributes:
         inputs: the value that the first unit was given, and the other tensors that the units were given.
-        y: what the last unit returned, and its version then.
+        y: what the last unit returned.
+        y_version: of y, then.
         few_inputs: copies of the first samples of the inputs.
-        few_y: copies of the first samples of y; None where an engine has computed y.
-        seconds: that the units took, as far as known.
-        chain: that ran the first units.
+        few_y: copies of the first samples of y. None where an engine has computed y.
+        seconds: that the units take as they are. NaN where that is not known.
+        chain: a chain that ran the first units. None where all ran as they are.
     """
 
     autocast: tuple[bool, torch.dtype]
@@ -45,39 +46,31 @@ class Segment:
     chain: Chain | None = None
 
 
-@dataclass
-class Recording:
-    """What was seen.
+class Recorder:
+    """Watches the frozen units during one forward of the user's own. Nothing runs twice.
+
+    The recorder puts forwards on the instances. A module may compute otherwise where it finds hooks.
+
+    Args:
+        units: the frozen units, in any order.
+        chains: chains that go on running. Units behind a chain may join it.
+        cut_after: units whose output is used by more than the next unit.
+        refused: units that run as they are, and why.
 
     Attributes:
         segments: what may become chains.
         refused: units that run as they are, by name, and why.
-        left_out: units to leave out, for which to watch once more.
-        cut_after: units behind which to cut, for which to watch once more.
-    """
-
-    segments: list[Segment] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-    left_out: dict[nn.Module, str] = field(default_factory=dict)
-    cut_after: set[nn.Module] = field(default_factory=set)
-
-
-class Recorder:
-    """Watches the frozen units during one forward of the user's own; nothing runs twice.
-
-    By forwards on the instances, not by hooks: a module may compute otherwise where it finds hooks.
-
-    Args:
-        units: the frozen units, in any order.
-        chains: of units that are in a chain already; what comes behind may go on with the chain.
-        cut_after: units whose output is used by more than the next unit.
-        refused: units that run as they are, and why.
+        left_out: units to leave out, and why. Another forward has to be watched then.
+        written: inner units whose output was written to later. Another forward has to be watched then, cut there.
     """
 
     def __init__(
         self, units: Iterable[Unit], chains: list[Chain], *, cut_after: set[nn.Module], refused: dict[nn.Module, str]
     ) -> None:
-        self.recording = Recording()
+        self.segments: list[Segment] = []
+        self.refused: dict[str, str] = {}
+        self.left_out: dict[nn.Module, str] = {}
+        self.written: set[nn.Module] = set()
         self._chains = chains
         self._cut_after = cut_after
         self._segment: Segment | None = None  # which the next unit may go on with
@@ -93,28 +86,23 @@ class Recorder:
             try:
                 if unit.module in refused:
                     raise Refused(refused[unit.module])
-                guard = Guard(unit.module)
-                guard.keep_values()
-                own.function = partial(self._run, unit, guard, own.original)
+                own.function = partial(self._run, unit, Guard(unit.module), own.original)
             except Refused as reason:
-                self.recording.refused[unit.name] = str(reason)
+                self.refused[unit.name] = str(reason)
             except Exception as error:  # what a stranger's module holds is not known
-                self.recording.refused[unit.name] = first_line(error)
+                self.refused[unit.name] = first_line(error)
 
-    def finish(self) -> Recording:
-        """-> what was seen."""
-        recording = self.recording
-        links = [link for segment in recording.segments for link in segment.links]
-        for module, guard in [(link.unit.module, link.guard) for link in links]:
-            if self._called[module] > 1:
-                recording.left_out[module] = "it runs several times in a forward"
-            elif guard.broken():
-                recording.left_out[module] = "the model changes it behind its call"
-        inner = {link.unit.module for segment in recording.segments for link in segment.links[:-1]}
+    def finish(self) -> None:
+        """The forward has ended."""
+        for link in [link for segment in self.segments for link in segment.links]:
+            if self._called[link.unit.module] > 1:
+                self.left_out[link.unit.module] = "it runs several times in a forward"
+            elif link.guard.broken():
+                self.left_out[link.unit.module] = "the model changes it behind its call"
+        inner = {link.unit.module for segment in self.segments for link in segment.links[:-1]}
         written = {m for y, version, m in self._returned if (t := y()) is not None and version_of(t) != version}
-        recording.cut_after = inner & written
+        self.written = inner & written
         self.remove()
-        return recording
 
     def remove(self) -> None:
         for forward in reversed(self._forwards):
@@ -124,7 +112,7 @@ class Recorder:
             chain.on_end = None
 
     def _ran(self, passage: Passage) -> None:
-        """A chain has run in this forward, and goes on."""
+        """A chain has run in this forward: units behind it may join."""
         chain, given, y = passage.chain, list(passage.given), passage.y
         last, trial = chain.links[-1].unit.module, chain.runner.trial
         self._called[last] += 1
@@ -133,8 +121,8 @@ class Recorder:
             segment.y, segment.y_version = y, version_of(y)
             segment.seconds = median(trial.eager) if trial.shape == shapes_of(given) else float("nan")
             self._returned.append((weakref.ref(y), segment.y_version, last))
-            self.recording.segments.append(segment)
-            self._segment = segment
+            self.segments.append(segment)
+            self._segment = None if last in self._cut_after else segment
 
     def _run(self, unit: Unit, guard: Guard, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         self._called[unit.module] += 1
@@ -164,7 +152,7 @@ class Recorder:
             self._add(segment, unit, guard, call, output)
             segment.seconds += seconds
         except Refused as reason:
-            self.recording.refused[unit.name] = str(reason)
+            self.refused[unit.name] = str(reason)
         return output
 
     def _called_with(
@@ -204,7 +192,7 @@ class Recorder:
         segment.few_y = None if segment.chain else _few(y, segment.inputs[0])
         segment.links.append(Link(unit, guard, call, result))
         if len(segment.links) == 1:
-            self.recording.segments.append(segment)
+            self.segments.append(segment)
         # What a unit wrote in place, as the chain's next one, nobody else wrote.
         self._returned = [(ref, segment.y_version if ref() is y else v, m) for ref, v, m in self._returned]
         self._returned.append((weakref.ref(y), segment.y_version, unit.module))
@@ -220,7 +208,7 @@ def _form(tree: Any, carried: Tensor | None, inputs: list[Tensor], new: Callable
 
 
 def _no_other(tensor: Tensor) -> None:
-    raise Refused("a tensor of its own")
+    raise Refused("the value that it was given")
 
 
 def _has_list(tree: Any) -> bool:
