@@ -12,7 +12,6 @@ from freezeout_ext.training.optimizer import make_optimizer
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run import Run
 from freezeout_ext.training.tables import run_summary
-from freezeout_ext.training.trainer import Trainer
 
 BASE = TrainConfig(model="wrn-10-1", steps=14, batch_size=128, t_0=0.4, threads=1, device="cpu")
 
@@ -36,41 +35,15 @@ def assert_equal(a, b):
         assert torch.equal(value, b[name]), name
 
 
-@pytest.mark.parametrize("method", ["freezeout", "full", "no-anneal"])
-def test_a_graphed_step_is_the_same_step_on_a_cpu(digits, method, tmp_path):
+def test_a_graphed_step_is_the_same_step_on_a_cpu(digits, tmp_path):
     runs = []
     for graph in (False, True):
-        run = Run.prepare(replace(BASE, method=method, graph=graph), tmp_path / str(graph), task=task_of(digits))
+        run = Run.prepare(replace(BASE, graph=graph), tmp_path / str(graph), task=task_of(digits))
         result = run.train(Reporter())
         runs.append((weights(run.trainer), [phase["num_frozen"] for phase in result["phases"]], result["test_loss"]))
-        assert [phase["memory_bytes"] > 0 for phase in result["phases"]]
-    assert runs[1][1:] == runs[0][1:] and (len(runs[0][1]) > 1) == (method != "full")
+    assert runs[1][1:] == runs[0][1:] and len(runs[0][1]) > 1
     assert_equal(runs[1][0], runs[0][0])
     assert run.trainer.train_step.eager_steps == 14
-
-
-@pytest.mark.parametrize("method", ["freezeout", "full", "no-anneal"])
-def test_a_graphed_run_resumes_to_the_same_weights(digits, method):
-    config = replace(BASE, method=method, graph=True).resolved()
-    whole = Trainer(config, task_of(digits))
-    whole.train_epoch()
-    state = whole.state_dict()
-    state = {**state, "model": weights(whole), "optimizer": json_like(state["optimizer"])}
-    whole.train_epoch()
-    resumed = Trainer(config, task_of(digits))
-    resumed.load_state_dict(state)
-    resumed.train_epoch()
-    assert resumed.step == 14
-    assert_equal(weights(resumed), weights(whole))
-
-
-def json_like(value):
-    """A copy that shares no tensor."""
-    if isinstance(value, dict):
-        return {key: json_like(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_like(item) for item in value]
-    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.parametrize(

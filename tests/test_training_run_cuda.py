@@ -1,7 +1,4 @@
-"""Training runs on a GPU as the command line makes them: eager and graphed, prefixes, precisions, a stop and a resume.
-
-What needs no GPU runs on the CPU too.
-"""
+"""Training runs on a GPU as the command line makes them: eager, graphed, prefixes, precisions, a stop and a resume."""
 
 from dataclasses import replace
 from unittest import mock
@@ -18,7 +15,7 @@ from freezeout_ext.tasks.images import image_task, load_data
 from freezeout_ext.training.arms import make_arms
 from freezeout_ext.training.compare import Comparison
 from freezeout_ext.training.config import TrainConfig
-from freezeout_ext.training.measure import COUNTED_MEMORY, CUDA_MEMORY
+from freezeout_ext.training.measure import CUDA_MEMORY
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run import Run
 
@@ -58,26 +55,20 @@ def train(config, out, digits, *, resume=False, reporter=None):
     return Run.prepare(config, out, resume=resume, task=task).train(reporter or Reporter())
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize(
-    ("device", "graph", "prefix"),
-    [
-        ("cpu", True, "exact"),  # the logic; the CPU's own tests are in test_training_run.py
-        *(on_gpu(False, prefix) for prefix in ("off", "exact", "bf16")),
-        *(on_gpu(True, prefix) for prefix in ("exact", "bf16")),
-    ],
+    ("graph", "prefix"), [(False, "off"), (False, "exact"), (False, "bf16"), (True, "exact"), (True, "bf16")]
 )
-def test_a_run_learns_the_digits(graph, prefix, device, digits, tmp_path):
-    config = replace(CONFIG, device=device, graph=graph, prefix=prefix)
+def test_a_run_learns_the_digits(graph, prefix, digits, tmp_path):
+    config = replace(CONFIG, device="cuda", graph=graph, prefix=prefix)
     result = train(config, tmp_path / "run", digits)
     assert result["test_accuracy"] > 0.6
-    assert len(result["transitions"]) == 4 and result["memory_measured"] == (
-        CUDA_MEMORY if device == "cuda" else COUNTED_MEMORY
-    )
+    assert len(result["transitions"]) == 4 and result["memory_measured"] == CUDA_MEMORY
     phases = result["phases"]
     assert [phase["num_frozen"] for phase in phases] == [0, 1, 2, 3, 4]
     assert all(phase["memory_bytes"] > 0 for phase in phases)
     assert result["peak_memory_bytes"] == max(phase["memory_bytes"] for phase in phases)
-    assert result["conditions"]["device"] == (torch.cuda.get_device_name() if device == "cuda" else "cpu")
+    assert result["conditions"]["device"] == torch.cuda.get_device_name()
 
 
 @pytest.mark.parametrize(("device", "store"), [("cpu", "host"), on_gpu("device"), on_gpu("host")])
@@ -119,12 +110,10 @@ class Stop(Reporter):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    ("device", "graph", "prefix"),
-    [("cpu", True, "exact"), on_gpu(False, "exact"), on_gpu(True, "exact")],
-)
-def test_a_stopped_run_ends_in_the_same_weights(graph, prefix, device, digits, tmp_path):
-    config = replace(CONFIG, device=device, graph=graph, prefix=prefix)
+@pytest.mark.cuda
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_stopped_run_ends_in_the_same_weights(graph, digits, tmp_path):
+    config = replace(CONFIG, device="cuda", graph=graph, prefix="exact")
     train(config, tmp_path / "whole", digits)
     for epoch in (1, 4):
         with pytest.raises(KeyboardInterrupt):

@@ -96,10 +96,10 @@ class Run:
         except LostRank as error:
             raise TrainingFailed(f"{error}: add --resume") from error
         finally:
-            reporter.close()
             if trainer.feed.cache is not None:
                 trainer.feed.cache.close()
             self.folder.unlock()
+            reporter.close()
 
     def _train_other(self) -> dict:
         while self.trainer.epoch < self.trainer.epochs:
