@@ -1,6 +1,8 @@
 """Data sets whose augmentation draws from all generators, and runs with and without kept features."""
 
+import copy
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -37,24 +39,29 @@ def small_net(*, dropout=0.0):
 
 
 def train(
-    model, dataset, *, cached=True, epochs=4, batch_size=8, views=2, lr=0.05, on_epoch=None, on_batch=None,
-    loader_arguments=None, cache_arguments=None, **freezing,
+    model, dataset, *, cached=True, epochs=4, of_epochs=None, batch_size=8, views=2, lr=0.05, on_epoch=None,
+    on_batch=None, cache=None, state=None, loader_arguments=None, cache_arguments=None, **freezing,
 ):  # fmt: skip
-    """-> (losses of all steps, cache, freezeout). Not cached: the same views, and the model runs as ever."""
-    cache = FeatureCache(dataset, views=views, **{"measure": False, **(cache_arguments or {})})
+    """-> (losses of all steps, cache, freezeout). Not cached: the same views, and the model runs as ever.
+
+    epochs: how many, or which of `of_epochs`. state: a list; the run goes on from what it holds, and leaves its own
+    there.
+    """
+    cache = cache or FeatureCache(dataset, views=views, **{"measure": False, **(cache_arguments or {})})
     loader = cache.loader(batch_size, **(loader_arguments or {}))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     freezing = {"start_frozen": 1, "t_0": 0.5, "scale_lr": False, **freezing}
-    freezeout = FreezeOut(model, optimizer, total_steps=epochs * len(loader), cache=cache, **freezing)
-    losses = []
-    for epoch in range(epochs):
+    total_steps = (of_epochs or epochs) * len(loader)
+    freezeout = FreezeOut(model, optimizer, total_steps=total_steps, cache=cache, **freezing)
+    stateful, losses = (model, freezeout, optimizer, cache), []
+    for what, saved in zip(stateful, state or (), strict=False):
+        what.load_state_dict(saved)
+    for epoch in epochs if isinstance(epochs, range) else range(epochs):
+        loader.epoch = epoch
         if on_epoch:
             on_epoch(epoch, freezeout, cache)
         for inputs, targets, keys in loader:
-            if cached:
-                with cache.samples(keys):
-                    loss = nn.functional.cross_entropy(model(inputs), targets)
-            else:
+            with cache.samples(keys) if cached else nullcontext():
                 loss = nn.functional.cross_entropy(model(inputs), targets)
             loss.backward()
             optimizer.step()
@@ -63,4 +70,6 @@ def train(
             losses.append(loss.item())
             if on_batch:
                 on_batch(len(losses), freezeout)
+    if state is not None:
+        state[:] = [copy.deepcopy(what.state_dict()) for what in stateful]
     return losses, cache, freezeout

@@ -137,29 +137,9 @@ def test_a_run_with_auto_is_the_run_on_the_same_views_without_the_cache(
     cache.close()
 
 
-def run(model, dataset, cache, epochs, state=None, on_epoch=lambda epoch, *_: None):
-    """-> (losses, state at the end); from `state` on where one is given."""
-    loader = cache.loader(8)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    freezeout = FreezeOut(
-        model, optimizer, total_steps=8 * len(loader), start_frozen=1, t_0=1.0, scale_lr=False, cache=cache
-    )
-    if state is not None:
-        for what, saved in zip((model, freezeout, optimizer, cache), state, strict=True):
-            what.load_state_dict(saved)
-    losses = []
-    for epoch in epochs:
-        loader.epoch = epoch
-        for inputs, targets, keys in loader:
-            with cache.samples(keys):
-                loss = nn.functional.cross_entropy(model(inputs), targets)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            freezeout.step()
-            losses.append(loss.item())
-        on_epoch(epoch)
-    return losses, [copy.deepcopy(what.state_dict()) for what in (model, freezeout, optimizer, cache)]
+def run(model, dataset, cache, epochs, state=None):
+    """-> losses of these of 8 epochs."""
+    return train(model, dataset, cache=cache, epochs=epochs, of_epochs=8, t_0=1.0, state=state)[0]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
@@ -169,14 +149,15 @@ def test_a_run_that_resumes_takes_the_views_of_the_run_that_never_stopped(tmp_pa
     torch.manual_seed(0)
     start, dataset = small_net(), Pictures(32)
     whole = FeatureCache(dataset, views="auto", measure=False)
-    losses, _ = run(copy.deepcopy(start), dataset, whole, range(8))
+    losses = run(copy.deepcopy(start), dataset, whole, range(8))
     assert whole.report().views > 1
     first = FeatureCache(dataset, views="auto", store=tmp_path, measure=False)
-    before, state = run(copy.deepcopy(start), dataset, first, range(stop))
+    state = []
+    before = run(copy.deepcopy(start), dataset, first, range(stop), state)
     first.close()
     monkeypatch.setattr(auto.Choice, "_measure", lambda *_: None)
     second = FeatureCache(dataset, views="auto", store=tmp_path, measure=False)
-    after, _ = run(copy.deepcopy(start), dataset, second, range(stop, 8), state)
+    after = run(copy.deepcopy(start), dataset, second, range(stop, 8), state)
     assert before + after == losses
     assert second.report().views == whole.report().views
     # What the folder holds is not computed again, but for the batch that is watched.

@@ -204,7 +204,9 @@ class Store:
         """Frees memory; what lies in files is committed and stays there."""
         if self.files is not None:
             self.commit()
-        self._stored, self._used = [], 0
+        for stored in self._stored:  # its rounding stays: later rows may have passed through it
+            stored.buffer = stored.factors = torch.empty(0, device="cpu")
+        self._used = 0
         self._row_of, self._spans = self._row_of[:0], self._spans[:0]
         if self.files is not None:
             self.files.close()
