@@ -49,10 +49,10 @@ class PooledAffine(Op):
 
 
 class CudaEngine(Engine):
-    """(y,) = program(*inputs) on a GPU; see Engine. Sums and affines are float32.
+    """(y,) = program(*inputs) on a GPU: see Engine. Sums and affines are float32.
 
     Args:
-        ops: the kernels; tests give the references.
+        ops: the kernels. Tests give the references.
 
     Raises:
         Refused: the kernels do not compute in this dtype.
@@ -108,11 +108,11 @@ class CudaEngine(Engine):
         return (self.finish(*(self.run_plain(*inputs) if outputs is None else outputs)),)
 
     def run_plain(self, *inputs: Tensor) -> tuple[Tensor]:
-        """-> y; every convolution the way that needs no measurement."""
+        """-> y, every convolution by the way that needs no measurement."""
         return self.run(inputs, lambda call: PLAIN)[:1]
 
     def run_measured(self, *inputs: Tensor) -> tuple[Tensor]:
-        """-> y; every convolution the fastest way for its shape."""
+        """-> y, every convolution by the fastest way for its shape."""
         return self.run(inputs, ConvCall.way)[:1]
 
     def run(self, inputs: tuple[Tensor, ...], way: Any = None) -> tuple[Tensor, bool]:

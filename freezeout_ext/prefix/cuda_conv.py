@@ -24,7 +24,7 @@ def is_triton_conv(module: nn.Module) -> bool:
 
 
 class Constants(NamedTuple):
-    """The folded weight, channels-last [K, C, kh, kw] or [K, C]; the bias in float32, and in its dtype for cuDNN."""
+    """The folded weight, channels-last [K, C, kh, kw] or [K, C]; the bias [K] in float32, and in the weight's dtype."""
 
     weight: Tensor
     bias: Tensor | None
@@ -76,7 +76,7 @@ class ConvCall:
         return self._triton(way)
 
     def way(self) -> Hashable:
-        """The fastest way for this shape, layout and fusion, measured once in the process."""
+        """-> the fastest way for this shape, layout and fusion, measured once in the process."""
         ways = self.ways()
         if len(ways) == 1:
             return PLAIN

@@ -1,4 +1,4 @@
-"""The interpreter of Programs: y = program(*inputs); cpu.py and cuda.py are its two tables of ops."""
+"""The interpreter of Programs: y = program(*inputs). cpu.py and cuda.py are the two tables of ops."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -130,7 +130,7 @@ class Engine:
         return self.empty(shape, state) if placed is None else placed
 
     def place_of(self, value: int, shape: tuple[int, ...], state: Run) -> Tensor | None:
-        """-> the slice of a block's buffer where the value lies; None where the value lies in no block."""
+        """-> the slice of a block's buffer where the value lies, None where the value lies in no block."""
         if value not in self.places or len(shape) != 4:
             return None
         block, first, channels = self.places[value]
@@ -201,7 +201,7 @@ class Engine:
         return (result,)
 
     def affine_constants(self, op: Affine) -> tuple[Tensor, Tensor]:
-        """-> scale, shift in float32, for half precision too; float64 where the modules are."""
+        """-> scale, shift in float32 also for half precision, in float64 where the modules are."""
         if op.out not in self.weights:
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
             self.weights[op.out] = (op.scale.to(wide), op.shift.to(wide))

@@ -46,8 +46,9 @@ class Affine(Op):
 
 @dataclass
 class Conv(Op):
-    """y = relu?(conv(x) * scale[c] + shift[c] + add); `folded()` folds the scale and the shift into the weights.
+    """y = relu?(conv(x) * scale[c] + shift[c] + add).
 
+    `folded` gives weights with the scale and the shift in them.
     The module is an nn.Conv2d with zero padding or an nn.Linear.
     """
 
@@ -122,8 +123,7 @@ class Cat(Op):
 class Call(Op):
     """y = function(*args, **kwargs), values given as Ref inside args and kwargs.
 
-    The function of a module is the module's own forward: what is installed on the module is the engine that runs this
-    op.
+    The function of a module is the module's own forward. The one that is installed on the module runs the engine.
 
     Attributes:
         any_layout: the function may be given channels-last tensors.
@@ -178,7 +178,7 @@ class Program:
         return Ref(op.out)
 
     def uses(self) -> dict[int, int]:
-        """-> how often each value is read; the output counts as once more."""
+        """-> how often each value is read. The output is read once more."""
         found: dict[int, int] = dict.fromkeys(range(self.count), 0)
         for value in [v for op in self.ops for v in op.inputs()] + [self.output]:
             found[value] += 1
@@ -186,7 +186,7 @@ class Program:
 
 
 def map_tree(function: Callable[[Any], Any], tree: Any) -> Any:
-    """-> the arguments of a call with function(leaf) for each leaf; tuples, lists, dicts and slices are opened."""
+    """-> the arguments of a call with function(leaf) for each leaf. Tuples, lists, dicts and slices are opened."""
     kind = type(tree)
     if kind in (tuple, list):
         return kind(map_tree(function, item) for item in tree)
@@ -208,7 +208,7 @@ def refs(tree: Any) -> list[int]:
 
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """y = scale[c] * x[:, c] + shift[c] in the dtype of scale and shift, [C]; x [N, C, ...], y in its dtype."""
+    """y = scale[c] * x[:, c] + shift[c] in the dtype of scale and shift [C]. x is [N, C, ...], y has the dtype of x."""
     # Not F.batch_norm: some torch releases refuse an eps of 0.
     scale, shift = (v.view(-1, *[1] * (x.dim() - 2)) for v in (scale, shift))
     return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)

@@ -19,8 +19,8 @@ def simplify(program: Program) -> Program:
 def _rewrite_pairs(program: Program, rewrite: Callable[[Op, Op], str]) -> None:
     """Calls rewrite(producer, op) where `op` alone uses what `producer` gives.
 
-    It returns "" (nothing done), "taken" (the producer now does both, at the op's place) or "swapped" (the op now
-    runs first and the producer uses what it gives).
+    The rewrite returns "" (nothing done), "taken" (the producer now does both, at the op's place) or "swapped" (the op
+    now runs first and the producer uses what the op gives).
     """
     uses = program.uses()
     ops: list[Op] = []
