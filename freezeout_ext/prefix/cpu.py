@@ -86,9 +86,7 @@ class CpuEngine(Engine):
 
     def conv(self, op: Conv, state: Run) -> tuple[Tensor]:
         x = self.image(state.values[op.x])
-        conv: Any = op.module  # an nn.Conv2d, where it convolves
-        if not op.convolves:
-            return self.linear(op, *self._packed(op, x, packed=False), state)
+        conv: Any = op.module
         state.fresh.add(op.out)
         other = None if op.add is None else self.image(state.values[op.add])
         if not self._fused or x.dim() != 4:

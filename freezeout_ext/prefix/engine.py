@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .program import Add, Affine, Call, Cat, Conv, Op, Program, Ref, Relu, affine, map_tree
@@ -94,8 +93,7 @@ class Engine:
     def name(self, op: Op) -> str:
         relu = "+relu" * (getattr(op, "relu", False) is True)
         if isinstance(op, Conv):
-            kind = "conv" if op.convolves else "linear"
-            return kind + "+bn" * (op.scale is not None) + "+add" * (op.add is not None) + relu
+            return "conv" + "+bn" * (op.scale is not None) + "+add" * (op.add is not None) + relu
         if isinstance(op, Cat):
             return "cat in a block buffer" if op.out in self.joined else "cat"
         return type(op).__name__.lower() + relu
@@ -159,12 +157,6 @@ class Engine:
 
     def affine(self, op: Affine, state: Run) -> tuple[Tensor]:
         y = affine(self.image(state.values[op.x]), *self.affine_constants(op))
-        return (y.relu_() if op.relu else y,)
-
-    def linear(self, op: Conv, weight: Tensor, bias: Tensor | None, state: Run) -> tuple[Tensor]:
-        y = F.linear(self.image(state.values[op.x]), weight, bias)
-        y = y if op.add is None else y + self.image(state.values[op.add])
-        state.fresh.add(op.out)
         return (y.relu_() if op.relu else y,)
 
     def add(self, op: Add, state: Run) -> tuple[Tensor]:
@@ -257,8 +249,8 @@ def channels_of(program: Program) -> dict[int, int]:
     """-> the channels of the values that ops make, where the ops say them."""
     found: dict[int, int] = {}
     for op in program.ops:
-        if isinstance(op, Conv) and op.convolves:
-            found[op.out] = op.channels
+        if isinstance(op, Conv):
+            found[op.out] = op.module.out_channels
         elif isinstance(op, Affine):
             found[op.out] = op.scale.numel()
         elif isinstance(op, Cat) and all(x in found for x in op.xs):

@@ -1,8 +1,8 @@
 """Frozen modules in eval mode -> a Program.
 
 A BatchNorm on its running statistics is y = scale * x + shift with scale = weight / sqrt(var + eps) and
-shift = bias - mean * scale, in float64 here and cast once by the engine. Behind a convolution or linear the affine goes
-into the weights. Elsewhere (BN-ReLU-conv) an affine stays at the operand, since the padding comes behind the affine.
+shift = bias - mean * scale, in float64 here and cast once by the engine. Behind a convolution the affine goes into the
+weights. Elsewhere (BN-ReLU-conv) an affine stays at the operand, since the padding comes behind the affine.
 """
 
 import copy
@@ -113,8 +113,6 @@ class Lowering:
         """The op of a module of torch's, or of another class that is known by name."""
         emit, kind = self.program.emit, type(module)
         if kind is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            return emit(Conv, x=x.value, module=module)
-        if kind is nn.Linear:
             return emit(Conv, x=x.value, module=module)
         then = _norm_act(module)
         if (kind in NORMS or then) and module.running_mean is not None and not module.training:

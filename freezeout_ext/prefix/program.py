@@ -46,33 +46,19 @@ class Affine(Op):
 
 @dataclass
 class Conv(Op):
-    """y = relu?(conv(x) * scale[c] + shift[c] + add).
-
-    `folded` gives weights with the scale and the shift in them.
-    The module is an nn.Conv2d with zero padding or an nn.Linear.
-    """
+    """y = relu?(conv(x) * scale[c] + shift[c] + add), the convolution padded with zeros."""
 
     READS = ("x", "add")
     x: int
-    module: nn.Conv2d | nn.Linear
+    module: nn.Conv2d
     scale: Tensor | None = None
     shift: Tensor | None = None
     add: int | None = None
     relu: bool = False
 
-    @property
-    def convolves(self) -> bool:
-        return isinstance(self.module, nn.Conv2d)
-
-    @property
-    def channels(self) -> int:
-        module = self.module
-        return module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
-
     def shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """-> that of the result for images x."""
         conv = self.module
-        assert isinstance(conv, nn.Conv2d)  # of images
         padding: Any = conv.padding  # numbers, by lowering
         geometry = zip(x.shape[2:], conv.kernel_size, conv.stride, padding, conv.dilation, strict=True)
         height, width = (

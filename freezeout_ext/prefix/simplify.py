@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-from torch import nn
-
 from .program import Add, Affine, Call, Conv, Op, Program, Ref, Relu
 
 
@@ -62,7 +60,7 @@ def _take_relu(made: Op, op: Op) -> str:
 def _take_add(made: Op, op: Op) -> str:
     if not isinstance(op, Add) or not isinstance(made, Conv) or made.relu or made.add is not None:
         return ""
-    if isinstance(made.module, nn.Linear) or op.a == op.b:
+    if op.a == op.b:
         return ""
     made.add = op.b if op.a == made.out else op.a
     made.relu, made.out = op.relu, op.out
@@ -71,7 +69,7 @@ def _take_add(made: Op, op: Op) -> str:
 
 def _pool_first(made: Op, op: Op) -> str:
     """pool(conv1x1(x)) = conv1x1(pool(x)): the convolution then runs on fewer pixels."""
-    if not (isinstance(made, Conv) and isinstance(op, Call) and op.averages and isinstance(made.module, nn.Conv2d)):
+    if not (isinstance(made, Conv) and isinstance(op, Call) and op.averages):
         return ""
     conv = made.module
     if made.relu or made.add is not None or conv.kernel_size != (1, 1) or conv.stride != (1, 1) or any(conv.padding):
