@@ -255,6 +255,15 @@ def assert_same_steps(plain: nn.Module, model: nn.Module, batches=(6, 6, 5, 6), 
             assert torch.equal(value, found[name]), f"{name} in step {seed}"
 
 
+def steps_until_installed(model: nn.Module, prefix: Prefix) -> None:
+    """Watched, and again where somebody looked at a value inside a chain."""
+    for seed in range(8):
+        if prefix.is_settled:
+            return
+        one_step(model, seed)
+    raise AssertionError(prefix.report())
+
+
 def perturb_frontier(prefix: Prefix, size: float, seed: int) -> None:
     """From now on the installed prefix, of mode "exact", gives its outputs plus noise of `size` times their maximum."""
     generator = torch.Generator().manual_seed(seed)

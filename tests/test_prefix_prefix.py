@@ -7,8 +7,17 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from prefix_cases import NETS, assert_same_steps, assert_within_perturbation, freeze, images, one_step, pair, trained
-from torch import nn
+from prefix_cases import (
+    NETS,
+    assert_same_steps,
+    assert_within_perturbation,
+    freeze,
+    images,
+    one_step,
+    pair,
+    steps_until_installed,
+    trained,
+)
 
 from freezeout_ext.freezeout import FreezeOut
 from freezeout_ext.layers import find_layers
@@ -23,15 +32,6 @@ CHAINS = {"densenet", "wrn", "vgg", "resnet-18", "mobilenet"}
 
 def frontiers(name: str) -> list[int]:
     return list(range(1, len(find_layers(NETS[name]()))))
-
-
-def steps_until_installed(model: nn.Module, prefix: Prefix) -> None:
-    """Watched, and again where somebody looked at a value inside a chain."""
-    for seed in range(8):
-        if prefix.is_settled:
-            return
-        one_step(model, seed)
-    raise AssertionError(prefix.report())
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -151,75 +151,6 @@ def test_a_transition_adds_layers_and_a_thaw_takes_them_back(mode):
         assert report.units == report.of_units == num_frozen
 
 
-@pytest.mark.parametrize("mode", ["exact", "folded"])
-@pytest.mark.parametrize("batch", [6, 3])
-def test_a_chain_goes_on_while_the_layer_behind_it_is_watched(mode, batch):
-    plain = trained("vgg")
-    later = find_layers(plain)
-    _, model, prefix = pair(copy.deepcopy(plain), 3, mode)
-    steps_until_installed(model, prefix)
-    before = prefix._chains[0].runner
-    calls = before.calls
-    freeze(model, 4, prefix.layers), freeze(plain, 4, later)
-    prefix.freeze(4)
-    for seed, batch_size in enumerate((batch, 6)):
-        plain.load_state_dict(model.state_dict())
-        expected, found = one_step(plain, seed, batch_size), one_step(model, seed, batch_size)
-        torch.testing.assert_close(found["loss"], expected["loss"], rtol=0 if mode == "exact" else 1e-4, atol=0)
-        assert before.calls == calls + 1
-        report, runner = prefix.report(), prefix._chains[0].runner
-        assert (report.route, report.units, report.calls) == ("chain", 4, seed), report
-    # What eager takes of the first three layers is known for batches of 6.
-    assert (runner.trial.eager > before.trial.eager) if batch == 6 else (runner.trial.eager == [])
-
-
-class Turning(nn.Module):
-    """Runs its frozen layers otherwise once `how` is set."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two, self.three = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
-        self.head, self.how = nn.Linear(4, 10), None
-
-    def forward(self, x):
-        y = self.one(x)
-        if self.how == "changes the input":
-            x.mul_(2)
-        y = self.two(y)
-        if self.how == "writes between":
-            y.mul_(2)
-        if self.how == "runs twice":
-            y = self.two(self.one(x)) + y
-        return self.head(self.three(y).mean((2, 3)))
-
-
-@pytest.mark.parametrize("how, units", [
-    ("changes the input", 3), ("writes between", 3), ("runs twice", 1), ("other weights", 3), ("evaluates first", 3),
-])  # fmt: skip
-def test_a_chain_that_goes_on_otherwise_is_captured_anew(how, units):
-    model, names = Turning().train(), ["one", "two", "three", "head"]
-    plain = copy.deepcopy(model)
-    layers, later = find_layers(model, names), find_layers(plain, names)
-    freeze(model, 2, layers)
-    prefix = Prefix(model, layers, mode="folded", measure=False)
-    prefix.freeze(2)
-    steps_until_installed(model, prefix)
-    freeze(model, 3, layers), freeze(plain, 3, later)
-    prefix.freeze(3)
-    for net in (plain, model):
-        net.how = how
-        if how == "other weights":
-            net.one.weight.data.mul_(2)
-        if how == "evaluates first":
-            net.eval()(images()), net.train()
-    for seed in range(5):
-        plain.load_state_dict(model.state_dict())
-        expected, found = one_step(plain, seed), one_step(model, seed)
-        torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-4, atol=0)  # folding
-    report = prefix.report()
-    assert report.units == units and report.calls, report
-
-
 def test_close_frees_all_and_leaves_nothing_on_the_model():
     model = trained("wrn")
     layers = find_layers(model)
@@ -320,24 +251,6 @@ def test_weights_loaded_into_a_frozen_layer_are_noticed_and_the_prefix_is_rebuil
         plain.load_state_dict(model.state_dict())
         expected, found = one_step(plain, 5), one_step(model, 5)
         torch.testing.assert_close(found["output"], expected["output"], rtol=1e-4, atol=1e-4)  # folding
-
-
-@pytest.mark.parametrize("change", ["copy_", "data", "replaced"])
-def test_any_way_of_changing_a_frozen_tensor_is_noticed_at_the_next_call(change):
-    plain, model, prefix = pair(trained("vgg"), 3, "folded")
-    steps_until_installed(model, prefix)
-    for net in (plain, model):
-        bn = net.features[1].bn
-        with torch.no_grad():
-            if change == "copy_":
-                bn.running_mean.add_(1)
-            elif change == "data":
-                bn.weight.data = bn.weight.data * 3
-            else:
-                net.features[1].conv.weight = nn.Parameter(net.features[1].conv.weight * 2, requires_grad=False)
-    plain.load_state_dict(model.state_dict())
-    expected, found = one_step(plain, 5), one_step(model, 5)
-    assert torch.equal(expected["loss"], found["loss"])  # that call ran the modules as they are
 
 
 def test_evaluation_runs_the_chain_and_gives_what_the_modules_give():

@@ -36,12 +36,6 @@ def check(model: nn.Module, num_frozen: int = 2, mode: str = "exact", **options)
     return prefix
 
 
-def test_code_between_the_modules_runs_as_it_is():
-    prefix = check(Glue())
-    report = prefix.report()
-    assert report.route == "split" and report.units == report.of_units
-
-
 class Checkpointed(Glue):
     def forward(self, x):
         x = self.two(self.between(self.one(x)))
@@ -71,27 +65,6 @@ def test_frozen_blocks_under_checkpoint_run_as_a_chain():
     torch.manual_seed(1)
     prefix = check(CheckpointedBlocks(), 3)
     assert prefix.report().route == "chain"
-
-
-class Noise(Glue):
-    def between(self, x):
-        return F.relu(x) + 0.1 * torch.randn(6, 1, 1)
-
-
-def test_random_numbers_without_an_input_are_not_baked_in():
-    prefix = check(Noise())
-    assert prefix.report().route == "split"
-
-
-class Dropped(Glue):
-    def between(self, x):
-        return F.dropout(F.relu(x), 0.3, self.training)
-
-
-def test_dropout_in_front_of_a_frozen_layer_stays_random_and_behind_the_frontier():
-    prefix = check(Dropped(), 2)
-    report = prefix.report()
-    assert report.route == "split" and report.units == report.of_units
 
 
 class Growing(nn.Module):
@@ -124,86 +97,50 @@ def test_a_list_that_grows_after_it_was_handed_over(num_frozen):
     assert report.route == "split" and report.units == report.of_units and report.calls
 
 
-class DroppedHead(Glue):
-    def forward(self, x):
-        x = self.two(self.between(self.one(x)))
-        return self.head(F.dropout(self.three(x).mean((2, 3)), 0.5, self.training))
+class Counting(Glue):
+    """Its own code counts, draws, asks for values, and reads what changes."""
 
-
-def test_functional_dropout_behind_the_frontier_draws_what_it_would_have_drawn():
-    assert check(DroppedHead()).report().route == "split"
-
-
-class CountingBuffer(Glue):
-    def __init__(self):
+    def __init__(self, how="plain"):
         super().__init__()
-        self.register_buffer("count", torch.zeros(()))
+        self.how, self.count, self.seen, self.alpha = how, 0, [], 1.0
+        self.register_buffer("tensor", torch.zeros(()))
 
     def between(self, x):
-        self.count.add_(1)
-        return F.relu(x) * (1 + 0.01 * self.count)
+        return F.relu(x) * self.factor(x)
+
+    def factor(self, x):
+        if self.how == "buffer":
+            return 1 + 0.01 * self.tensor.add_(1)
+        if self.how == "buffer replaced":
+            self.tensor = self.tensor + 1
+            return 1 + 0.01 * self.tensor
+        if self.how == "attribute":
+            self.count += 1
+            return 1 + 0.01 * self.count
+        if self.how == "list":
+            self.seen.append(len(self.seen))
+            return 1 + 0.01 * len(self.seen)
+        if self.how == "random numbers":
+            return 1 + torch.randn(6, 1, 1)
+        if self.how == "dropout":
+            return F.dropout(torch.ones(6, 1, 1), 0.3, self.training)
+        if self.how == "values":
+            return 1 if x.mean() > 0 else 2
+        return self.alpha
 
 
-class CountingAttribute(Glue):
-    count = 0
-
-    def between(self, x):
-        self.count += 1
-        return F.relu(x) * (1 + 0.01 * self.count)
+CODE = ["plain", "buffer", "buffer replaced", "attribute", "list", "random numbers", "dropout", "values"]
 
 
-class CountingBufferReplaced(CountingBuffer):
-    def between(self, x):
-        self.count = self.count + 1
-        return F.relu(x) * (1 + 0.01 * self.count)
-
-
-class Appending(Glue):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def between(self, x):
-        self.seen.append(len(self.seen))
-        return F.relu(x) * (1 + 0.01 * len(self.seen))
-
-
-@pytest.mark.parametrize("kind", [CountingBuffer, CountingAttribute, CountingBufferReplaced, Appending])
-def test_what_the_forward_counts_it_goes_on_counting(kind):
-    model = kind()
-    prefix = check(model)
-    assert prefix.report().route == "split"
-    assert (model.count if hasattr(model, "count") else len(model.seen)) == 4
-
-
-class Scheduled(Glue):
-    alpha = 1.0
-
-    def __init__(self):
-        super().__init__()
-        self.alpha = 1.0
-
-    def between(self, x):
-        return F.relu(x) * self.alpha
-
-
-def test_an_attribute_that_changes_later_is_seen():
-    model = Scheduled().train()
-    plain, model, prefix = pair(model, 2, "exact")
+@pytest.mark.parametrize("how", CODE)
+def test_code_between_the_modules_runs_as_it_is(how):
+    plain, model, prefix = pair(Counting(how).train(), 2, "exact")
     assert_same_steps(plain, model)
-    assert prefix.report().route == "split"
+    report = prefix.report()
+    assert report.route == "split" and report.units == report.of_units and report.calls
     plain.alpha = model.alpha = 3.0
     assert_same_steps(plain, model)
-
-
-class Deciding(Glue):
-    def between(self, x):
-        return F.relu(x) if x.mean() > 0 else x
-
-
-def test_control_flow_on_values_is_not_traced():
-    prefix = check(Deciding())
-    assert prefix.report().route == "split"
+    assert (model.count, model.seen, model.tensor) == (plain.count, plain.seen, plain.tensor)
 
 
 class TrainingOnly(Glue):
@@ -316,40 +253,6 @@ def test_global_hooks_see_the_modules_run():
 # Values between the units of a chain
 
 
-class Peeking(nn.Module):
-    """A chain whose inner value a second branch uses, only once `peek` is set."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Sequential(*conv_bn(3, 6), nn.ReLU()), nn.Sequential(*conv_bn(6, 6), nn.ReLU())
-        self.side, self.head = nn.Conv2d(6, 6, 1), nn.Linear(6, 10)
-        self.peek = True
-
-    def forward(self, x):
-        x = self.one(x)
-        side = self.side(x) if self.peek and bool(x.sum() == x.sum()) else 0
-        return self.head((self.two(x) + side).mean((2, 3)))
-
-
-@pytest.mark.parametrize("mode", ["exact", "folded"])
-def test_a_value_inside_a_chain_that_another_module_uses_is_right_and_cuts_the_chain(mode):
-    model = Peeking().train()
-    layers = find_layers(model, ["one", "two", "side", "head"])
-    plain = copy.deepcopy(model)
-    for net in (plain, model):
-        freeze(net, 2, find_layers(net, ["one", "two", "side", "head"]))
-    prefix = Prefix(model, layers, mode=mode, measure=False)
-    prefix.freeze(2)
-    for seed in range(5):
-        expected, found = one_step(plain, seed), one_step(model, seed)
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=0 if mode == "exact" else 1e-3, atol=1e-6)
-    report = prefix.report()
-    assert report.route == "split"
-    assert report.units == 2
-    assert [len(chain.links) for chain in prefix._chains] == [1, 1]
-
-
 class Looking(nn.Module):
     """A model that looks at an inner value in some way between or behind the frozen units."""
 
@@ -409,6 +312,8 @@ def test_whoever_looks_at_an_inner_value_sees_that_of_eager(look, mode, since):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=0 if mode == "exact" else 1e-4, atol=1e-6)
     assert prefix.report().calls
+    cut = [2, 1] if look == "after the input changed" else [1, 1]  # behind the unit whose value was looked at
+    assert [len(chain.links) for chain in prefix._chains] == cut
 
 
 class Swapping(nn.Module):
@@ -625,28 +530,6 @@ def test_distributed_data_parallel_trains_the_same(tmp_path):
         del parallel
     finally:
         torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("mode", ["exact", "folded"])
-def test_a_number_of_a_frozen_module_that_changes_later_is_seen(mode):
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.gain = conv_bn(3, 6), 1.0
-
-        def forward(self, x):
-            return self.conv(x) * self.gain
-
-    model = nn.Sequential(
-        Scaled(), nn.Sequential(*conv_bn(6, 6)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10)
-    )
-    plain, model, prefix = pair(model.train(), 1, mode)
-    for gain in (1.0, 3.0):
-        plain[0].gain = model[0].gain = gain
-        for seed in range(3):
-            expected, found = one_step(plain, seed), one_step(model, seed)
-            torch.testing.assert_close(found["loss"], expected["loss"], rtol=0 if mode == "exact" else 1e-4, atol=0)
-        assert prefix.report().route == "chain"
 
 
 class Untraceable(nn.Module):

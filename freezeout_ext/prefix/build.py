@@ -35,7 +35,9 @@ class Builder:
         self.tolerance = TOLERANCE[names.get(self.half, mode) if self.half else mode]
 
     def build(self) -> tuple[Any, float]:
-        """-> the engine and its error. A unit that cannot be written as ops, or comes out wrong, is called as it is.
+        """-> the engine and its error.
+
+        A unit that cannot be written as ops, or comes out wrong, is called as it is.
 
         Raises:
             Refused: nothing here runs this mode on this device, or the engine is off.

@@ -1,4 +1,4 @@
-"""What the code of functions and classes names: globals, attributes, what is written; read from the bytecode."""
+"""What the code of functions and classes names, read from the bytecode: globals, attributes, what is written."""
 
 import dis
 import functools
@@ -28,7 +28,7 @@ LIST_WRITERS = {"append", "extend", "insert", "pop", "remove", "clear", "sort", 
 
 @dataclass(frozen=True)
 class Code:
-    """What a function's code names: attributes and strings, globals; whether it writes, and into what."""
+    """What a function's code names: attributes and strings, globals, imports, and into what the code writes."""
 
     names: frozenset[str]
     globals: frozenset[str]
@@ -119,7 +119,7 @@ def _codes(cls: type, *, torchs: bool = True) -> list[Code]:
 
 
 def entered(cls: type) -> set[str]:
-    """-> the methods of a class with which a call of a module begins; where forward is torch's, those that it names."""
+    """-> the methods of a class with which a call of a module begins, with those that a forward of torch's names."""
     own = of_user(cls)
     names = {name for name in ("__call__", "__getattr__") if any(name in vars(c) for c in own)} | {"forward"}
     torchs = next((c for c in cls.__mro__ if "forward" in vars(c)), nn.Module)
@@ -134,7 +134,7 @@ def asks(cls: type) -> str | None:
 
 
 def may_write_lists(cls: type) -> bool:
-    """Whether the forward of a class may change a list that it is given."""
+    """Whether the forward of a class may change a list among the arguments."""
     return any(code.adds_in_place or code.names & LIST_WRITERS for code in codes_of(cls))
 
 

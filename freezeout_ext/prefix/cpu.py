@@ -1,7 +1,7 @@
 """Ops on the CPU: oneDNN's fused convolutions on packed weights, channels-last.
 
-The fused convolutions are private to torch (torch._inductor uses them); where this torch lacks one, the plain
-convolution runs and `fallbacks` says so. Nothing is compiled at run time.
+The fused convolutions are private to torch (torch._inductor uses them). Where torch lacks one, the plain convolution
+runs and `fallbacks` says so. Nothing is compiled at run time.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ from .. import native
 from .engine import CHANNELS_LAST, Engine, Run, is_rows, pixel_stride
 from .program import Affine, Call, Conv, Program
 
-# A dense block's buffer is read and written whole by every layer: of this many images it stays in the cache, and below
-# the size from which malloc asks the system anew each time.
+# Each layer reads or writes a dense block's whole buffer. A buffer of this many images stays in the cache
+# (DenseNet-76-12, half its layers, batch 64, one thread: 0.8 of the time in one go).
 DENSE_IMAGES = 16
 
 
@@ -44,7 +44,7 @@ def unsupported_dtype(dtype: torch.dtype) -> str | None:
 
 
 class CpuEngine(Engine):
-    """(y,) = program(*inputs) on the CPU; see Engine."""
+    """(y,) = program(*inputs) on the CPU: see Engine."""
 
     def __init__(self, program: Program, **given: Any) -> None:
         super().__init__(program, **given)
@@ -55,7 +55,7 @@ class CpuEngine(Engine):
         self._fused = missing is None
         if missing is not None and any(isinstance(op, Conv) for op in program.ops):
             self.notes.append(f"convolutions run unfused: {missing}")
-        # One whose every image depends on that image alone, by the kinds of its ops.
+        # Whether each image of y depends on one image alone.
         apart = all(not isinstance(op, Call) or op.any_layout for op in program.ops) and len(program.inputs) == 1
         self._in_parts = bool(self.joined) and apart
 
@@ -86,9 +86,7 @@ class CpuEngine(Engine):
 
     def conv(self, op: Conv, state: Run) -> tuple[Tensor]:
         x = self.image(state.values[op.x])
-        conv: Any = op.module  # an nn.Conv2d, where it convolves
-        if not op.convolves:
-            return self.linear(op, *self._packed(op, x, packed=False), state)
+        conv: Any = op.module
         state.fresh.add(op.out)
         other = None if op.add is None else self.image(state.values[op.add])
         if not self._fused or x.dim() != 4:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import kernels
 from .cuda_conv import PLAIN, Constants, ConvCall, is_triton_conv
@@ -49,10 +49,10 @@ class PooledAffine(Op):
 
 
 class CudaEngine(Engine):
-    """(y,) = program(*inputs) on a GPU; see Engine. Sums and affines are float32.
+    """(y,) = program(*inputs) on a GPU: see Engine. Sums and affines are float32.
 
     Args:
-        ops: the kernels; tests give the references.
+        ops: the kernels. Tests give the references.
 
     Raises:
         Refused: the kernels do not compute in this dtype.
@@ -94,8 +94,7 @@ class CudaEngine(Engine):
 
     def name(self, op: Op) -> str:
         if isinstance(op, FusedConv):
-            sizes: Any = op.conv.module.kernel_size
-            kernel = "conv{}x{}".format(*sizes)
+            kernel = "conv{}x{}".format(*op.conv.module.kernel_size)
             name = "affine+relu+" * (op.before is not None) + super().name(op.conv).replace("conv", kernel)
             return name + " and affine+relu" * (op.after is not None)
         return "affine+relu+pool" if isinstance(op, PooledAffine) else super().name(op)
@@ -108,11 +107,11 @@ class CudaEngine(Engine):
         return (self.finish(*(self.run_plain(*inputs) if outputs is None else outputs)),)
 
     def run_plain(self, *inputs: Tensor) -> tuple[Tensor]:
-        """-> y; every convolution the way that needs no measurement."""
+        """-> y, every convolution by the way that needs no measurement."""
         return self.run(inputs, lambda call: PLAIN)[:1]
 
     def run_measured(self, *inputs: Tensor) -> tuple[Tensor]:
-        """-> y; every convolution the fastest way for its shape."""
+        """-> y, every convolution by the fastest way for its shape."""
         return self.run(inputs, ConvCall.way)[:1]
 
     def run(self, inputs: tuple[Tensor, ...], way: Any = None) -> tuple[Tensor, bool]:
@@ -136,7 +135,7 @@ class CudaEngine(Engine):
         x, conv, before = self.image(state.values[op.inputs()[0]]), op.conv, op.before
         if x.dim() != 4:
             raise TypeError(f"{type(conv.module).__name__} was given {x.dim()} dimensions, expected a batch of images")
-        assert isinstance(conv.module, nn.Conv2d) and state.way is not None  # see `fused` and `run`
+        assert state.way is not None  # see `run`
         call = ConvCall(
             ops=self.kernels,
             module=conv.module,
@@ -166,10 +165,6 @@ class CudaEngine(Engine):
         out = self.target(op.out, (n, c, h // 2, w // 2), state)
         return (self.kernels.affine_relu_avg_pool2x2(x, *self.affine_constants(op.affine), out=out),)
 
-    def conv(self, op: Conv, state: Run) -> tuple[Tensor]:
-        constants = self._constants(op)  # a linear: convolutions are fused ones
-        return self.linear(op, constants.weight, constants.bias_like, state)
-
     def _constants(self, op: Conv) -> Constants:
         if op.out not in self.weights:
             self.weights[op.out] = Constants.of(*op.folded(), self.dtype)
@@ -183,7 +178,7 @@ def fuse(program: Program) -> list[Op]:
     taken: set[int] = set()  # affines that run inside another op, by value
     ops: list[Op] = []
     for op in program.ops:
-        conv = op if isinstance(op, Conv) and op.convolves else None
+        conv = op if isinstance(op, Conv) else None
         value = _pooled(op) if conv is None else conv.x
         before = None if value is None else made.get(value)
         if not isinstance(before, Affine) or not before.relu or uses[before.out] != 1:

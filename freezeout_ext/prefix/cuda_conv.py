@@ -15,16 +15,16 @@ from ..kernels import Rows
 PLAIN, CUDNN = "plain", "cudnn"
 
 
-def is_triton_conv(module: nn.Module) -> bool:
+def is_triton_conv(module: nn.Conv2d) -> bool:
     """Whether the 1x1 and 3x3 kernels compute this convolution."""
-    if not isinstance(module, nn.Conv2d) or module.groups != 1 or module.stride[0] != module.stride[1]:
+    if module.groups != 1 or module.stride[0] != module.stride[1]:
         return False
     size, padding = module.kernel_size, module.padding
     return (size, padding) == ((1, 1), (0, 0)) or ((size, padding) == ((3, 3), (1, 1)) and module.dilation == (1, 1))
 
 
 class Constants(NamedTuple):
-    """The folded weight, channels-last [K, C, kh, kw] or [K, C]; the bias in float32, and in its dtype for cuDNN."""
+    """The folded weight, channels-last [K, C, kh, kw]; the bias [K] in float32, and in the weight's dtype."""
 
     weight: Tensor
     bias: Tensor | None
@@ -35,9 +35,8 @@ class Constants(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "Constants":
         k = weight.shape[0]
-        layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
         return cls(
-            weight.to(dtype).contiguous(memory_format=layout),
+            weight.to(dtype).contiguous(memory_format=torch.channels_last),
             None if bias is None else bias.float(),
             None if bias is None else bias.to(dtype),
             torch.ones(k, device=weight.device),
@@ -76,7 +75,7 @@ class ConvCall:
         return self._triton(way)
 
     def way(self) -> Hashable:
-        """The fastest way for this shape, layout and fusion, measured once in the process."""
+        """-> the fastest way for this shape, layout and fusion, measured once in the process."""
         ways = self.ways()
         if len(ways) == 1:
             return PLAIN

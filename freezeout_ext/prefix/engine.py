@@ -1,11 +1,10 @@
-"""The interpreter of Programs: y = program(*inputs); cpu.py and cuda.py are its two tables of ops."""
+"""The interpreter of Programs: y = program(*inputs). cpu.py and cuda.py are the two tables of ops."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .program import Add, Affine, Call, Cat, Conv, Op, Program, Ref, Relu, affine, map_tree
@@ -94,8 +93,7 @@ class Engine:
     def name(self, op: Op) -> str:
         relu = "+relu" * (getattr(op, "relu", False) is True)
         if isinstance(op, Conv):
-            kind = "conv" if op.convolves else "linear"
-            return kind + "+bn" * (op.scale is not None) + "+add" * (op.add is not None) + relu
+            return "conv" + "+bn" * (op.scale is not None) + "+add" * (op.add is not None) + relu
         if isinstance(op, Cat):
             return "cat in a block buffer" if op.out in self.joined else "cat"
         return type(op).__name__.lower() + relu
@@ -130,7 +128,7 @@ class Engine:
         return self.empty(shape, state) if placed is None else placed
 
     def place_of(self, value: int, shape: tuple[int, ...], state: Run) -> Tensor | None:
-        """-> the slice of a block's buffer where the value lies; None where the value lies in no block."""
+        """-> the slice of a block's buffer where the value lies, None where the value lies in no block."""
         if value not in self.places or len(shape) != 4:
             return None
         block, first, channels = self.places[value]
@@ -159,12 +157,6 @@ class Engine:
 
     def affine(self, op: Affine, state: Run) -> tuple[Tensor]:
         y = affine(self.image(state.values[op.x]), *self.affine_constants(op))
-        return (y.relu_() if op.relu else y,)
-
-    def linear(self, op: Conv, weight: Tensor, bias: Tensor | None, state: Run) -> tuple[Tensor]:
-        y = F.linear(self.image(state.values[op.x]), weight, bias)
-        y = y if op.add is None else y + self.image(state.values[op.add])
-        state.fresh.add(op.out)
         return (y.relu_() if op.relu else y,)
 
     def add(self, op: Add, state: Run) -> tuple[Tensor]:
@@ -201,7 +193,7 @@ class Engine:
         return (result,)
 
     def affine_constants(self, op: Affine) -> tuple[Tensor, Tensor]:
-        """-> scale, shift in float32, for half precision too; float64 where the modules are."""
+        """-> scale, shift in float32 also for half precision, in float64 where the modules are."""
         if op.out not in self.weights:
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
             self.weights[op.out] = (op.scale.to(wide), op.shift.to(wide))
@@ -257,8 +249,8 @@ def channels_of(program: Program) -> dict[int, int]:
     """-> the channels of the values that ops make, where the ops say them."""
     found: dict[int, int] = {}
     for op in program.ops:
-        if isinstance(op, Conv) and op.convolves:
-            found[op.out] = op.channels
+        if isinstance(op, Conv):
+            found[op.out] = op.module.out_channels
         elif isinstance(op, Affine):
             found[op.out] = op.scale.numel()
         elif isinstance(op, Cat) and all(x in found for x in op.xs):

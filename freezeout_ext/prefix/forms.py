@@ -33,7 +33,10 @@ class Form:
 
     @classmethod
     def of(cls, tree: Any, carried: Tensor | None, inputs: list[Tensor], new: Callable[[Tensor], object]) -> "Form":
-        """Of what was seen; `new` notes a tensor that is neither, as the next input, or raises.
+        """-> the form of what was seen.
+
+        Args:
+            new: called with a tensor that is neither. Notes the tensor as the next input, or raises.
 
         Raises:
             Refused: a leaf is neither a tensor nor a constant.
@@ -71,7 +74,7 @@ class Form:
         return tree_unflatten(values, self.spec)
 
     def match(self, tree: Any) -> list | None:
-        """-> the leaves of a tree of this form in which the constants are the same; None where it is another."""
+        """-> the leaves of a tree of this form in which the constants are the same, None for another tree."""
         found, spec = flatten(tree)
         if spec != self.spec:
             return None
@@ -84,7 +87,7 @@ class Form:
 
 
 def flatten(tree: Any) -> tuple[list, TreeSpec]:
-    """Tuples and lists are opened, and the dict of keyword arguments; other objects, which may change, are leaves."""
+    """Tuples, lists and the dict of keyword arguments are opened. Other objects, which may change, are leaves."""
     keywords = tree[1] if type(tree) is tuple and len(tree) == 2 and type(tree[1]) is dict else None
     return tree_flatten(tree, is_leaf=lambda node: type(node) not in (tuple, list) and node is not keywords)
 

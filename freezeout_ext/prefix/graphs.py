@@ -1,4 +1,4 @@
-"""A function as CUDA graphs, one for each shape of its inputs; the engine of mode "exact" is one of the modules."""
+"""A function as CUDA graphs, one for each shape of the inputs. The engine of mode "exact" runs the modules so."""
 
 import logging
 import warnings
@@ -30,7 +30,7 @@ def shape_key(inputs: tuple) -> Hashable:
 
 
 class Graphs:
-    """outputs = function(*inputs) from a CUDA graph of each shape that was seen twice in a row; else None.
+    """outputs = function(*inputs) from a CUDA graph of each shape that was seen twice in a row, else None.
 
     Attributes:
         refused: why there is no graph, by shape.
@@ -56,11 +56,11 @@ class Graphs:
     def __call__(
         self, function: Callable[..., tuple], inputs: tuple, prepare: Callable[[], object] | None = None
     ) -> tuple | None:
-        """-> the outputs in the graph's own memory, which the next call overwrites; None: run the function yourself.
+        """-> the outputs in the graph's own memory, which the next call overwrites. None: run the function yourself.
 
         Args:
             function: always the same one.
-            prepare: called once before a capture; raises where there must not be one.
+            prepare: called once before a capture. Raises where there must not be one.
         """
         if not on_gpu(inputs):
             return None
@@ -133,8 +133,8 @@ class _no_autocast_cache:
 class ExactEngine:
     """outputs = originals(*inputs), bit-equal to eager: on a GPU the same kernels without their launches.
 
-    Under autocast they cast their frozen float32 weights at every call. Kept casts would save 0.04 to 0.2 % of the
-    forward of half a net (DenseNet-76-12, WRN-40-4, VGG-16, batch 64, one CPU thread), so there are none.
+    Under autocast the modules cast their frozen weights at every call: 0.04 to 0.2 % of the forward of half a net
+    (DenseNet-76-12, WRN-40-4, VGG-16, batch 64, one CPU thread).
     """
 
     tolerance = 0.0

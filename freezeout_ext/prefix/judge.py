@@ -1,4 +1,4 @@
-"""Whether an engine is right and faster: its error against eager, its time against eager in turn."""
+"""Whether an engine is right and faster: the error against eager, the time in turn with eager."""
 
 import pickle
 import random
@@ -22,7 +22,7 @@ CLEAR = {1: 0.6, 2: 0.85}
 
 
 class Refused(Exception):
-    """This way of running the prefix is not used; the message says why."""
+    """This way of running the prefix is not used. The message says why."""
 
 
 def first_line(error: BaseException) -> str:
@@ -70,7 +70,7 @@ def _foreign_states() -> tuple:
 def signals_held() -> Iterator[None]:
     """Signals that come within the block are handled behind it.
 
-    A handler may raise (Ctrl-C, a timeout): inside a capture that would be taken for the capture's own failure, or
+    A handler may raise (Ctrl-C, a timeout). Inside a capture the error would be taken for the capture's own failure, or
     leave a module half restored.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -88,7 +88,7 @@ def signals_held() -> Iterator[None]:
 
 
 def error_of(x: Tensor, y: Tensor) -> float:
-    """max |x - y| / max |y|; 0 where NaN meets NaN; infinity where shapes, dtypes or whole numbers differ."""
+    """max |x - y| / max |y|. NaN beside NaN counts 0. Infinity where shapes, dtypes or whole numbers differ."""
     if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
         return float("inf")
     if bool(((x == y) | ((x != x) & (y != y))).all()):
@@ -104,7 +104,7 @@ class Trial:
     """Times eager and the engine in turn on real calls: eager wins unless the engine's median is smaller.
 
     Attributes:
-        shape: of the inputs of calls that are timed; None: that of the first call.
+        shape: of the inputs of calls that are timed. None: that of the first call.
         eager: seconds of each call.
         engine: seconds of each call.
         warm: whether the engine has run once on this shape.
@@ -143,7 +143,7 @@ def median(values: list[float]) -> float:
 
 
 class Runner:
-    """(y,) = engine(*inputs) or originals(*inputs), whichever the trial says; never a graph.
+    """(y,) = engine(*inputs) or originals(*inputs), whichever the trial says, never a graph.
 
     Attributes:
         calls: how often the engine ran.

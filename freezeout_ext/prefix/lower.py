@@ -1,8 +1,8 @@
 """Frozen modules in eval mode -> a Program.
 
 A BatchNorm on its running statistics is y = scale * x + shift with scale = weight / sqrt(var + eps) and
-shift = bias - mean * scale, in float64 here and cast once by the engine. Behind a convolution or linear it goes into
-the weights; elsewhere (BN-ReLU-conv) it stays an affine at the operand, since the padding is applied behind it.
+shift = bias - mean * scale, in float64 here and cast once by the engine. Behind a convolution the affine goes into the
+weights. Elsewhere (BN-ReLU-conv) an affine stays at the operand, since the padding comes behind the affine.
 """
 
 import copy
@@ -68,7 +68,7 @@ class Lowering:
 
     Attributes:
         program: is added to.
-        traces: of modules by what they are given; new ones are kept there.
+        traces: of modules by what they are given. New ones are kept there.
     """
 
     def __init__(self, program: Program) -> None:
@@ -113,8 +113,6 @@ class Lowering:
         """The op of a module of torch's, or of another class that is known by name."""
         emit, kind = self.program.emit, type(module)
         if kind is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            return emit(Conv, x=x.value, module=module)
-        if kind is nn.Linear:
             return emit(Conv, x=x.value, module=module)
         then = _norm_act(module)
         if (kind in NORMS or then) and module.running_mean is not None and not module.training:
@@ -174,7 +172,7 @@ class Lowering:
         raise Unlowerable("graph without output")
 
     def _function(self, node: fx.Node, args: tuple, kwargs: dict) -> tuple[Any, bool]:
-        """-> what the call gives, and whether it also changed its first argument."""
+        """-> what the call gives, and whether the call also changed its first argument."""
         target, emit = node.target, self.program.emit
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         if target is operator.getitem and isinstance(args[0], tuple | list | dict) and not isinstance(args[1], Ref):

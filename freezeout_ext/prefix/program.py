@@ -46,32 +46,19 @@ class Affine(Op):
 
 @dataclass
 class Conv(Op):
-    """y = relu?(conv(x) * scale[c] + shift[c] + add); `folded()` folds the scale and the shift into the weights.
-
-    The module is an nn.Conv2d with zero padding or an nn.Linear.
-    """
+    """y = relu?(conv(x) * scale[c] + shift[c] + add), the convolution padded with zeros."""
 
     READS = ("x", "add")
     x: int
-    module: nn.Conv2d | nn.Linear
+    module: nn.Conv2d
     scale: Tensor | None = None
     shift: Tensor | None = None
     add: int | None = None
     relu: bool = False
 
-    @property
-    def convolves(self) -> bool:
-        return isinstance(self.module, nn.Conv2d)
-
-    @property
-    def channels(self) -> int:
-        module = self.module
-        return module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
-
     def shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """-> that of the result for images x."""
         conv = self.module
-        assert isinstance(conv, nn.Conv2d)  # of images
         padding: Any = conv.padding  # numbers, by lowering
         geometry = zip(x.shape[2:], conv.kernel_size, conv.stride, padding, conv.dilation, strict=True)
         height, width = (
@@ -122,8 +109,7 @@ class Cat(Op):
 class Call(Op):
     """y = function(*args, **kwargs), values given as Ref inside args and kwargs.
 
-    The function of a module is the module's own forward: what is installed on the module is the engine that runs this
-    op.
+    The function of a module is the module's own forward. The one that is installed on the module runs the engine.
 
     Attributes:
         any_layout: the function may be given channels-last tensors.
@@ -178,7 +164,7 @@ class Program:
         return Ref(op.out)
 
     def uses(self) -> dict[int, int]:
-        """-> how often each value is read; the output counts as once more."""
+        """-> how often each value is read. The output is read once more."""
         found: dict[int, int] = dict.fromkeys(range(self.count), 0)
         for value in [v for op in self.ops for v in op.inputs()] + [self.output]:
             found[value] += 1
@@ -186,7 +172,7 @@ class Program:
 
 
 def map_tree(function: Callable[[Any], Any], tree: Any) -> Any:
-    """-> the arguments of a call with function(leaf) for each leaf; tuples, lists, dicts and slices are opened."""
+    """-> the arguments of a call with function(leaf) for each leaf. Tuples, lists, dicts and slices are opened."""
     kind = type(tree)
     if kind in (tuple, list):
         return kind(map_tree(function, item) for item in tree)
@@ -208,7 +194,7 @@ def refs(tree: Any) -> list[int]:
 
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """y = scale[c] * x[:, c] + shift[c] in the dtype of scale and shift, [C]; x [N, C, ...], y in its dtype."""
+    """y = scale[c] * x[:, c] + shift[c] in the dtype of scale and shift [C]. x is [N, C, ...], y has the dtype of x."""
     # Not F.batch_norm: some torch releases refuse an eps of 0.
     scale, shift = (v.view(-1, *[1] * (x.dim() - 2)) for v in (scale, shift))
     return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class PrefixReport:
-    """What runs the frozen prefix now; `str()` of it is for people.
+    """What runs the frozen prefix now, for people by `str()`.
 
     Attributes:
         route: "chain" (all frozen modules as one), "split" (in several chains, the model's own code between them),

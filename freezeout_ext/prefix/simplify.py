@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-from torch import nn
-
 from .program import Add, Affine, Call, Conv, Op, Program, Ref, Relu
 
 
@@ -19,8 +17,8 @@ def simplify(program: Program) -> Program:
 def _rewrite_pairs(program: Program, rewrite: Callable[[Op, Op], str]) -> None:
     """Calls rewrite(producer, op) where `op` alone uses what `producer` gives.
 
-    It returns "" (nothing done), "taken" (the producer now does both, at the op's place) or "swapped" (the op now
-    runs first and the producer uses what it gives).
+    The rewrite returns "" (nothing done), "taken" (the producer now does both, at the op's place) or "swapped" (the op
+    now runs first and the producer uses what the op gives).
     """
     uses = program.uses()
     ops: list[Op] = []
@@ -62,7 +60,7 @@ def _take_relu(made: Op, op: Op) -> str:
 def _take_add(made: Op, op: Op) -> str:
     if not isinstance(op, Add) or not isinstance(made, Conv) or made.relu or made.add is not None:
         return ""
-    if isinstance(made.module, nn.Linear) or op.a == op.b:
+    if op.a == op.b:
         return ""
     made.add = op.b if op.a == made.out else op.a
     made.relu, made.out = op.relu, op.out
@@ -71,7 +69,7 @@ def _take_add(made: Op, op: Op) -> str:
 
 def _pool_first(made: Op, op: Op) -> str:
     """pool(conv1x1(x)) = conv1x1(pool(x)): the convolution then runs on fewer pixels."""
-    if not (isinstance(made, Conv) and isinstance(op, Call) and op.averages and isinstance(made.module, nn.Conv2d)):
+    if not (isinstance(made, Conv) and isinstance(op, Call) and op.averages):
         return ""
     conv = made.module
     if made.relu or made.add is not None or conv.kernel_size != (1, 1) or conv.stride != (1, 1) or any(conv.padding):

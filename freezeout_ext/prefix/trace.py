@@ -1,4 +1,4 @@
-"""One module's forward, read by running it once on stand-ins for tensors; submodules are leaves.
+"""One module's forward, read by one run on stand-ins for tensors. Submodules are leaves.
 
 Nothing of torch is patched. During the run each submodule has a forward on the instance, which notes the call.
 Parameters, buffers, attributes and what is computed from these alone are constants of the trace: the guard compares
@@ -19,12 +19,12 @@ from .program import Ref, map_tree
 
 
 class Unlowerable(Exception):
-    """The module cannot be written as ops; it is called as it is."""
+    """The module cannot be written as ops. The engine calls the module as it is."""
 
 
 @dataclass
 class Trace:
-    """graph(*placeholders) of one forward; `modules` and `constants` by the targets of its nodes."""
+    """graph(*placeholders) of one forward, with modules and constants by the targets of nodes."""
 
     graph: fx.Graph
     modules: dict[str, nn.Module] = field(default_factory=dict)
@@ -77,7 +77,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
     """-> the trace of module.forward(*args, **kwargs), Refs in the arguments being what varies.
 
     Raises:
-        Unlowerable: it looks at values, draws random numbers, or writes.
+        Unlowerable: the forward looks at values, draws random numbers, or writes.
     """
     if question := asks(type(module)):
         raise Unlowerable(f"its forward asks {question}")
