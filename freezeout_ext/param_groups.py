@@ -104,6 +104,8 @@ class ParamGroups:
         Args:
             undo: what is called to take this back.
         """
+        if self.has_new():
+            self.adopt()
         if undo is not None:
             for group in self:
                 undo.callback(set_rate, group, float(group["lr"]))

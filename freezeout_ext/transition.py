@@ -121,11 +121,16 @@ class FrozenLayers:
             undo.pop_all()
 
     def move_to(self, count: int, step: int, *, by_hand: bool = False) -> Transition | None:
-        """Freezes or thaws until `count` layers are frozen; None where that is so already."""
+        """Freezes or thaws until `count` layers are frozen; None where that is so already.
+
+        Raises:
+            RuntimeError: a parameter of these layers is no longer the one that the optimizer has.
+        """
         if count == self.count:
             return None
         start, freezes, freed = time.perf_counter(), count > self.count, 0
         layers = self._layers[min(count, self.count) : max(count, self.count)]
+        self._check_in_place(layers)
         with ExitStack() as undo:
             for layer in layers:
                 if freezes:
@@ -152,6 +157,17 @@ class FrozenLayers:
                 hook(transition)
             undo.pop_all()
         return transition
+
+    def _check_in_place(self, layers: Iterable[Layer]) -> None:
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        for layer in layers:
+            for name, p in layer.parameters.items():
+                if now.get(name, p) is not p:
+                    raise RuntimeError(
+                        f"{name} of layer {layer.name} is another parameter than when FreezeOut was made (a module was "
+                        "replaced, or load_state_dict(assign=True) was called): the optimizer trains the old one; make "
+                        "optimizer and FreezeOut anew"
+                    )
 
     def close(self) -> None:
         """Thaws all layers. Those that came frozen follow model.train() again, and still need no gradient."""

@@ -405,3 +405,39 @@ def test_a_paused_model_has_no_hooks_and_can_be_scripted():
     assert torch.allclose(model(x), scripted(x), atol=1e-5)
     report = freezeout.prefix_report()
     assert report.num_frozen == freezeout.num_frozen
+
+
+HALF = [0.2] * (len(NAMES) - 1) + [1]
+
+
+def assigned(layer):
+    for module in layer.modules.values():
+        module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("move", ["step", "freeze_to", "thaw_to"])
+def test_a_transition_of_parameters_that_were_replaced_is_an_error_that_changes_nothing(move):
+    model = small_net()
+    freezeout = FreezeOut(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=10, milestones=HALF)
+    if move == "thaw_to":
+        freezeout.freeze_to(3)
+    assigned(freezeout.layers[1])
+    frozen = freezeout.num_frozen
+    calls = {"step": lambda: [freezeout.step() for _ in range(3)], "freeze_to": lambda: freezeout.freeze_to(2),
+             "thaw_to": lambda: freezeout.thaw_to(1)}  # fmt: skip
+    with pytest.raises(RuntimeError, match=rf"of layer {freezeout.layers[1].name} is another parameter than when"):
+        calls[move]()
+    assert freezeout.num_frozen == frozen and freezeout.step_count == (1 if move == "step" else 0)
+    freezeout.close()
+
+
+def test_a_group_that_is_added_right_before_a_transition_or_close_is_adopted():
+    model, added = small_net(), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freezeout = FreezeOut(model, optimizer, total_steps=10, milestones=HALF)
+    optimizer.add_param_group({"params": [added], "lr": 0.5})
+    freezeout.freeze_to(3)
+    assert not optimizer.param_groups[-1]["frozen"] and optimizer.param_groups[-1]["lr"] == 0.5
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.25})
+    freezeout.close()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5, 0.25]

@@ -17,6 +17,7 @@ from .files import claim, decided
 from .forwards import Forwards
 from .frontier import through
 from .generations import Generations
+from .guard import unseen
 from .keys import Keys, checked_keys
 from .loader import CacheLoader
 from .moves import Moves
@@ -92,6 +93,8 @@ class FeatureCache:
         if limit is not None:
             check_count("limit", limit, 1)
         check_kind("store", store, (str, os.PathLike), '"device", "host" or a path')
+        if not os.fspath(store):
+            raise ValueError('store must be "device", "host" or a path, got an empty one')
         check_count("seed", seed, -(2**63), 2**63 - 1)
         check_flag("measure", measure)
         self.views = Views(dataset, views, seed)
@@ -232,7 +235,9 @@ class FeatureCache:
         if self._freezeout is not None:
             raise ValueError("cache must be of one FreezeOut: close() the other one first, or make another cache")
         self._freezeout, self._kept.model = freezeout, freezeout.model
-        self._paused = getattr(getattr(freezeout, "_prefix", None), "paused", nullcontext)
+        prefix = getattr(freezeout, "_prefix", None)
+        self._paused = getattr(prefix, "paused", nullcontext)
+        self._kept.changes = getattr(prefix, "changes", unseen)
 
     def detach(self) -> None:
         """FreezeOut was closed: nothing is frozen any more."""

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +45,9 @@ class Files:
         self._fingerprint = fingerprint
         said = self._described(layout)
         described = self.folder / "store.json"
-        found = json.loads(described.read_text()) if described.exists() else None
+        found = read_json(described, dict)
         # None: nothing was there.
-        self.was_emptied: bool | None = None if found is None else not _holds(found, said)
+        self.was_emptied: bool | None = None if found is None else not self._holds(found, layout)
         if found is None or self.was_emptied:
             for path in self.folder.iterdir():
                 if path.name != "lock":
@@ -60,10 +61,10 @@ class Files:
         except BaseException:
             self._lock.close()
             raise
-        if found != said:
+        if found != said or self.was_emptied:
             write_whole(described, json.dumps(said))
         scales = self.folder / "scales.json"
-        self.scales: dict = json.loads(scales.read_text()) if scales.exists() else {}
+        self.scales: dict = read_json(scales, dict) or {}
         self._journal = open(self.folder / "rows", "ab")  # noqa: SIM115
         self.entries = self._read_journal()
         self._pending: list[Tensor] = []
@@ -121,6 +122,16 @@ class Files:
         self._journal.close()
         self._lock.close()
 
+    def _holds(self, found: dict, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> bool:
+        """Whether files described as `found` are whole, and become files of this layout by growing."""
+        if found.keys() != {"fingerprint", "layout"} or not _grows_to(found, self._described(layout)):
+            return False
+        for i, ((shape, _), (_, dtype)) in enumerate(zip(found["layout"], layout, strict=True)):
+            path, size = self.folder / f"column-{i}", _nbytes(shape, dtype)
+            if size and not (path.exists() and path.stat().st_size >= size):
+                return False  # a copy that was cut off
+        return True
+
     def _described(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> dict:
         return {"fingerprint": self._fingerprint, "layout": [[list(shape), str(dtype)] for shape, dtype in layout]}
 
@@ -166,7 +177,7 @@ class Files:
         return torch.tensor(entries, dtype=torch.int64, device="cpu").view(-1, 4)
 
 
-def _holds(found: dict, said: dict) -> bool:
+def _grows_to(found: dict, said: dict) -> bool:
     """Whether files of the layout `found` become files of the layout `said` by growing."""
     longer = [one[0][:1] <= two[0][:1] for one, two in zip(found["layout"], said["layout"], strict=False)]
     units = [[[layout[0][1:], layout[1]] for layout in each["layout"]] for each in (found, said)]
@@ -180,9 +191,26 @@ def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return count
 
 
+def read_json(path: Path, kind: type) -> Any:
+    """-> what a file holds, None where there is no file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"store must hold what was written there, {path} is damaged: delete its folder") from error
+    if not isinstance(found, kind):
+        raise ValueError(f"store must hold what was written there, {path} is damaged: delete its folder")
+    return found
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all."""
-    fresh = path.with_suffix(".new")
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")  # another process may write it too
     with open(fresh, "w") as file:
         file.write(text)
         file.flush()
@@ -198,19 +226,18 @@ def claim(folder: Path, described: dict) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / VIEWS
-    found = json.loads(path.read_text()) if path.exists() else described
+    found = read_json(path, dict) or described
     if found != described:
         differ = ", ".join(k for k in described if found.get(k) != described[k])
         raise ValueError(
             f"store must be of the same views, {folder} differs in {differ}: it is of {found}, here {described}"
         )
-    path.write_text(json.dumps(described))
+    write_whole(path, json.dumps(described))
 
 
 def decided(folder: Path) -> dict | None:
     """-> what was decided for the folder's rows, None where nothing was decided."""
-    path = folder / DECISION
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(folder / DECISION, dict)
 
 
 def decide(folder: Path, decision: dict) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .filling import Filling
+from .frontier import shapes_of
 from .generations import Generation, Generations
 from .keys import Unread
 from .moves import Moves
@@ -180,9 +181,17 @@ class Forwards:
         if now is not None and now.frontier.autocast != autocast_state(self._kept.device):
             self._note("a forward under another autocast than the one that was watched ran as ever")
             now = None
+        elif now is not None and self._is_of_another_shape(now, args, kwargs):
+            self._note("a forward over samples of another shape than those that were watched ran as ever")
+            now = None
         if now is None:
             return self._as_ever(original, args, kwargs, absent)
         return self._from_kept(now, original, args, kwargs, keys, absent)
+
+    def _is_of_another_shape(self, now: Generation, args: tuple, kwargs: dict) -> bool:
+        """Whether rows of samples of this shape may be others. Of padded samples they are not."""
+        padded = now.frontier.length is not None or self.filling.lengths_of(kwargs) is not None
+        return not padded and now.frontier.shapes != shapes_of(args, kwargs)
 
     def _from_kept(self, now: Generation, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
         have = now.store.has(keys)

@@ -30,6 +30,7 @@ class Frontier:
     sliceable: whether nothing that trains runs before the last kept output.
     states: tensors of the model outside frozen modules that went into kept outputs.
     length: what dimension 1 of padded tensors was in the forward that was watched, None where nothing is padded.
+    shapes: of the model's inputs, see `shapes_of`.
     """
 
     num_frozen: int
@@ -45,6 +46,7 @@ class Frontier:
     states: dict[str, Tensor]
     batch_size: int
     length: int | None
+    shapes: list
     dense: set[tuple[int, int]] = field(default_factory=set)
     _poisons: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
@@ -83,6 +85,7 @@ class Frontier:
             states=dict(watch.states),
             batch_size=batch_size,
             length=length if any(column.padded for column in columns) else None,
+            shapes=shapes_of(args, kwargs),
             dense={(s[1], s[2]) for s in watch.mutated if s[0] == "call"},
         )
 
@@ -182,6 +185,11 @@ class Frontier:
                 shape[1:] = [length if size == self.length else size for size in shape[1:]]
             made = self._poisons[key] = poison(shape, like.dtype, device)
         return made.clone() if (call, leaf) in self.dense else made.detach()
+
+
+def shapes_of(args: tuple, kwargs: Mapping) -> list:
+    """-> the shape of a sample of each of the model's inputs."""
+    return [tuple(x.shape[1:]) if isinstance(x, Tensor) else None for x in tree_leaves((args, kwargs))]
 
 
 def sliced(tree: Any, rows: Tensor, batch_size: int) -> Any:

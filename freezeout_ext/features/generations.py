@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .columns import Column, row_bytes_of
 from .frontier import Frontier
-from .guard import Guard, fingerprint
+from .guard import Changes, Guard, fingerprint, unseen
 from .probe import padded_length
 from .room import ensure_room, room_for
 from .store import Store
@@ -75,6 +75,7 @@ class Generations:
         self.rank, self.world_size = 0, 1
         self.items: Store | None = None
         self.model: nn.Module | None = None
+        self.changes: Changes = unseen
         self._first: tuple[nn.Module, Tensor] | None = None
         self._all: list[Generation] = []
 
@@ -156,7 +157,8 @@ class Generations:
         length = frontier.length or 0
         row_bytes = row_bytes_of(frontier.columns, length)
         rows = self._rows(row_bytes)
-        guard = Guard(frontier.modules, {name: _place(self.attached, name) for name in frontier.states})
+        states = {name: _place(self.attached, name) for name in frontier.states}
+        guard = Guard(frontier.modules, states, self.changes)
         folder = None if self.folder is None else self.part() / f"frozen-{frontier.num_frozen}"
         of = "" if folder is None else f"{frontier.names} {frontier.autocast} {fingerprint(guard.tensors())}"
         store = Store(
@@ -214,7 +216,7 @@ class Generations:
             changed = generation.guard.changed(thorough=thorough)
             if changed is not None:
                 behind = f"what was kept behind {generation.frontier.num_frozen} layers"
-                self._note(f"{changed} was changed: {behind} was dropped")
+                self._note(f"{changed}: {behind} was dropped")
                 generation.store.clear()  # a folder must not bring it back
                 self._drop(generation)
 

@@ -1,27 +1,40 @@
 """Guard: whether the weights that kept features were computed with are still what they were, by value."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 CHUNK = 2**17
+Changes = Callable[[nn.Module], Callable[[], str | None]]
+
+
+def unseen(module: nn.Module) -> Callable[[], str | None]:
+    """Nothing is known of what a module reads besides its tensors."""
+    return lambda: None
 
 
 class Guard:
     """Compares identities, addresses and versions at every call, and the values of what those say may have changed.
+
+    Forwards and hooks are compared too, and by `changes` all else that a module's forward reads.
 
     `thorough` compares all values: `p.data.copy_()` leaves version and address as they are.
 
     Args:
         modules: name -> module; all below them is guarded.
         states: name -> (table, key) of further tensors.
+        changes: gives, for a module, a function that says what was changed of it besides its tensors.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], states: Mapping[str, tuple[dict, str]]) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], states: Mapping[str, tuple[dict, str]], changes: Changes = unseen
+    ) -> None:
         self.modules = dict(modules)
+        self._changes = [changes(module) for module in modules.values()]
+        self._forwards = self._own_forwards()
         inside = [
             (f"{name}.{inner}" if inner else name, m)
             for name, top in modules.items()
@@ -43,21 +56,33 @@ class Guard:
             yield name, table[key]
 
     def changed(self, *, thorough: bool = False) -> str | None:
-        """-> the name of what has other values than at first, None if nothing has."""
+        """-> what is no longer as it was at first, None if nothing is."""
+        hooks = torch.nn.modules.module
+        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+            return "a global module hook is registered"
+        if any(new is not old for new, old in zip(self._own_forwards(), self._forwards, strict=True)):
+            return "the forward of a frozen module was replaced"
+        if reason := next((reason for ask in self._changes if (reason := ask())), None):
+            return reason
         now = self._now()
         if now == self._quick and not thorough:
             return None
         if now[1] != self._quick[1]:
-            return "a submodule"
+            return "a submodule was replaced"
         found = dict(self.tensors())
         if found.keys() != self._sums.keys():
-            return next(iter(found.keys() ^ self._sums.keys()))
+            return f"{next(iter(found.keys() ^ self._sums.keys()))} was changed"
         suspects = found if thorough else dict(self._differing(now[0], found))
         for name, t in suspects.items():
             if not torch.equal(_checksum(t).cpu(), self._sums[name].cpu()):
-                return name
+                return f"{name} was changed"
         self._quick = now
         return None
+
+    def _own_forwards(self) -> list:
+        """-> the forwards that the user has put on the instances."""
+        found = (vars(module).get("forward") for module in self.modules.values())
+        return [None if type(f).__module__.startswith(__package__.split(".")[0]) else f for f in found]
 
     def _differing(self, now: list, found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for old, new, (name, t) in zip(self._quick[0], now, found.items(), strict=True):

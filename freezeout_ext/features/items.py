@@ -54,8 +54,25 @@ class Items:
             self._store = self._serving.item_store(columns, self._serving.views.num_keys)
             self._off = self._store is None
         if self._store is not None:
+            self._compare(keys, leaves)
             kept = keys >= 0
             self._store.put(keys[kept], [leaves[i][kept] for i in self._kept])
+
+    def _compare(self, keys: Tensor, leaves: list[Tensor]) -> None:
+        """
+        Raises:
+            RuntimeError: an entry that was read anew is not what was kept.
+        """
+        assert self._store is not None  # see `learn`
+        known = self._store.has(keys)
+        for i, row in zip(self._kept, self._store.gather(keys[known]) if bool(known.any()) else (), strict=False):
+            same = (row == leaves[i][known]) | ((row != row) & (leaves[i][known] != leaves[i][known]))
+            if not bool(same.all()):
+                sample = int(self._serving.views.samples(keys[known][~same.view(len(same), -1).all(1)][0]))
+                raise RuntimeError(
+                    f"kept targets (or other entries) of sample {sample} differ from the same view read anew: the data "
+                    "set was changed; make a new cache"
+                )
 
     def merge(self, keys: Tensor, skipped: Tensor, found: Any) -> Any | None:
         """What was found, kept entries and poison for the rest, as one batch; None where their shapes differ."""
@@ -72,7 +89,8 @@ class Items:
             if some is None:
                 whole.append(rows[i] if i in rows else poison((len(keys), *like.shape), like.dtype, like.device))
                 continue
-            if i in rows and some.shape[1:] != like.shape:
+            if some.shape[1:] != like.shape:
+                self._store, self._off = None, True  # see `learn`
                 return None
             full = poison((len(keys), *some.shape[1:]), some.dtype, some.device).clone()
             full[~skipped] = some

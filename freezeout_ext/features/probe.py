@@ -249,11 +249,21 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Buffers, such as running statistics of layers that train, are afterwards what they were before."""
+    """Buffers, such as running statistics of layers that train, are afterwards what they were before.
+
+    Inside, hooks that only observe, such as those that watch the order of execution, are not called.
+    """
     kept = [(b, b.clone()) for b in model.buffers()]
+    tables = [(t, dict(t)) for m in model.modules() for t in (m._forward_hooks, m._forward_pre_hooks) if t]
+    for table, hooks in tables:
+        for key in [key for key, hook in hooks.items() if getattr(hook, "observes_only", False)]:
+            del table[key]
     try:
         yield
     finally:
+        for table, hooks in tables:
+            table.clear()
+            table.update(hooks)
         for b, value in kept:
             # Through .data: the graph of the watched forward must not see a newer version.
             if not torch.equal(b, value):

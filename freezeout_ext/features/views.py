@@ -125,11 +125,16 @@ class Views:
         return digest.hexdigest()
 
     def check(self) -> None:
-        """Reads one sample twice with the same seeds.
+        """Reads one sample twice with the same seeds, once.
 
         Raises:
-            ValueError: the two differ.
+            ValueError: the two differ, or the data set is no longer as long as it was.
         """
+        if len(self.dataset) != self.num_samples:
+            raise ValueError(
+                f"dataset must keep its length, it had {self.num_samples} samples and has {len(self.dataset)} now: "
+                "make a new cache"
+            )
         if self.batched or not self.num_samples or self._checked:
             return
         self._checked = True

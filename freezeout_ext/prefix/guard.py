@@ -32,14 +32,17 @@ class Guard:
     - of each tensor the address, shape, strides, dtype, requires_grad, and each byte. `p.data.copy_()` leaves no other
       trace. An engine that reads the tensors at each call needs no bytes: `drop_values`.
 
+    Args:
+        tensors: False compares none.
+
     Raises:
         Refused: the module writes, reads what cannot be compared, or is no constant function of its input.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, tensors: bool = True) -> None:
         if reason := _inconstant(module):
             raise Refused(reason)
-        reads = read(module)
+        reads = read(module, tensors=tensors)
         self.modules = reads.modules
         self._hooks = [getattr(m, name) for m in self.modules for name in HOOKS]
         self._sources, self._sized, self._tensors = reads.sources, reads.sized, reads.tensors

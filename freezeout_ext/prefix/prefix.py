@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from ..attach import OwnForward, TransientHook
 from .build import MODES, Builder
 from .chain import Chain, Unit, Units
 from .code import asks_identity
-from .guard import HOOKED, STALE
+from .guard import HOOKED, STALE, Guard
 from .judge import Refused, Runner, Trial, first_line, median, shapes_of, signals_held
 from .report import PrefixReport
 from .watch import Recorder, Segment
@@ -109,6 +109,16 @@ class Prefix:
             yield
         finally:
             self._paused -= 1
+
+    def changes(self, module: nn.Module) -> Callable[[], str | None]:
+        """-> a function that says what was changed of a frozen module since now, but for its tensors.
+
+        Of a module whose code cannot be read it says nothing.
+        """
+        try:
+            return Guard(module, tensors=False).broken
+        except Exception:  # what a stranger's module holds is not known
+            return lambda: None
 
     def close(self) -> None:
         """Frees everything and gives the modules their own forwards back."""

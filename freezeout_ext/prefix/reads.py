@@ -59,24 +59,38 @@ class Reads:
     tensors: list[Tensor] = field(default_factory=list)
 
 
-def read(unit: nn.Module) -> Reads:
+def read(unit: nn.Module, *, tensors: bool = True) -> Reads:
     """-> all that the forward of the unit can read.
+
+    Args:
+        tensors: False leaves parameters, buffers and other tensors out, and of foreign objects (a config) all that no
+            code names: a trainer writes there.
 
     Raises:
         Refused: it writes, draws random numbers that are not torch's, or reads what cannot be compared.
     """
     reader = _Reader(unit)
-    for module in reader.found.modules:
-        reader.module(module)
+    reader.read()
+    if not tensors:
+        reader = _Reader(unit, without=("_parameters", "_buffers"), named=reader.names)
+        reader.read()
+        reader.found.tensors.clear()
     return reader.found
 
 
 class _Reader:
-    def __init__(self, unit: nn.Module) -> None:
+    def __init__(self, unit: nn.Module, without: tuple[str, ...] = (), named: set[str] | None = None) -> None:
         self.unit = unit
+        self.names: set[str] = set()  # that any code has named
+        self._named = named
+        self._without = (STATE_DICT_ONLY, *without)
         self.found = Reads(list(unit.modules()))
         self._inside = set(self.found.modules)
         self._seen: dict[Any, Any] = {}
+
+    def read(self) -> None:
+        for module in self.found.modules:
+            self.module(module)
 
     def module(self, module: nn.Module) -> None:
         cls = type(module)
@@ -84,7 +98,8 @@ class _Reader:
         needs_all = of_torch(cls) or bool(names & DYNAMIC)
         # What is installed on the unit itself is the engine.
         attributes = {k: v for k, v in vars(module).items() if k != "forward" or module is not self.unit}
-        attributes.pop(STATE_DICT_ONLY, None)
+        for key in self._without:
+            attributes.pop(key, None)
         # What the forward names comes first: it must not be lost with an attribute that holds it too.
         self._attributes(vars(module), attributes, f"a {cls.__name__}", lambda key: needs_all or key in names)
 
@@ -138,6 +153,7 @@ class _Reader:
         """-> the names that a function's code reads; what it reads of globals and closures is noted."""
         code, where = code_of(function.__code__), function.__qualname__
         names = set(code.names | (code.globals & (DYNAMIC | ASKS)))
+        self.names |= names
         if ("code", id(function)) in self._seen:
             return names
         self._seen["code", id(function)] = function
@@ -208,8 +224,10 @@ class _Reader:
         elif isinstance(value, functools._lru_cache_wrapper):
             self.value(value.__wrapped__, where, code)
         elif type(value).__module__.split(".")[0] in OBJECTS_OF or _pure_op(value):
-            table = getattr(value, "__dict__", {})
-            self._attributes(table, dict(table), where, lambda key: False)
+            table, named = getattr(value, "__dict__", {}), self._named
+            self._attributes(table, {k: v for k, v in table.items() if named is None or k in named}, where, _no)
+            if named is not None:
+                self.found.sized.pop()
         elif isinstance(getattr(value, "__dict__", None), dict) and _is_all_in_dict(type(value)):
             self._class(type(value), {"__call__", "__getattr__"} | set(code.names if code else ()))
             self._attributes(vars(value), dict(vars(value)), where, lambda key: True)
@@ -246,6 +264,10 @@ class _Reader:
             raise Refused(f"{where} is the module {module.__name__}")
         for name in names & vars(module).keys():
             self.value(vars(module)[name], f"{module.__name__}.{name}", code)
+
+
+def _no(key: str) -> bool:
+    return False
 
 
 def _parts(value: Any) -> tuple:
