@@ -22,7 +22,7 @@ from freezeout_ext.planner import (
     steps_within,
     suggest_t_0,
 )
-from freezeout_ext.planner.costs import phases
+from freezeout_ext.planner.costs import Tail, phases
 from freezeout_ext.planner.marks import LayerMarks
 
 COSTS = StepCosts(
@@ -80,13 +80,13 @@ def test_phases_cover_the_run_also_where_a_milestone_lies_in_its_last_step():
 def test_a_tail_thaws_to_the_end_of_the_run_and_costs_what_its_layers_do():
     rule = {"t_0": 0.4, "how_scale": "linear"}  # milestones 40 and 70 of 100
     schedule = Schedule(3, 100, **rule)
-    assert list(phases(schedule, (80, 0))) == [(0, 40), (1, 30), (2, 10), (0, 20)]
-    assert list(phases(schedule, (60, 0))) == [(0, 40), (1, 20), (0, 40)]  # the second layer never freezes
-    assert list(phases(schedule, (30, 0))) == [(0, 30), (0, 70)]
-    assert predict(COSTS, schedule, (80, 1)).cost == pytest.approx(
+    assert list(phases(schedule, Tail(80, 0))) == [(0, 40), (1, 30), (2, 10), (0, 20)]
+    assert list(phases(schedule, Tail(60, 0))) == [(0, 40), (1, 20), (0, 40)]  # the second layer never freezes
+    assert list(phases(schedule, Tail(30, 0))) == [(0, 30), (0, 70)]
+    assert predict(COSTS, schedule, Tail(80, 1)).cost == pytest.approx(
         40 * COSTS.step(0) + 30 * COSTS.step(1) + 10 * COSTS.step(2) + 20 * COSTS.step(1)
     )
-    with_tail = suggest_t_0(COSTS, 0.2, how_scale="linear", total_steps=100, tail=(80, 0))
+    with_tail = suggest_t_0(COSTS, 0.2, how_scale="linear", total_steps=100, tail=Tail(80, 0))
     assert with_tail.t_0 < suggest_t_0(COSTS, 0.2, how_scale="linear", total_steps=100).t_0
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from freezeout_ext import Schedule
+from freezeout_ext.planner.costs import Tail
 from freezeout_ext.tasks import Task
 from freezeout_ext.tasks.device_data import DeviceData
 from freezeout_ext.training.arms import Arm
 from freezeout_ext.training.config import BadInput, TrainConfig, parsed_thaw
-from freezeout_ext.training.course import Length, Tail, freezing_options, has_whole_steps, tail_of
+from freezeout_ext.training.course import Length, freezing_options, has_whole_steps, tail_of
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run import Run
 from freezeout_ext.training.tables import run_summary, transition_line

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..schedule import Schedule
 
@@ -148,30 +148,27 @@ class Suggestion:
     saving: float
 
 
-Tail = tuple[int, int]
+class Tail(NamedTuple):
+    """From `step` on only the first `num_frozen` layers are frozen, and no further layer freezes."""
+
+    step: int
+    num_frozen: int
 
 
 def phases(schedule: Schedule, tail: Tail | None = None) -> Iterator[tuple[int, int]]:
-    """(num_frozen, steps) of each stretch of the run between two transitions.
-
-    Args:
-        tail: (step, num_frozen). From that step on at most num_frozen layers are frozen, and no further one freezes.
-    """
-    end = schedule.total_steps if tail is None else tail[0]
+    """(num_frozen, steps) of each stretch of the run between two transitions."""
+    end = schedule.total_steps if tail is None else tail.step
     starts = [0]
     while (step := schedule.next_milestone(starts[-1])) is not None and step < end:
         starts.append(step)
     for start, stop in pairwise([*starts, end]):
         yield schedule.num_frozen(start), stop - start
     if tail is not None:
-        yield min(tail[1], schedule.num_frozen(starts[-1])), schedule.total_steps - end
+        yield min(tail.num_frozen, schedule.num_frozen(starts[-1])), schedule.total_steps - end
 
 
 def predict(costs: StepCosts, schedule: Schedule, tail: Tail | None = None) -> Prediction:
     """What `schedule` would save of a run whose steps cost `costs`.
-
-    Args:
-        tail: see `phases`.
 
     Raises:
         ValueError: `schedule` and `costs` have different numbers of layers.
@@ -207,7 +204,6 @@ def suggest_t_0(
 
     Args:
         wanted: a fraction in (0, 1).
-        tail: see `phases`.
         schedule: total_steps and further arguments of `Schedule`.
     """
     if not 0 < wanted < 1:

@@ -30,7 +30,7 @@ class Plan:
         costs: of a step.
         schedule: total_steps, warmup_steps and max_transitions, as for `Schedule`.
         predictions: one for each schedule.
-        tail: the tail that thaws, see `costs.phases`; None where nothing thaws.
+        tail: that thaws; None where nothing does.
     """
 
     costs: StepCosts

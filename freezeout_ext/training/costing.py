@@ -91,10 +91,7 @@ def plan_of(
 ) -> Plan:
     """The plan of a run of `config` and that length, for every t_0 and how_scale."""
     options = schedule_options(config, length, costs.layers)
-    tail = tail_of(config, length, costs.layers)
-    return plan_from_costs(
-        costs, options, t_0s, how_scales, tail=None if tail is None else (tail.step, tail.num_frozen)
-    )
+    return plan_from_costs(costs, options, t_0s, how_scales, tail=tail_of(config, length, costs.layers))
 
 
 def _batch(trainer: Trainer) -> tuple[Batch, Batch]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..planner.costs import Tail
 from ..schedule import Schedule
 from .config import TrainConfig, parsed_thaw
 
@@ -33,14 +34,6 @@ class Length:
     def end_of(self, epoch: int) -> int:
         """Steps done at the end of epoch 1, 2, ..."""
         return min(epoch * self.steps_per_epoch, self.total_steps)
-
-
-@dataclass(frozen=True)
-class Tail:
-    """From `step` on only the first `num_frozen` layers are frozen, and no further layer freezes."""
-
-    step: int
-    num_frozen: int
 
 
 def tail_of(config: TrainConfig, length: Length, layers: Sequence[str]) -> Tail | None:
