@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from freezeout_ext import Schedule
+from freezeout_ext import Layer, Layers, Schedule
 from freezeout_ext.planner.costs import Tail
 from freezeout_ext.tasks import Task
 from freezeout_ext.tasks.device_data import DeviceData
@@ -17,7 +17,7 @@ from freezeout_ext.training.run import Run
 from freezeout_ext.training.tables import run_summary, transition_line
 from freezeout_ext.training.trainer import Trainer
 
-LAYERS = ("a", "b", "c", "d")
+LAYERS = Layers([Layer(name, {}, {}, ()) for name in "abcd"])
 BASE = TrainConfig(data="made", model="own", batch_size=8, optimizer="adamw", threads=1, device="cpu", steps=20)
 HALF = replace(BASE, method="no-anneal", start_frozen=2, t_0=1.0)
 
@@ -60,9 +60,11 @@ def test_a_tail_must_lie_inside_the_run_and_thaw_something():
     length = Length.of(HALF, 32)
     assert tail_of(replace(HALF, thaw_to="a@0.75"), length, LAYERS) == Tail(15, 1)
     assert tail_of(HALF, length, LAYERS) is None
+    stages = Layers([Layer(name, {}, {}, ()) for name in ("stem", "body.0", "body.1", "head")])
+    assert tail_of(replace(HALF, thaw_to="body@0.75"), length, stages) == Tail(15, 3)
     with pytest.raises(ValueError, match="one behind it, got step 20 of 20"):
         tail_of(replace(HALF, thaw_to="0@0.99"), length, LAYERS)
-    with pytest.raises(ValueError, match="thaw_to must name a layer, of a, b, c, d, got 'e'"):
+    with pytest.raises(ValueError, match="thaw_to must name a layer, nothing is called 'e'; the layers are a, b, c, d"):
         tail_of(replace(HALF, thaw_to="e@0.5"), length, LAYERS)
     with pytest.raises(ValueError, match="fewer layers frozen than are at step 10, 2, got 2"):
         freezing_options(replace(HALF, thaw_to="b@0.5"), length, LAYERS)

@@ -61,7 +61,7 @@ def plan(
     config = _config(task, options).resolved()
     trainer = Trainer(unfrozen(config), task)
     costs = training_costs(trainer, rounds=rounds, max_seconds=max_seconds)
-    return plan_of(config, trainer.length, costs, t_0s, how_scales)
+    return plan_of(config, trainer.length, trainer.layers, costs, t_0s, how_scales)
 
 
 def compare(

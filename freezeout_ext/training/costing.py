@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..batch import Batch
-from ..layers import find_layers
+from ..layers import Layers
 from ..planner import T_0S, Plan, StepCosts, flop_costs, measure_costs, measure_loader, plan_from_costs
 from ..schedule import POWERS
 from ..tasks import Task
@@ -54,7 +54,7 @@ def run_costs(config: TrainConfig, task: Task, *, runs: int = 1) -> StepCosts:
         rounds = min(MAX_ROUNDS, int(LARGEST_SHARE * runs * trainer.total_steps / round_steps))
         if rounds:
             return training_costs(trainer, rounds=rounds, max_seconds=MAX_SECONDS)
-        return flop_costs(trainer.model, _batch(trainer)[0], layers=find_layers(trainer.model, trainer.task.layers))
+        return flop_costs(trainer.model, _batch(trainer)[0], layers=trainer.layers)
 
 
 def unfrozen(config: TrainConfig) -> TrainConfig:
@@ -71,7 +71,7 @@ def training_costs(trainer: Trainer, *, rounds: int, max_seconds: float) -> Step
         trainer.model,
         *_batch(trainer),
         trainer.task.criterion,
-        layers=find_layers(trainer.model, trainer.task.layers),
+        layers=trainer.layers,
         make_optimizer=lambda groups: make_optimizer(trainer.config, trainer.task, groups),
         amp_dtype=trainer.amp_dtype,
         rounds=rounds,
@@ -85,13 +85,14 @@ def training_costs(trainer: Trainer, *, rounds: int, max_seconds: float) -> Step
 def plan_of(
     config: TrainConfig,
     length: Length,
+    layers: Layers,
     costs: StepCosts,
     t_0s: Iterable[float] = T_0S,
     how_scales: Iterable[str | float] = tuple(POWERS),
 ) -> Plan:
     """The plan of a run of `config` and that length, for every t_0 and how_scale."""
-    options = schedule_options(config, length, costs.layers)
-    return plan_from_costs(costs, options, t_0s, how_scales, tail=tail_of(config, length, costs.layers))
+    options, tail = schedule_options(config, length, layers), tail_of(config, length, layers)
+    return plan_from_costs(costs, options, t_0s, how_scales, tail=tail)
 
 
 def _batch(trainer: Trainer) -> tuple[Batch, Batch]:

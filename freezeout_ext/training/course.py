@@ -1,10 +1,10 @@
 """The course of a run in steps and layers, counted here alone: its length, when its layers freeze, its tail."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..layers import Layers
 from ..planner.costs import Tail
 from ..schedule import Schedule
 from .config import TrainConfig, parsed_thaw
@@ -36,7 +36,7 @@ class Length:
         return min(epoch * self.steps_per_epoch, self.total_steps)
 
 
-def tail_of(config: TrainConfig, length: Length, layers: Sequence[str]) -> Tail | None:
+def tail_of(config: TrainConfig, length: Length, layers: Layers) -> Tail | None:
     """Where the run of a net with these layers thaws; None: nowhere.
 
     Raises:
@@ -50,7 +50,7 @@ def tail_of(config: TrainConfig, length: Length, layers: Sequence[str]) -> Tail 
         raise ValueError(
             f"thaw_to must leave a step before it and one behind it, got step {step} of {length.total_steps}"
         )
-    return Tail(step, count_through(layer, layers, "thaw_to"))
+    return Tail(step, layers.count_through(layer, "thaw_to"))
 
 
 def has_whole_steps(config: TrainConfig) -> bool:
@@ -58,18 +58,9 @@ def has_whole_steps(config: TrainConfig) -> bool:
     return config.start_frozen == 0 or (config.thaw_to is not None and parsed_thaw(config.thaw_to)[0] == 0)
 
 
-def count_through(layer: int | str, layers: Sequence[str], argument: str) -> int:
-    """How many layers `layer` and all before it are; a count is itself."""
-    if isinstance(layer, int):
-        return layer
-    if layer not in layers:
-        raise ValueError(f"{argument} must name a layer, of {', '.join(layers)}, got {layer!r}")
-    return list(layers).index(layer) + 1
-
-
-def schedule_options(config: TrainConfig, length: Length, layers: Sequence[str]) -> dict[str, Any]:
+def schedule_options(config: TrainConfig, length: Length, layers: Layers) -> dict[str, Any]:
     """What `Schedule` takes of a run of `config`, apart from the number of layers, t_0, how_scale and scale_lr."""
-    start = count_through(config.start_frozen, layers, "start_frozen")
+    start = layers.count_through(config.start_frozen, "start_frozen")
     return {
         "total_steps": length.total_steps,
         "warmup_steps": length.warmup_steps,
@@ -78,7 +69,7 @@ def schedule_options(config: TrainConfig, length: Length, layers: Sequence[str])
     }
 
 
-def freezing_options(config: TrainConfig, length: Length, layers: Sequence[str]) -> dict[str, Any]:
+def freezing_options(config: TrainConfig, length: Length, layers: Layers) -> dict[str, Any]:
     """What FreezeOut takes of a run of `config` about when its layers freeze, up to its tail.
 
     Raises:

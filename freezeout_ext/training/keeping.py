@@ -192,7 +192,7 @@ def kept_saving(config: TrainConfig, task: Task, costs: StepCosts, views: int, m
     engagement: measured over predicted; None where the prediction is no saving.
     """
     trainer = Trainer(unfrozen(config), task)
-    plan = plan_of(config, trainer.length, costs, [config.t_0], [config.how_scale])
+    plan = plan_of(config, trainer.length, trainer.layers, costs, [config.t_0], [config.how_scale])
     found = Keeping(trainer, replace(config, views=views), plan, trainer.length).of(config.t_0, config.how_scale)
     return {
         "predicted_saving": found.saving,

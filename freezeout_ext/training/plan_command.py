@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import torch
 
 from ..arguments import check_count, check_number
-from ..layers import find_layers
+from ..layers import Layers, find_layers
 from ..planner import T_0S, Plan, StepCosts, flop_costs, suggestions_text
 from ..schedule import POWERS
 from ..tasks import Task
@@ -77,7 +77,7 @@ def _measured(args: argparse.Namespace, config: TrainConfig, own: Task | None, k
         length = Length.of(config, SETS[config.data].train_images)
     trainer = Trainer(unfrozen(config), task)
     costs = training_costs(trainer, rounds=args.rounds, max_seconds=args.max_seconds)
-    found = _plan(args, config, costs, length or trainer.length)
+    found = _plan(args, config, costs, length or trainer.length, trainer.layers)
     if config.cache is not None:
         kept += Keeping(trainer, config, found, length or trainer.length).predicted()
     return found
@@ -87,7 +87,7 @@ def _counted(args: argparse.Namespace, config: TrainConfig, own: Task | None) ->
     """One plan for each of BACKWARDS. A built-in set need not be there."""
     if own is not None or config.data not in SETS:
         trainer = Trainer(unfrozen(config), _shown(own or task_of(args, config)))
-        model, length, layers = trainer.model, trainer.length, find_layers(trainer.model, trainer.task.layers)
+        model, length, layers = trainer.model, trainer.length, trainer.layers
         inputs, _ = next(iter(trainer.train_batches()))
     else:
         known = SETS[config.data]
@@ -97,7 +97,7 @@ def _counted(args: argparse.Namespace, config: TrainConfig, own: Task | None) ->
             model, inputs = net.make(), torch.empty(config.batch_size, net.channels, side, side)
         length, layers = Length.of(config, known.train_images), find_layers(model)
     return [
-        _plan(args, config, flop_costs(model, inputs, backward=backward, layers=layers), length)
+        _plan(args, config, flop_costs(model, inputs, backward=backward, layers=layers), length, layers)
         for backward in BACKWARDS
     ]
 
@@ -107,5 +107,5 @@ def _shown(task: Task) -> Task:
     return task
 
 
-def _plan(args: argparse.Namespace, config: TrainConfig, costs: StepCosts, length: Length) -> Plan:
-    return plan_of(config, length, costs, args.t0s or T_0S, args.how_scales or tuple(POWERS))
+def _plan(args: argparse.Namespace, config: TrainConfig, costs: StepCosts, length: Length, layers: Layers) -> Plan:
+    return plan_of(config, length, layers, costs, args.t0s or T_0S, args.how_scales or tuple(POWERS))

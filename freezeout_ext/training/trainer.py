@@ -47,12 +47,12 @@ class Trainer:
             self.device, memory_format=memory_format
         )
         self.length = length = Length.of(config, len(task.train))
-        layers = find_layers(self.model, task.layers)
-        self.layer_names = [layer.name for layer in layers]
+        self.layers = find_layers(self.model, task.layers)
+        self.layer_names = [layer.name for layer in self.layers]
         self.optimizer = make_optimizer(config, task, [p for p in self.model.parameters() if p.requires_grad])
         self.freezeout = cosine = None
         self.feed = Feed(config, task, ranks, self.device)
-        self.tail = tail_of(config, length, self.layer_names)
+        self.tail = tail_of(config, length, self.layers)
         if config.method != "freezeout":
             cosine = Schedule(1, length.total_steps, t_0=1.0, warmup_steps=length.warmup_steps)
         if config.method != "full":
@@ -61,11 +61,11 @@ class Trainer:
                 self.model,
                 self.optimizer,
                 scale_lr=config.scale_lr,
-                layers=layers,
+                layers=self.layers,
                 cache=self.feed.cache,
                 anneal=config.method == "freezeout",
                 measure_prefix=not config.deterministic,
-                **freezing_options(config, length, self.layer_names),
+                **freezing_options(config, length, self.layers),
                 **how,
             )
         assert config.amp is not None  # of a resolved config
@@ -257,8 +257,7 @@ class Trainer:
     def _compile(self) -> CompiledLayers:
         # Full training is compiled in the same pieces: a FreezeOut that never steps names them.
         whole: dict[str, Any] = {"total_steps": self.total_steps, "t_0": 1.0, "anneal": False}
-        layers = self.task.layers
-        return CompiledLayers(self.freezeout or FreezeOut(self.model, self.optimizer, layers=layers, **whole))
+        return CompiledLayers(self.freezeout or FreezeOut(self.model, self.optimizer, layers=self.layers, **whole))
 
     def _count_memory(self) -> None:
         """Takes the CUDA allocator's peak into the current phase."""

@@ -17,7 +17,6 @@ from ..text import duration, table
 from .compare import MOST_SEEDS
 from .config import BadInput, TrainConfig, faults_of_input
 from .costing import kept_costs, unfrozen
-from .course import count_through
 from .kept_run import KeptRun, Rows
 from .reporters import Reporter, say
 from .run import trained
@@ -271,7 +270,8 @@ class Tuning:
     def _steps_within(self, setting: Setting, seconds: float) -> int:
         changes = dict(setting.changes)
         rule = {"t_0": changes.get("t_0", 1.0), "how_scale": changes.get("how_scale", "linear")}
-        count = count_through(changes["start_frozen"], self._layers, "start_frozen")
+        start = changes["start_frozen"]
+        count = self._layers.index(start) + 1 if start else 0
 
         def schedule(steps: int) -> Schedule:
             return Schedule(len(self._layers), steps, start_frozen=count, **rule)
