@@ -80,7 +80,7 @@ class PreparedStep {
     PreparedGroup prepared;
     std::vector<Param> params;
     bool is_native;         // whether some parameter has a tensor
-    unsigned states;        // a bit for each state that the formula uses
+    std::uint64_t options;  // the formula's
     pybind11::object list;  // of parameters, held during a step
   };
   // Marks a step as running, from its begin to its end, also where the step throws.

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "adamw_update.h"
+#include "memory_spans.h"
 #include "sgd_update.h"
 #include "torch_tensor.h"
 
@@ -83,7 +84,27 @@ TensorBatch make_tensor_batch(int formula, int dtype, int device_type, int devic
     check_work(tensor, made.batch);
     made.batch.work.push_back(tensor);
   }
+  made.check_memory();
   return made;
+}
+
+void TensorBatch::check_memory() const {
+  const int item_size = item_size_of(batch.dtype);
+  MemorySpans written;
+  for (const TensorWork& work : batch.work) written.add_written(work, item_size);
+  if (!written.sort_and_are_apart()) throw std::invalid_argument("params, states and steps must not share memory");
+  for (const TensorWork& work : batch.work) {
+    if (written.overlap(work.grad, work.grad ? work.size * item_size : 0)) {
+      throw std::invalid_argument("grads must not share memory with params, states or steps (group " +
+                                  std::to_string(work.group) + ")");
+    }
+  }
+}
+
+void TensorBatch::check_scaled() const {
+  MemorySpans grads;
+  for (const TensorWork& work : batch.work) grads.add(work.grad, work.size * item_size_of(batch.dtype));
+  if (!grads.sort_and_are_apart()) throw std::invalid_argument("gradients that are unscaled must not share memory");
 }
 
 py::bytes TensorBatch::table() const {
@@ -93,6 +114,7 @@ py::bytes TensorBatch::table() const {
 
 bool TensorBatch::run_addresses(int num_threads, std::uintptr_t schedule_step, std::uintptr_t grad_scale,
                                 std::uintptr_t found_inf) const {
+  if (grad_scale) check_scaled();
   return run(
       {pointer<const std::int64_t>(schedule_step), pointer<const float>(grad_scale), pointer<const float>(found_inf)},
       num_threads);

@@ -32,6 +32,10 @@ struct TensorBatch {
     table_address = address;
     stream = on_stream;
   }
+  // Throws std::invalid_argument where tensors that are written share memory with one another or with gradients.
+  void check_memory() const;
+  // Throws std::invalid_argument where gradients share memory: a scale would divide them twice.
+  void check_scaled() const;
   // As `run`, with the SharedInputs as addresses, 0 for null.
   bool run_addresses(int num_threads, std::uintptr_t schedule_step, std::uintptr_t grad_scale,
                      std::uintptr_t found_inf) const;

@@ -9,6 +9,9 @@ namespace freezeout {
 
 enum class Dtype : int { kFloat, kDouble, kHalf, kBFloat16 };
 
+// Bytes of an element.
+inline int item_size_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : dtype == Dtype::kDouble ? 8 : 2; }
+
 constexpr int kMaxStates = 3;
 
 // 1 / scale, rounded as torch.amp.GradScaler rounds it.

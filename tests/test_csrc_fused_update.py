@@ -302,7 +302,7 @@ def test_a_launch_that_fails_says_so():
     # A device that is nowhere: on one that is there the kernel would run, over null.
     batch = native.C.TensorBatch(
         formula=0, dtype=0, device_type=2, device_index=torch.cuda.device_count(), groups=[(*GROUP[:5], 0)],
-        work=[(64, (0, 0, 0), 64, 0, 1, 0)],
+        work=[(64, (0, 0, 0), 128, 0, 1, 0)],
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="fused_update_cuda: "):
         batch.run(num_threads=1, schedule_step=0, grad_scale=0, found_inf=0)

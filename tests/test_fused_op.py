@@ -70,8 +70,13 @@ ERRORS = {
     "params must be dense and of a floating dtype, got torch.float32, strides (80, 2) (2)": lambda p, g, b, of, lrs: (
         [*p[:2], torch.randn(33, 80)[:, ::2]], g, b, of, lrs,
     ),
-    "params must not share memory with one another, parameter 0 does": lambda p, g, b, of, lrs: (
-        [p[2][0, :5], p[1], p[2]], g, b, of, lrs,
+    "params, states and steps must not share memory": lambda p, g, b, of, lrs: ([p[2][0, :5], *p[1:]], g, b, of, lrs),
+    "params, states and steps must not share": lambda p, g, b, of, lrs: (p, g, [b[2][0, :5], *b[1:]], of, lrs),
+    "grads must not share memory with params, states or steps (group 0)": lambda p, g, b, of, lrs: (
+        p, [b[2][0, :5], *g[1:]], b, of, lrs,
+    ),
+    "gradients that are unscaled must not share memory": lambda p, g, b, of, lrs: (
+        p, [g[2][0, :5], *g[1:]], b, of, lrs, torch.tensor(2.0),
     ),
     "grads must be laid out as their parameters, got strides (1, 33) (2)": lambda p, g, b, of, lrs: (
         p, [*g[:2], torch.randn(40, 33).t()], b, of, lrs,
@@ -249,7 +254,7 @@ def test_compiled_steps_update_parameters_that_share_memory_one_after_the_other(
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
     calls = [node for graph in counter.graphs for node in graph.graph.nodes if "freezeout" in str(node.target)]
     assert [len(call.args[0]) for call in calls] == [2, 1]  # all gradients; without the first
-    reason = "shares memory with another parameter"
+    reason = "it or a state of it shares memory with others"
     assert optimizer.native_report() == {"group 0, parameter 1": reason, "group 1, parameter 0": reason}
 
 
@@ -264,6 +269,6 @@ def test_parameters_that_come_to_share_memory_after_the_trace_are_an_error():
     memory = torch.zeros(6)
     params[0].data, params[1].data = memory[:4], memory[2:]
     # What torch traced does not restore the grad mode when an op raises.
-    with torch.enable_grad(), pytest.raises(ValueError, match="params must not share memory"):
+    with torch.enable_grad(), pytest.raises(ValueError, match="params, states and steps must not share memory"):
         step()
     assert not memory.any()

@@ -252,18 +252,6 @@ def test_differentiable_is_torch_s():
     assert from_ours == from_theirs == -6
 
 
-def test_parameters_that_share_memory_are_updated_one_after_the_other():
-    base = torch.randn(10)
-    ours = FusedSGD([nn.Parameter(base[:6]), nn.Parameter(base[4:])], lr=0.1)
-    copied = base.clone()
-    theirs = torch.optim.SGD([nn.Parameter(copied[:6]), nn.Parameter(copied[4:])], lr=0.1, foreach=False)
-    set_gradients(ours, theirs)
-    ours.step()
-    theirs.step()
-    assert torch.equal(base, copied)
-    assert set(ours.native_report().values()) == {"shares memory with another parameter"}
-
-
 def test_a_swapped_storage_is_noticed():
     ours, theirs = twins([(50,), (60,)])
     step_both(ours, theirs, steps=2)

@@ -1,7 +1,7 @@
 """What the optimizers and their ops share: which tensors the compiled update takes, and running it on them."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,8 @@ OPTIONS = {
     "adamw": {"weight_decay": 1, "maximize": 2, "amsgrad": 4, "coupled": 8},
 }
 MAX_STATES = 3
+# What PreparedStep.run says of a gradient that the update would change under its own hands.
+SHARED_GRADIENT = "a gradient shares memory with a parameter or a state"
 
 
 @cache
@@ -116,23 +118,42 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def share_memory(params: list[Tensor]) -> set[int]:
-    """ids of the parameters that overlap another one or are listed twice.
+def share_memory(written: Iterable[tuple[Tensor, Any]], read: Iterable[tuple[Tensor, Any]] = ()) -> set[int]:
+    """ids of the parameters one of whose tensors overlaps another tensor, unless both are only read.
 
-    torch's for-loop updates these, in its own order.
+    Args:
+        written: (parameter, a tensor that its update writes).
+        read: (parameter, a tensor that its update reads).
     """
     spans = sorted(
-        (p.device.type, p.device.index or 0, p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), id(p))
-        for p in params
-        if type(p) in PLAIN and p.layout == torch.strided and p.numel() > 0
+        (*_device_key(t.device), begin := t.data_ptr(), begin + _extent(t), is_read, id(p))
+        for is_read, tensors in ((False, written), (True, read))
+        for p, t in tensors
+        if type(t) in PLAIN and t.layout == torch.strided and t.numel() > 0
     )
-    shared, reach = set(), None
+    shared: set[int] = set()
+    furthest: dict[bool, tuple] = {}  # of what is written, of what is read
     for span in spans:
-        if reach is not None and span[:2] == reach[:2] and span[2] < reach[3]:
-            shared |= {span[4], reach[4]}
-        if reach is None or span[:2] != reach[:2] or span[3] > reach[3]:
-            reach = span
+        for other in furthest.values():
+            if span[:2] == other[:2] and span[2] < other[3] and not (span[4] and other[4]):
+                shared |= {span[5], other[5]}
+        known = furthest.get(span[4])
+        if known is None or span[:2] != known[:2] or span[3] > known[3]:
+            furthest[span[4]] = span
     return shared
+
+
+@cache
+def _device_key(device: torch.device) -> tuple[str, int]:
+    return device.type, device.index or 0
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element in memory to the end of the last one."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in dims)) * tensor.element_size()
 
 
 def device_of(batch: Any) -> torch.device:
@@ -175,10 +196,7 @@ def check_lists(
         raise ValueError(f"layer_of must ascend within 0..{num_rates - 1}, got {layer_of}")
     if params[0].device.type not in DEVICE_TYPES:
         raise ValueError(f"params must be on the CPU or a CUDA device, got {params[0].device}")
-    shared = share_memory(params)
     for i, p in enumerate(params):
-        if id(p) in shared:  # threads would race
-            raise ValueError(f"params must not share memory with one another, parameter {i} does")
         if (p.dtype, p.device) != (params[0].dtype, params[0].device):
             raise ValueError(f"params must share dtype and device, got {p.dtype} on {p.device} (parameter {i})")
         if p.dtype not in DTYPES or not is_dense(p):

@@ -10,14 +10,14 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from freezeout_ext import native
 from freezeout_ext.arguments import check_kind
 from freezeout_ext.fused import compiled, traced
-from freezeout_ext.fused.formula import Formula
 from freezeout_ext.fused.prepared import Prepared, prepare
+from freezeout_ext.fused.reasons import Reasons
 
 # Another thread may change groups and states while a step is prepared. After so many tries the step raises.
 MOST_PREPARATIONS = 8
 
 
-class FusedOptimizer(Formula, torch.optim.Optimizer):
+class FusedOptimizer(Reasons, torch.optim.Optimizer):
     """p, states <- formula(p, states, grad): every active tensor of one dtype and device in one call.
 
     A mixin, to stand before one of torch's optimizers among a class's bases.
@@ -46,8 +46,6 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
     # On the class: a flag on the instance would be lost by deepcopy and pickle.
     _step_supports_amp_scaling = True
     _prepared: Prepared | None = None
-    # Set once torch.compile traced a step: for each group the positions of parameters that share memory.
-    _sharing: list[tuple[int, ...]] | None = None
     _device_schedule: tuple[Tensor, list[tuple[float, float, float]]] | None = None
     # Tables of captured steps: a graph reads its tables whenever it is replayed.
     _captured: frozenset[Tensor] = frozenset()
@@ -117,23 +115,6 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
             for p in group["params"]
         )
 
-    def native_report(self) -> dict[str, str]:
-        """{"group 0, parameter 2": reason} for each parameter that goes through torch's for-loop."""
-        report = {}
-        for i, (group, reasons) in enumerate(zip(self.param_groups, self._reasons(), strict=True)):
-            for j, (p, reason) in enumerate(zip(group["params"], reasons, strict=False)):  # [] for a frozen group
-                reason = reason or compiled.reason_against_grad(p)
-                if reason is None and self._sharing is not None and not traced.op_takes(self._op_tensors(p)):
-                    reason = "is neither contiguous nor channels-last with all its states, as the traced op needs it"
-                if reason is not None:
-                    report[f"group {i}, parameter {j}"] = reason
-        return report
-
-    def _op_tensors(self, p: Tensor) -> list[Tensor | None]:
-        """A parameter, its gradient and its states, as op_takes looks at them."""
-        state = self.state[p].values() if p in self.state else ()
-        return [p, p.grad, *(value for value in state if isinstance(value, Tensor))]
-
     def set_device_schedule(self, step: Tensor | None, rates: Sequence[tuple[float, float, float]] = ()) -> None:
         """lr = peak * cos^2(pi / 2 * (step - warmup) / (milestone - warmup)), 0 from the milestone on, on the device.
 
@@ -188,6 +169,9 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
             if not isinstance(done, str):
                 break
             changed = done
+            if changed == compiled.SHARED_GRADIENT:
+                self._step_all_by_torch(grad_scale, found_inf)
+                return
             if changed == "another stream is current":
                 prepared.use_current_streams()
             else:
@@ -238,9 +222,16 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
             raise RuntimeError(
                 f"set_device_schedule needs the compiled update for all parameters: {self.native_report()}"
             )
+        given = [
+            (group, [] if group.get("frozen") else [p for p in candidates if p.grad is not None])
+            for group, candidates in groups
+        ]
+        # Traced code cannot ask for addresses.
+        grads = [(p, p.grad) for _, params in given for p in params] if grad_scale is not None else []
+        if not torch.compiler.is_compiling() and compiled.share_memory(grads):
+            raise ValueError("gradients that are unscaled must not share memory")
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            for group, candidates in groups:
-                params = [] if group.get("frozen") else [p for p in candidates if p.grad is not None]
+            for group, params in given:
                 if grad_scale is not None:
                     compiled.unscale_([p.grad for p in params if p.grad is not None], grad_scale)
                 self._torch_update(group, params)
@@ -261,41 +252,6 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         rest = traced.update_by_op_(self._op, given, grad_scale, found_inf)
         if rest and not compiled.overflowed(found_inf):
             self._step_by_torch(rest, grad_scale)
-
-    def _reasons(self) -> list[list[str | None]]:
-        """For each parameter of each group, why the parameter goes through torch's for-loop, or None.
-
-        A frozen group has []. The present gradient gives no reason, since the next step may bring another.
-        """
-        of_all = compiled.reason_against_containers(self.param_groups, self.state)
-        shared = self._share_memory()
-        found: list[list[str | None]] = []
-        for group in self.param_groups:
-            if group.get("frozen"):
-                found.append([])
-                continue
-            of_group = of_all or compiled.reason_against_container(group) or self._reason_against_group(group)
-            found.append(
-                [
-                    of_group
-                    or compiled.reason_against(p)
-                    or ("shares memory with another parameter" if id(p) in shared else None)
-                    or self._reason_against_state(p, group)
-                    for p in group["params"]
-                ]
-            )
-        return found
-
-    def _share_memory(self) -> set[int]:
-        active = [group for group in self.param_groups if not group.get("frozen")]
-        return compiled.share_memory([p for group in active for p in group["params"]])
-
-    def _reason_against_group(self, group: dict[str, Any]) -> str | None:
-        if group["differentiable"]:
-            return "its group is differentiable"
-        if isinstance(group["lr"], Tensor) and group["lr"].requires_grad:
-            return "its learning rate requires grad"
-        return self._reason_against_numbers(group)
 
 
 # Hooks in torch's order, and the range that profilers show.
