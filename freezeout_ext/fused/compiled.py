@@ -151,7 +151,7 @@ def _device_key(device: torch.device) -> tuple[str, int]:
 def _extent(tensor: Tensor) -> int:
     """Bytes from the first element in memory to the end of the last one."""
     if tensor.is_contiguous():
-        return tensor.nbytes
+        return tensor.numel() * tensor.element_size()  # .nbytes refuses the sizes of a trace
     dims = zip(tensor.shape, tensor.stride(), strict=True)
     return (1 + sum((size - 1) * stride for size, stride in dims)) * tensor.element_size()
 
