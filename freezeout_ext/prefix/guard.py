@@ -47,7 +47,7 @@ class Guard:
         self.modules = reads.modules
         self._hooks = [getattr(m, name) for m in self.modules for name in HOOKS]
         self._sources, self._sized, self._tensors = reads.sources, reads.sized, reads.tensors
-        self._own = None if tensors else vars(module)
+        self._own: dict[str, Any] = {} if tensors else vars(module)
         self._entries, self._facts = self._entries_now(), self._facts_now()
         self._versions = list(map(version_of, self._tensors))
         self._values: _Values | None = _Values(self._tensors)
