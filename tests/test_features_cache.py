@@ -182,6 +182,18 @@ def test_weights_changed_behind_torchs_back_are_found_before_the_next_epoch():
     assert [n for n in cache.report().notes if "0.weight was changed" in n]
 
 
+@pytest.mark.parametrize("measure", [False, True])
+def test_what_the_package_itself_puts_on_frozen_modules_is_no_change(measure):
+    """A prefix puts forwards on modules and takes them away, some steps behind a transition."""
+    model = build_model("wrn-10-1", 4)
+    _, cache, freezeout = train(
+        model, Pictures(16, (3, 16, 16)), epochs=12, lr=0.01, t_0=0.2, start_frozen=0, max_transitions=2,
+        measure_prefix=measure,
+    )  # fmt: skip
+    assert len(freezeout.transitions) == 2
+    assert not any("changed" in note for note in cache.report().notes), str(cache.report())
+
+
 def test_three_caches_and_many_transitions_leave_no_memory():
     stores = []
     for _ in range(3):

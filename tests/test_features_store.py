@@ -137,10 +137,13 @@ def test_rows_of_another_shape_or_dtype_are_not_kept_and_missing_keys_are_an_err
         store.gather(torch.tensor([1, 2]))
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("where", ["memory", "large pages", "disk"])
 @pytest.mark.parametrize("kept", [None, torch.int8])
-def test_a_store_that_grows_keeps_what_it_has_and_takes_more(tmp_path, on_disk, kept):
+def test_a_store_that_grows_keeps_what_it_has_and_takes_more(tmp_path, monkeypatch, where, kept):
+    on_disk = where == "disk"
     folder = tmp_path if on_disk else None
+    if where == "large pages":
+        monkeypatch.setattr("freezeout_ext.features.store.LARGE", 1)
     columns = [
         Column.like(batch_of([0], (4, 3), torch.float32), kept),
         Column.like(batch_of([0], (5, 3), torch.float32), kept, padded=True),

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,3 +92,39 @@ def device_states(tensors: Iterable) -> list[bytes]:
     for index in {x.device.index for x in tensors if isinstance(x, Tensor) and x.device.type == "cuda"}:
         found.append(bytes(torch.cuda.get_rng_state(index).tolist()))
     return found
+
+
+class Generators:
+    """The states of all generators that a forward may draw from.
+
+    Args:
+        devices: those of the devices too.
+    """
+
+    def __init__(self, *, devices: bool = True) -> None:
+        self._torch, self._python = torch.get_rng_state(), random.getstate()
+        self._numpy: Any = numpy.random.get_state() if numpy else None
+        self._cuda = torch.cuda.get_rng_state_all() if devices and torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            numpy.random.set_state(self._numpy)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch (CPU), numpy and random draw from `seed`. Afterwards they go on as if nothing had been drawn."""
+    before = Generators(devices=False)
+    # Not torch.manual_seed, which would seed the devices too.
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy:
+        numpy.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        before.restore()

@@ -97,11 +97,9 @@ class Frontier:
 
     def needless(self, place: Any) -> bool:
         """Whether the model's inputs by this name are not needed; place 0: none of the inputs that have no name."""
-        chosen = {
-            i for i, name in enumerate(self.input_names) if name == place or (place == 0 and isinstance(name, int))
-        }
         if place == 0:
             return not self.inputs_needed
+        chosen = {i for i, name in enumerate(self.input_names) if name == place}
         return bool(chosen) and not chosen & self.inputs_needed
 
     @contextmanager

@@ -264,17 +264,18 @@ class Generations:
 
     def _rows(self, row_bytes: int) -> int:
         """How many rows there is room for; earlier generations make room."""
-        wanted = self.owned * row_bytes
-        room = self._room(wanted)
-        if room < wanted and self._all:
+        rows, drops = self.fitting(row_bytes)
+        if drops:
             self._note("what was kept behind fewer layers was dropped to make room, and is computed from inputs again")
             self.drop_all()
-            room = self._room(wanted)
+            rows, _ = self.fitting(row_bytes)
+        wanted = self.owned * row_bytes
         if self.limit is None and not self.views.auto:
+            room = self._room(wanted)
             ensure_room(wanted, room, self._store_device(), self.folder, f"{self.views.num_samples} samples' features")
-        elif room < wanted:
-            self._note(f"room: {room // row_bytes:,} of {self.owned:,} views fit, {wanted:,} bytes would hold all")
-        return min(self.owned, room // row_bytes)
+        elif rows < self.owned:
+            self._note(f"room: {rows:,} of {self.owned:,} views fit, {wanted:,} bytes would hold all")
+        return rows
 
     def _room(self, wanted: int) -> int:
         taken = sum(store.bytes_taken for store in self.stores())

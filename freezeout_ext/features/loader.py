@@ -3,18 +3,18 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..arguments import check_callable, check_count, check_flag, check_kind
 from .frontier import poison
 from .items import Items
 from .keys import Keys
-from .parts import Batches, Collate, Numbers, Requested, Requests
 from .serving import Serving
 from .views import order_seed
 
@@ -37,19 +37,9 @@ class CacheLoader:
     """
 
     def __init__(
-        self,
-        serving: Serving,
-        batch_size: int,
-        *,
-        shuffle: bool,
-        drop_last: bool,
-        seed: int,
-        collate_fn: Callable[[list], Any] | None,
-        rank: int,
-        world_size: int,
-        key_name: str,
-        arguments: dict[str, Any],
-    ) -> None:
+        self, serving: Serving, batch_size: int, *, shuffle: bool, drop_last: bool, seed: int,
+        collate_fn: Callable[[list], Any] | None, rank: int, world_size: int, key_name: str, arguments: dict[str, Any],
+    ) -> None:  # fmt: skip
         check_count("batch_size", batch_size, 1)
         check_count("world_size", world_size, 1)
         check_count("rank", rank, 0, world_size - 1)
@@ -73,9 +63,8 @@ class CacheLoader:
         self._items = Items(serving)
         self._loader = None
         if not views.batched:
-            self._loader = DataLoader(
-                Requested(views), batch_sampler=self._requests, collate_fn=Collate(self._collate), **arguments
-            )
+            arguments = {**arguments, "batch_sampler": self._requests, "collate_fn": partial(_collated, self._collate)}
+            self._loader = DataLoader(cast("Dataset", views), **arguments)
         elif arguments:
             raise ValueError(f"{', '.join(sorted(arguments))}: a data set that makes whole batches has no workers")
 
@@ -255,6 +244,55 @@ class CacheLoader:
         if isinstance(batch, tuple | list):
             return (*batch, keys)
         return batch, keys
+
+
+class Requests:
+    """A batch sampler in the main process: what each batch still needs of its samples."""
+
+    plans: Iterator[list] = iter(())
+    length = 0
+
+    def __iter__(self) -> Iterator[list]:
+        return self.plans
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class Batches(Dataset):
+    """A loader's batches by number; its length is that of an epoch in samples."""
+
+    def __init__(self, loader: CacheLoader) -> None:
+        self._loader, self._made, self._next = loader, iter(()), -1
+
+    def __len__(self) -> int:
+        return self._loader.num_samples
+
+    def __getitem__(self, step: int) -> Any:
+        if step != self._next:
+            self._loader.load_state_dict({"epoch": self._loader.epoch, "step": step})
+            self._made = iter(self._loader)
+        self._next = step + 1
+        return next(self._made)
+
+
+class Numbers:
+    """The numbers of a loader's batches, each a batch of its own."""
+
+    def __init__(self, loader: CacheLoader) -> None:
+        self._loader, self.set_epoch = loader, loader.set_epoch
+        self.batch_size, self.drop_last = loader.batch_size, loader.drop_last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([i] for i in range(len(self._loader)))
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+
+def _collated(collate: Callable[[list], Any], items: list) -> Any:
+    """A batch of what was read; None where nothing was."""
+    return collate(items) if items else None
 
 
 def _pairs(samples: Tensor, seeds: Tensor) -> list[tuple[int, int]]:

@@ -1,6 +1,5 @@
 """Probe: a forward that may be watched is watched, its frontier found, and a forward from that alone checked."""
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -10,15 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .effects import leaves_of
+from .effects import Generators, leaves_of
 from .frontier import Frontier, poison, sliced, through
 from .rounding import BOUNDS
 from .watch import Refused, Watch
-
-try:
-    import numpy
-except ImportError:
-    numpy = None  # type: ignore[assignment]  # None is its absence
 
 
 def unwatchable(model: nn.Module, frozen: Mapping[str, nn.Module]) -> str | None:
@@ -176,23 +170,6 @@ class Forward:
             if a.shape[1] == length:
                 a, b = self._without_padding(True, a), self._without_padding(True, b)
         return _close(a, b)
-
-
-class Generators:
-    """The states of all generators that a forward may draw from."""
-
-    def __init__(self) -> None:
-        self._torch, self._python = torch.get_rng_state(), random.getstate()
-        self._numpy = numpy.random.get_state() if numpy else None
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._torch)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            numpy.random.set_state(self._numpy)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
 
 
 def padded_length(args: tuple, kwargs: Mapping) -> int | None:

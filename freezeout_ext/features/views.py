@@ -1,9 +1,6 @@
 """Views: a map-style dataset and its random augmentation become K fixed views of each sample."""
 
 import hashlib
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,11 +9,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 
 from ..arguments import check_count
-
-try:
-    import numpy
-except ImportError:  # an extra of the package
-    numpy = None  # type: ignore[assignment]  # None is its absence
+from .effects import seeded
 
 # The most views with "auto". No measurement has shown that more views bring anything.
 MOST_VIEWS = 8
@@ -112,6 +105,10 @@ class Views:
         with seeded(seed):
             return self.dataset[sample]
 
+    def __getitem__(self, request: tuple[int, int]) -> Any:
+        """The view of a sample from a seed, as a worker loads it."""
+        return self.load(*request)
+
     def digest(self) -> str:
         """-> a hash of one sample's view, by which another data set of the same length is noticed."""
         self.check()
@@ -153,25 +150,6 @@ def order_seed(seed: int, epoch: int) -> int:
     return int(_mix(_mix(torch.tensor(seed, device="cpu")) ^ epoch) & (2**63 - 1))
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch (CPU), numpy and random draw from `seed`. Afterwards they go on as if nothing had been drawn."""
-    torch_state, python_state = torch.get_rng_state(), random.getstate()
-    numpy_state: Any = numpy.random.get_state() if numpy else None
-    # Not torch.manual_seed, which would seed the devices too.
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    if numpy:
-        numpy.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-
-
 def _mix(x: Tensor) -> Tensor:
     """splitmix64's finalizer, on int64 that wraps. Source: Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195."""
     x = x + -7046029254386353131  # 0x9E3779B97F4A7C15
@@ -194,10 +172,9 @@ def _same_leaf(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
-    if numpy and isinstance(a, numpy.ndarray):
-        return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
-    if hasattr(a, "tobytes"):  # a PIL image
-        return a.tobytes() == b.tobytes()
+    if hasattr(a, "tobytes"):  # an array, or a PIL image
+        layouts = [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in (a, b)]
+        return layouts[0] == layouts[1] and a.tobytes() == b.tobytes()
     try:
         return bool(a == b) or type(a).__eq__ is object.__eq__
     except Exception:  # what cannot be compared says nothing

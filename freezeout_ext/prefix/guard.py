@@ -33,7 +33,8 @@ class Guard:
       trace. An engine that reads the tensors at each call needs no bytes: `drop_values`.
 
     Args:
-        tensors: False compares none.
+        tensors: False compares none. Nor is compared whether the module has a forward of its own, which a prefix puts
+            there and takes away.
 
     Raises:
         Refused: the module writes, reads what cannot be compared, or is no constant function of its input.
@@ -46,6 +47,7 @@ class Guard:
         self.modules = reads.modules
         self._hooks = [getattr(m, name) for m in self.modules for name in HOOKS]
         self._sources, self._sized, self._tensors = reads.sources, reads.sized, reads.tensors
+        self._own: dict[str, Any] = {} if tensors else vars(module)
         self._entries, self._facts = self._entries_now(), self._facts_now()
         self._versions = list(map(version_of, self._tensors))
         self._values: _Values | None = _Values(self._tensors)
@@ -82,7 +84,8 @@ class Guard:
     def _facts_now(self) -> list:
         tensors = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in self._tensors]
         kinds: list[Any] = list(map(type, self.modules))
-        return [kinds, [kind.forward for kind in kinds], list(map(len, self._sized)), tensors]
+        sizes = [len(each) - (each is self._own and "forward" in each) for each in self._sized]
+        return [kinds, [kind.forward for kind in kinds], sizes, tensors]
 
     def _changed(self) -> bool:
         try:

@@ -72,7 +72,7 @@ class Keeping:
         for kept in found:
             size = f"{kept.bytes / 2**20:.1f}" if kept.views else "-"
             rows.append((str(kept.how_scale), f"{kept.t_0:g}", str(kept.views), f"{100 * kept.saving:.1f} %", size))
-        note = "kept: the frozen layers' outputs are read back; filling is counted, 0 views: nothing is kept"
+        note = "kept: the frozen layers' outputs are read back; filling is counted; 0 views: keeping would not pay"
         return f"{table(rows, left=[0], rule=False)}\n{note}"
 
     def of(self, t_0: float, how_scale: str | float) -> Kept:

@@ -1,5 +1,6 @@
 """KeptRun: what a run that keeps features would keep and cost, step by step, by the cache's own judgement."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -55,6 +56,9 @@ class KeptRun:
         costs, batch = self.costs, self.batch_size
 
         def pays(frontier: int, num_frozen: int, left: Left) -> bool:
+            count, left = batch * (views if frontier or first is None else first), left.times(batch)
+            if self.decides and reason_against(Times(layers=math.inf), left, count, count) is not None:
+                return False  # whatever the times, which take a while to measure
             rows, now = self.rows(num_frozen), self.rows(frontier) if frontier else None
             if rows is None or not self.decides:
                 return rows is not None
@@ -67,8 +71,7 @@ class KeptRun:
                 fill=rows.fill,
                 gather=rows.gather,
             )
-            count = batch * (views if frontier or first is None else first)
-            return reason_against(times, left.times(batch), count, count) is None
+            return reason_against(times, left, count, count) is None
 
         return list(kept_stretches(phases(schedule, tail), views, pays, timed=TIMED if self.decides else 0))
 
