@@ -181,6 +181,6 @@ def watched_by_user() -> bool:
 def plain_tensor(x: Any) -> bool:
     """Whether x is a real tensor and no more: no subclass, without attributes, not being transformed or traced."""
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or forward_ad._current_level >= 0
-    if traced or vars(x):
+    if traced or type(x) not in (Tensor, nn.Parameter) or vars(x):
         return False
-    return type(x) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
