@@ -100,6 +100,18 @@ def test_an_argument_that_was_none_or_zero_at_the_capture_is_looked_at(change, m
     assert_as_plain(Net, mode, run)
 
 
+@MODES
+def test_a_tensor_at_the_capture_may_be_none_later(mode):
+    def run(model):
+        model.given |= {"mask": torch.full((4, 1, 1), 0.5)}
+        model.train()
+        found = [model(images()) for _ in range(3)]
+        model.given |= {"mask": None}
+        return torch.stack([*found, model(images())])
+
+    assert_as_plain(Net, mode, run, steps=0)
+
+
 def change_weights(model, prefix):
     for p in model.a.parameters():
         p.data.mul_(2)

@@ -18,7 +18,7 @@ WRITING_METHODS = {
 }  # fmt: skip
 # What a traced value answers otherwise than a tensor.
 ASKS = {
-    "hasattr", "type", "callable", "id", "is_torch_fx_proxy",
+    "hasattr", "type", "callable", "id", "__class__", "is_torch_fx_proxy",
     # What is no function of the arguments: a trace would keep the answer.
     "get_default_dtype", "are_deterministic_algorithms_enabled", "is_grad_enabled", "is_inference_mode_enabled",
     "get_float32_matmul_precision", "get_num_threads", "is_autocast_enabled", "get_autocast_dtype", "initial_seed",

@@ -17,7 +17,7 @@ from torch import fx, nn
 from ..attach import OwnMethod
 from .chain import Link
 from .forms import Carried, Form, flatten
-from .program import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, batch_norm_affine, map_tree
+from .program import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Size, batch_norm_affine, map_tree
 from .simplify import simplify
 from .trace import Trace, Unlowerable, gives_size, trace
 
@@ -167,6 +167,8 @@ class Lowering:
                 in_place = getattr(module, "inplace", False)
             else:
                 env[node], in_place = self._function(node, args, kwargs)
+                if gives_size(node) and isinstance(env[node], Ref):
+                    env[node] = Size(env[node].value)
             if in_place and isinstance(args[0], Ref) and env[node] != args[0]:
                 self.renamed[args[0].value] = env[node].value
         raise Unlowerable("graph without output")
@@ -206,7 +208,9 @@ def _call_method(name: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _described(leaf: Any) -> Any:
-    return "a value" if isinstance(leaf, Ref) else f"tensor {id(leaf)}" if isinstance(leaf, torch.Tensor) else leaf
+    if isinstance(leaf, Ref):
+        return type(leaf).__name__
+    return f"tensor {id(leaf)}" if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _of_images(node: fx.Node) -> bool:

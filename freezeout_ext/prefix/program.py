@@ -18,6 +18,10 @@ class Ref:
     value: int
 
 
+class Size(Ref):
+    """The number of a value that is a number or a shape, and no tensor."""
+
+
 @dataclass
 class Op:
     """One value, `out`, from those in the fields that READS names."""

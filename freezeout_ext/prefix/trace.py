@@ -5,7 +5,10 @@ Parameters, buffers, attributes and what is computed from these alone are consta
 parameters, buffers and attributes at each call.
 """
 
+import dis
 import operator
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +18,9 @@ from torch import Tensor, fx, nn
 
 from .code import asks
 from .judge import first_line, random_states
-from .program import Ref, map_tree
+from .program import Ref, Size, map_tree
+
+SIZE = "size"  # how stand-ins for numbers among the arguments are named
 
 
 class Unlowerable(Exception):
@@ -38,11 +43,25 @@ class _Proxy(fx.Proxy):
 
 
 class _TensorProxy(_Proxy):
-    """Says that it is a tensor, as the value will be."""
+    """Says that it is a tensor, as the value will be, where Python code asks isinstance.
+
+    To torch's code in C++ it must not say so: torch.arange(x.max()) would read its memory as a tensor's.
+    """
 
     @property  # type: ignore[misc]  # it can only be read
     def __class__(self) -> type:
-        return Tensor
+        return Tensor if _calls_isinstance(sys._getframe(1)) else _TensorProxy
+
+
+def _calls_isinstance(frame: types.FrameType) -> bool:
+    """Whether the frame is at a call of isinstance."""
+    code = frame.f_code
+    if "isinstance" not in code.co_names or sys.version_info < (3, 11):  # which has no positions
+        return "isinstance" in code.co_names
+    instructions = {i.offset: (i.argval, i.positions) for i in dis.get_instructions(code)}
+    _, here = instructions[frame.f_lasti]
+    starts = {(at.lineno, at.col_offset) for name, at in instructions.values() if name == "isinstance" and at}
+    return here is not None and (here.lineno, here.col_offset) in starts
 
 
 class _Tracer(fx.Tracer):
@@ -53,7 +72,7 @@ class _Tracer(fx.Tracer):
         self.found = Trace(self.graph)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        known = node.op in ("placeholder", "call_module") or not (gives_size(node) or node.op == "get_attr")
+        known = node.op == "call_module" or not (gives_size(node) or node.op == "get_attr")
         return (_TensorProxy if known else _Proxy)(node, self)
 
     def create_arg(self, a: Any) -> Any:
@@ -85,7 +104,10 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
     placed = iter(range(len(_leaves((args, kwargs)))))
 
     def stand_in(leaf: Any) -> Any:
-        return tracer.create_proxy("placeholder", f"x{next(placed)}", (), {}) if isinstance(leaf, Ref) else leaf
+        if not isinstance(leaf, Ref):
+            return leaf
+        kind = SIZE if isinstance(leaf, Size) else "x"
+        return tracer.create_proxy("placeholder", f"{kind}{next(placed)}", (), {})
 
     args, kwargs = map_tree(stand_in, (args, kwargs))
     sizes = _list_sizes((args, kwargs))
@@ -136,9 +158,11 @@ def _list_sizes(tree: Any) -> list[int]:
 
 def gives_size(node: fx.Node) -> bool:
     """Whether a node is a number or a shape and no tensor, as far as its operation tells."""
+    if node.op == "placeholder":
+        return str(node.target).startswith(SIZE)
     if node.op == "call_function" and node.target in (getattr, operator.getitem):
         return node.target is getattr or (isinstance(node.args[0], fx.Node) and gives_size(node.args[0]))
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel", "item", "tolist", "ndimension", "stride", "element_size")
-    arithmetic = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod)
-    return node.target in arithmetic and any(isinstance(a, fx.Node) and gives_size(a) for a in node.args)
+    nodes = [a for a in node.args if isinstance(a, fx.Node)]
+    return getattr(node.target, "__module__", None) == "_operator" and bool(nodes) and all(map(gives_size, nodes))
