@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Units
 from .cpu import CpuEngine, unsupported_dtype
 from .graphs import ExactEngine
 from .judge import TOLERANCE, Refused, error_of, first_line, quietly
 from .lower import lower_chain
 from .program import Program
+from .units import Units
 from .watch import Segment
 
 MODES = ("exact", "folded", "bf16", "fp16", "off")

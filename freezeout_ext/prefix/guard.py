@@ -2,7 +2,7 @@
 
 import ctypes
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -187,3 +187,14 @@ def plain_tensor(x: Any) -> bool:
         return False
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or forward_ad._current_level >= 0
     return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def changes_of(module: nn.Module) -> Callable[[], str | None]:
+    """-> a function that says what was changed of a frozen module since now, but for its tensors.
+
+    Of a module whose code cannot be read it says nothing.
+    """
+    try:
+        return Guard(module, tensors=False).broken
+    except Exception:  # what a stranger's module holds is not known
+        return lambda: None

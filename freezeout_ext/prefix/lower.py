@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..attach import OwnMethod
-from .chain import Link
 from .forms import Carried, Form, flatten
 from .program import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Size, batch_norm_affine, map_tree
 from .simplify import simplify
 from .trace import Trace, Unlowerable, gives_size, trace
+from .units import Link
 
 # A norm on running statistics, then the submodules of these names: the class says so, by exact name.
 NORM_ACTS = {("timm.layers.norm_act", "BatchNormAct2d"): ("drop", "act")}

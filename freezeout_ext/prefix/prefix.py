@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -12,11 +12,12 @@ from torch import nn
 
 from ..attach import OwnForward, TransientHook
 from .build import MODES, Builder
-from .chain import Chain, Unit, Units
+from .chain import Chain
 from .code import asks_identity
-from .guard import HOOKED, STALE, Guard
+from .guard import HOOKED, STALE, changes_of
 from .judge import Refused, Runner, Trial, first_line, median, shapes_of, signals_held
 from .report import PrefixReport
+from .units import Unit, Units
 from .watch import Recorder, Segment
 
 logger = logging.getLogger("freezeout_ext")
@@ -110,15 +111,7 @@ class Prefix:
         finally:
             self._paused -= 1
 
-    def changes(self, module: nn.Module) -> Callable[[], str | None]:
-        """-> a function that says what was changed of a frozen module since now, but for its tensors.
-
-        Of a module whose code cannot be read it says nothing.
-        """
-        try:
-            return Guard(module, tensors=False).broken
-        except Exception:  # what a stranger's module holds is not known
-            return lambda: None
+    changes = staticmethod(changes_of)
 
     def close(self) -> None:
         """Frees everything and gives the modules their own forwards back."""
@@ -247,12 +240,9 @@ class Prefix:
         eager = [segment.seconds] if segment.seconds == segment.seconds else []
         trial = Trial(shapes_of(segment.inputs), eager=eager, open=self.measure)
         chain = Chain(units, segment.inputs, segment.autocast, Runner(engine, units, trial), error)
-        chain.is_paused, chain.on_bypass, chain.on_loss = self._is_paused, self._bypassed, self._lose
+        chain.is_paused, chain.on_bypass, chain.on_loss = lambda: self._paused > 0, self._bypassed, self._lose
         chain.install()
         self._chains.append(chain)
-
-    def _is_paused(self) -> bool:
-        return self._paused > 0
 
     def _bypassed(self, reason: str) -> None:
         if reason in (STALE, HOOKED):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import OwnForward
-from .chain import Chain, Link, Passage, Unit
+from .chain import Chain, Passage
 from .code import may_write_lists
 from .forms import Form, flatten
 from .guard import Guard, autocast_state, version_of
 from .judge import Refused, first_line, median, now, random_states, shapes_of
+from .units import Link, Unit
 
 PROBE_SAMPLES = 4
 _NOTHING = torch.empty(0)  # before the first unit
