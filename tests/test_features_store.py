@@ -188,6 +188,51 @@ def test_another_fingerprint_empties_the_files_and_a_second_process_is_refused(t
     other.close()
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kept", [None, torch.int8])
+def test_a_row_that_was_damaged_on_the_disk_does_not_count_and_is_written_anew(tmp_path, kept, padded):
+    batch, keys = torch.randn(4, 3, 5), torch.arange(4)
+    columns, lengths = [Column.like(batch, kept, padded=padded)], torch.full((4,), 3) if padded else None
+
+    def opened():
+        return Store(columns, KEYS, KEYS, "cpu", positions=3 * KEYS, folder=tmp_path, fingerprint="a")
+
+    store = opened()
+    store.put(keys, [batch], lengths)
+    (expected,) = store.gather(keys)
+    store.close()
+    size = columns[0].row_bytes(3) - (4 if kept else 0)
+    for damaged, others in ((3, [0, 1, 2]), (1, [0, 2, 3])):  # the last row, whose place is used again, and another
+        place = damaged * size + 7
+        data = bytearray((tmp_path / "column-0").read_bytes())
+        data[place] ^= 16
+        (tmp_path / "column-0").write_bytes(data)
+        store = opened()
+        assert store.files.damaged == 1 and store.keys().tolist() == others
+        assert torch.equal(store.gather(torch.tensor(others))[0], expected[others])
+        store.put(keys, [batch], lengths)
+        assert torch.equal(store.gather(keys)[0], expected)
+        store.close()
+        store = opened()
+        assert store.files.damaged == 0 and torch.equal(store.gather(keys)[0], expected)
+        store.close()
+
+
+def test_scales_that_were_damaged_are_an_error(tmp_path):
+    columns = [Column.like(torch.zeros(2, 3), torch.int8)]
+    store = Store(columns, KEYS, KEYS, "cpu", folder=tmp_path, fingerprint="a")
+    store.put(torch.tensor([1, 2]), [torch.randn(2, 3)])
+    store.close()
+    scales = tmp_path / "scales.json"
+    text = scales.read_text()
+    digit = next(i for i, c in enumerate(text) if c in "123456")
+    scales.write_text(text[:digit] + "7" + text[digit + 1 :])
+    with pytest.raises(ValueError, match=r"scales\.json is damaged"):
+        Store(columns, KEYS, KEYS, "cpu", folder=tmp_path, fingerprint="a")
+    scales.write_text(text)
+    Store(columns, KEYS, KEYS, "cpu", folder=tmp_path, fingerprint="a").close()
+
+
 def test_too_little_room_on_disk_is_said_with_the_bytes_before_anything_is_written(tmp_path):
     with pytest.raises(OSError, match=r"needs 4,004,000,000,000 bytes"):
         Store([Column.like(torch.zeros(1, 10**9))], 10**3, 10**3 + 1, "cpu", folder=tmp_path)

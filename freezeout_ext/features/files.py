@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# key, row, first position, number of positions, and the checksum of these.
-RECORD = struct.Struct("<4qI")
+# key, row, first position, number of positions, the checksum of the row's data, and that of all these.
+RECORD = struct.Struct("<4qII")
+# The row lies below this bit, what the store notes of the row above it.
+ORIGIN_BIT = 48
 # How often written rows are brought to disk. A kill in between loses only the rows written since.
 COMMIT_SECONDS = 10.0
 # Of which views a folder is, and how many of them were decided on.
@@ -27,14 +29,26 @@ class Files:
     """One file a tensor, mapped and shared; `entries` are the rows int64 [R, 4] that were committed.
 
     A row's data is brought to disk first (msync), then its line in the journal. From then on the row counts.
+    Opening reads all rows. A row whose checksum differs does not count any more; `damaged` says how many there are.
+
+    Args:
+        layout: shape and dtype of each tensor.
+        fingerprint: of what the rows are of.
+        by_position: of each tensor whether a row lies at its positions, not at its number.
 
     Raises:
         ValueError: another process has the folder open.
         OSError: there is not enough room on the disk. Nothing was written.
     """
 
-    def __init__(self, folder: Path, layout: Sequence[tuple[tuple[int, ...], torch.dtype]], fingerprint: str) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: Path,
+        layout: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        fingerprint: str,
+        by_position: Sequence[bool],
+    ) -> None:
+        self.folder, self._by_position, self.damaged = Path(folder), by_position, 0
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / "lock", "w")  # noqa: SIM115
         try:
@@ -58,15 +72,14 @@ class Files:
             self._make_room(layout)
             for i, (shape, dtype) in enumerate(layout):
                 self._map(i, shape, dtype)
+            if found != said or self.was_emptied:
+                write_whole(described, json.dumps(said))
+            self.scales = self._read_scales()
+            self._journal = open(self.folder / "rows", "ab")  # noqa: SIM115
+            self.entries = self._read_journal()
         except BaseException:
             self._lock.close()
             raise
-        if found != said or self.was_emptied:
-            write_whole(described, json.dumps(said))
-        scales = self.folder / "scales.json"
-        self.scales: dict = read_json(scales, dict) or {}
-        self._journal = open(self.folder / "rows", "ab")  # noqa: SIM115
-        self.entries = self._read_journal()
         self._pending: list[Tensor] = []
         self._committed_at = time.monotonic()
 
@@ -79,7 +92,8 @@ class Files:
     def save_scales(self, scales: dict) -> None:
         """Brings the scales to disk. That must come before any row that needs the scales."""
         if scales != self.scales:
-            write_whole(self.folder / "scales.json", json.dumps(scales))
+            saved = {"scales": scales, "checksum": _checksum_of(scales)}
+            write_whole(self.folder / "scales.json", json.dumps(saved))
             self.scales = scales
 
     def commit(self) -> None:
@@ -91,7 +105,7 @@ class Files:
             if mapped is not None:
                 mapped.flush()
         pending, self._pending = torch.cat(self._pending), []
-        records = (struct.pack("<4q", *row) for row in pending.tolist())
+        records = (struct.pack("<4qI", *row, self._checksum(*row)) for row in pending.tolist())
         self._journal.write(b"".join(record + struct.pack("<I", zlib.crc32(record)) for record in records))
         self._journal.flush()
         os.fsync(self._journal.fileno())
@@ -164,17 +178,41 @@ class Files:
         self._maps.append(mapped)
         self.tensors.append(torch.frombuffer(mapped, dtype=dtype).view(shape))
 
+    def _read_scales(self) -> dict:
+        path = self.folder / "scales.json"
+        saved = read_json(path, dict) or {"scales": {}, "checksum": _checksum_of({})}
+        if saved.get("checksum") != _checksum_of(saved.get("scales")):
+            raise ValueError(f"store must hold what was written there, {path} is damaged: delete its folder")
+        return saved["scales"]
+
     def _read_journal(self) -> Tensor:
-        path, entries = self.folder / "rows", []
-        data = path.read_bytes()
+        data, entries, whole = (self.folder / "rows").read_bytes(), [], bytearray()
         for start in range(0, len(data) - RECORD.size + 1, RECORD.size):
-            *entry, checksum = RECORD.unpack_from(data, start)
-            if zlib.crc32(data[start : start + RECORD.size - 4]) != checksum:
-                break
-            entries.append(entry)
-        if len(data) != len(entries) * RECORD.size:
-            self._journal.truncate(len(entries) * RECORD.size)  # a record that was cut off
+            record = data[start : start + RECORD.size]
+            *entry, of_data, checksum = RECORD.unpack(record)
+            if zlib.crc32(record[:-4]) != checksum:
+                break  # what was written last was cut off
+            if self._checksum(*entry) == of_data:
+                entries.append(entry)
+                whole += record
+            else:
+                self.damaged += 1
+        if whole != data:
+            self._journal.truncate(0)
+            self._journal.write(whole)
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
         return torch.tensor(entries, dtype=torch.int64, device="cpu").view(-1, 4)
+
+    def _checksum(self, key: int, row: int, first: int, count: int) -> int:
+        """Of a row's data in all files."""
+        checksum, row = 0, row & ((1 << ORIGIN_BIT) - 1)
+        for mapped, tensor, by_position in zip(self._maps, self.tensors, self._by_position, strict=True):
+            if mapped is not None:
+                size = tensor[0].nbytes
+                start, rows = (first, count) if by_position else (row, 1)
+                checksum = zlib.crc32(memoryview(mapped)[start * size : (start + rows) * size], checksum)
+        return checksum
 
 
 def _grows_to(found: dict, said: dict) -> bool:
@@ -182,6 +220,10 @@ def _grows_to(found: dict, said: dict) -> bool:
     longer = [one[0][:1] <= two[0][:1] for one, two in zip(found["layout"], said["layout"], strict=False)]
     units = [[[layout[0][1:], layout[1]] for layout in each["layout"]] for each in (found, said)]
     return found["fingerprint"] == said["fingerprint"] and units[0] == units[1] and all(longer)
+
+
+def _checksum_of(scales: Any) -> int:
+    return zlib.crc32(json.dumps(scales).encode())
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -169,6 +169,8 @@ class Generations:
             found = (
                 f"holds {len(store):,} rows" if not store.files.was_emptied else "was of other weights, and was emptied"
             )
+            if store.files.damaged:
+                found += f"; {store.files.damaged:,} more were damaged on the disk, and are computed anew"
             self._note(f"the folder {folder.name} {found}")
         self._all.append(Generation(frontier, store, guard))
         logger.info(

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from .columns import Column, ColumnRows
-from .files import Files
+from .files import ORIGIN_BIT, Files
 
-# Of a row's number in the journal: set where the row was computed from earlier rows.
-ORIGIN_BIT = 48
 # Bytes from which on a buffer lies in large pages.
 LARGE = 2**22
 
@@ -56,7 +54,9 @@ class Store:
         if folder is None:
             found = [_empty(shape, dtype, self.device) for shape, dtype in self._layout()]
         else:
-            self.files = Files(folder, self._layout(), fingerprint)
+            self.files = Files(
+                folder, self._layout(), fingerprint, [c.padded for c in columns] + [False] * len(columns)
+            )
             found = self.files.tensors
         self._stored = [ColumnRows(*each) for each in zip(columns, *self._halves(found), strict=True)]
         if self.files is not None:
@@ -134,6 +134,7 @@ class Store:
             self._origin[keys[new]] = origin[new]
         if self.files is not None:
             spans = self._spans[rows] if self._padded else torch.zeros((len(rows), 2), dtype=torch.int64, device="cpu")
+            # Whether the row was computed from earlier rows.
             marked = rows | (self._origin[keys[new]] != 0).to(torch.int64) << ORIGIN_BIT
             self.files.wrote(torch.cat([keys[new][:, None], marked[:, None], spans], 1))
         return len(new)
