@@ -541,7 +541,7 @@ def test_launch_errors_become_exceptions():
     optimizer.step()
     bad = native.C.TensorBatch(
         formula=0, dtype=0, device_type=2, device_index=torch.cuda.device_count(),
-        work=[(64, (0, 0, 0), 64, 0, 1, 0)], groups=[(0.1, 0.0, 0.0, 0.0, (0.0, 1.0, 0.0), 0)],
+        work=[(64, (0, 0, 0), 128, 0, 1, 0)], groups=[(0.1, 0.0, 0.0, 0.0, (0.0, 1.0, 0.0), 0)],
     )  # fmt: skip
     with pytest.raises(RuntimeError, match=r"fused_update_cuda: cudaSetDevice failed on cuda:\d+: cudaErrorInvalidDev"):
         bad.run(num_threads=1, schedule_step=0, grad_scale=0, found_inf=0)
