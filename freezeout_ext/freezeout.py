@@ -293,6 +293,6 @@ class FreezeOut(Readings):
         if not self.anneal:
             return self._groups.keep_frozen_at_zero()
         schedule, step = self.schedule, self.step_count
-        first = schedule.num_frozen(step)
-        active = [schedule.lr_factor(max(i, first), step) for i in range(self.num_frozen, len(self.layers))]
+        first, factors = schedule.num_frozen(step), schedule.lr_factors(step)
+        active = [factors[max(i, first)] for i in range(self.num_frozen, len(self.layers))]
         self._groups.set_factors([0.0] * self.num_frozen + active)

@@ -131,8 +131,17 @@ class Schedule:
 
         progress runs from 0 at the end of the warm-up to 1 at milestone_i.
         """
-        milestone = self.milestone(i)
+        check_count("i", i, 0, self.num_layers - 1)
         _check_step(step)
+        return self._lr_factor(i, step)
+
+    def lr_factors(self, step: float) -> list[float]:
+        """lr_factor(i, step) of all layers i."""
+        _check_step(step)
+        return [self._lr_factor(i, step) for i in range(self.num_layers)]
+
+    def _lr_factor(self, i: int, step: float) -> float:
+        milestone = self._milestones[i]
         if step >= milestone:
             return 0.0
         peak = 1 / self._times[i] if self.scale_lr else 1.0
