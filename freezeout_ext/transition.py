@@ -159,10 +159,9 @@ class FrozenLayers:
         return transition
 
     def _check_in_place(self, layers: Iterable[Layer]) -> None:
-        now = dict(self._model.named_parameters(remove_duplicate=False))
         for layer in layers:
             for name, p in layer.parameters.items():
-                if now.get(name, p) is not p:
+                if (now := _parameter(self._model, name)) is not None and now is not p:
                     raise RuntimeError(
                         f"{name} of layer {layer.name} is another parameter than when FreezeOut was made (a module was "
                         "replaced, or load_state_dict(assign=True) was called): the optimizer trains the old one; make "
@@ -220,3 +219,11 @@ def _pin_all(modules: Iterable[nn.Module], undo: ExitStack) -> None:
 def _restore(p: nn.Parameter, grad: torch.Tensor | None) -> None:
     p.requires_grad_(True)
     p.grad = grad
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    module, _, own_name = name.rpartition(".")
+    try:
+        return model.get_submodule(module)._parameters.get(own_name)
+    except AttributeError:  # of a module that is gone
+        return None
