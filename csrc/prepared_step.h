@@ -38,8 +38,7 @@ class PreparedStep {
   // groups, state: as above.
   // num_threads: on the CPU.
   // inputs: None, or for each batch (schedule_step, grad_scale, found_inf). Each of the three is None or a tensor of
-  // one
-  //     element on the batch's device.
+  //     one element on the batch's device.
   //
   // Returns a string where something has changed, so that the step must be prepared anew. Then no tensor was written.
   // Else returns (leftover, whether a graph captures the update).
@@ -103,7 +102,6 @@ class PreparedStep {
   const char* read_gradients(const Group& group);
   const char* locate(PyObject* state);
   const char* locate_tensor(std::size_t index);
-  // The parameters that are updated.
   // The parameters that are updated.
   pybind11::list updated() const;
   // False if the tensor in `inputs` has another dtype or device than asked for.

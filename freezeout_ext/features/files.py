@@ -59,7 +59,7 @@ class Files:
         self._fingerprint = fingerprint
         said = self._described(layout)
         described = self.folder / "store.json"
-        found = read_json(described, dict)
+        found = read_json(described)
         # None: nothing was there.
         self.was_emptied: bool | None = None if found is None else not self._holds(found, layout)
         if found is None or self.was_emptied:
@@ -180,9 +180,9 @@ class Files:
 
     def _read_scales(self) -> dict:
         path = self.folder / "scales.json"
-        saved = read_json(path, dict) or {"scales": {}, "checksum": _checksum_of({})}
+        saved = read_json(path) or {"scales": {}, "checksum": _checksum_of({})}
         if saved.get("checksum") != _checksum_of(saved.get("scales")):
-            raise ValueError(f"store must hold what was written there, {path} is damaged: delete its folder")
+            raise _damaged(path)
         return saved["scales"]
 
     def _read_journal(self) -> Tensor:
@@ -233,8 +233,8 @@ def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return count
 
 
-def read_json(path: Path, kind: type) -> Any:
-    """-> what a file holds, None where there is no file.
+def read_json(path: Path) -> dict | None:
+    """-> the dict that a file holds, None where there is no file.
 
     Raises:
         ValueError: the file is damaged.
@@ -244,10 +244,14 @@ def read_json(path: Path, kind: type) -> Any:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"store must hold what was written there, {path} is damaged: delete its folder") from error
-    if not isinstance(found, kind):
-        raise ValueError(f"store must hold what was written there, {path} is damaged: delete its folder")
+        raise _damaged(path) from error
+    if not isinstance(found, dict):
+        raise _damaged(path)
     return found
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"store must hold what was written there, {path} is damaged: delete its folder")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -268,7 +272,7 @@ def claim(folder: Path, described: dict) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / VIEWS
-    found = read_json(path, dict) or described
+    found = read_json(path) or described
     if found != described:
         differ = ", ".join(k for k in described if found.get(k) != described[k])
         raise ValueError(
@@ -279,7 +283,7 @@ def claim(folder: Path, described: dict) -> None:
 
 def decided(folder: Path) -> dict | None:
     """-> what was decided for the folder's rows, None where nothing was decided."""
-    return read_json(folder / DECISION, dict)
+    return read_json(folder / DECISION)
 
 
 def decide(folder: Path, decision: dict) -> None:
