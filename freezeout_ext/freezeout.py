@@ -288,11 +288,9 @@ class FreezeOut(Readings):
         self._set_learning_rates()
 
     def _set_learning_rates(self) -> None:
-        if self._groups.has_new():
-            self._groups.adopt()
         if not self.anneal:
             return self._groups.keep_frozen_at_zero()
-        schedule, step = self.schedule, self.step_count
-        first, factors = schedule.num_frozen(step), schedule.lr_factors(step)
-        active = [factors[max(i, first)] for i in range(self.num_frozen, len(self.layers))]
-        self._groups.set_factors([0.0] * self.num_frozen + active)
+        frozen, rule = self.num_frozen, self.schedule.num_frozen(self.step_count)
+        factors = self.schedule.lr_factors(self.step_count, start=max(frozen, rule))
+        thawed = factors[:1] * (rule - frozen)
+        self._groups.set_factors([0.0] * frozen + thawed + factors)

@@ -104,8 +104,7 @@ class ParamGroups:
         Args:
             undo: what is called to take this back.
         """
-        if self.has_new():
-            self.adopt()
+        self._adopt_new()
         if undo is not None:
             for group in self:
                 undo.callback(set_rate, group, float(group["lr"]))
@@ -124,18 +123,22 @@ class ParamGroups:
 
     def set_factors(self, factors: Sequence[float]) -> None:
         """lr = base_lr * factors[layer]."""
+        self._adopt_new()
         for group in self:
             set_rate(group, group["base_lr"] * factors[group["layer"]])
 
     def keep_frozen_at_zero(self) -> None:
         """An LR scheduler writes to the groups of frozen layers too."""
+        self._adopt_new()
         for group in self:
             if group["frozen"]:
                 set_rate(group, 0.0)
 
-    def has_new(self) -> bool:
-        """Whether add_param_group was called since."""
-        return any("base_lr" not in group for group in self)
+    def _adopt_new(self) -> None:
+        """add_param_group may have been called since."""
+        for group in self:
+            if "base_lr" not in group:
+                return self.adopt()
 
     def rates(self) -> list[float]:
         """The rate of each layer's first group."""

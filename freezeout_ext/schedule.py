@@ -1,6 +1,7 @@
 """When each layer freezes and what its learning rate is until then: pure maths of (layer, step)."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -116,6 +117,15 @@ class Schedule:
         # Rounded far below a step: 0.55 * 100 is 55.00000000000001, and must be step 55. A t above 0 trains in step 0.
         return tuple(max(round(t * self.total_steps, 6), 1e-6) if t else 0.0 for t in self._times)
 
+    @cached_property
+    def _freezing(self) -> tuple[float, ...]:
+        """Milestones of the layers that freeze at all."""
+        return tuple(m for m, t in zip(self._milestones, self._times, strict=True) if t < 1)
+
+    @cached_property
+    def _peaks(self) -> tuple[float, ...]:
+        return tuple(1 / t if self.scale_lr and t else 1.0 for t in self._times)
+
     def t(self, i: int) -> float:
         """t_i: the fraction of the run for which layer i trains (after the power and max_transitions), 0 to 1."""
         check_count("i", i, 0, self.num_layers - 1)
@@ -132,37 +142,30 @@ class Schedule:
         progress runs from 0 at the end of the warm-up to 1 at milestone_i.
         """
         check_count("i", i, 0, self.num_layers - 1)
-        _check_step(step)
-        return self._lr_factor(i, step)
+        return self.lr_factors(step, i, i + 1)[0]
 
-    def lr_factors(self, step: float) -> list[float]:
-        """lr_factor(i, step) of all layers i."""
+    def lr_factors(self, step: float, start: int = 0, end: int | None = None) -> list[float]:
+        """lr_factor(i, step) of the layers i in start .. end - 1, end None: of all from `start` on."""
         _check_step(step)
-        return [self._lr_factor(i, step) for i in range(self.num_layers)]
-
-    def _lr_factor(self, i: int, step: float) -> float:
-        milestone = self._milestones[i]
-        if step >= milestone:
-            return 0.0
-        peak = 1 / self._times[i] if self.scale_lr else 1.0
-        warmup = self.warmup_steps
+        warmup, cos, pi = self.warmup_steps, math.cos, math.pi
+        layers = zip(self._peaks[start:end], self._milestones[start:end], strict=True)
         if step < warmup:
             # Reaches 1 at step == warmup, and the first step is not lost to a rate of 0.
-            return peak * (step + 1) / (warmup + 1)
-        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (milestone - warmup)))
+            return [peak * (step + 1) / (warmup + 1) if step < milestone else 0.0 for peak, milestone in layers]
+        return [
+            peak * 0.5 * (1 + cos(pi * (step - warmup) / (milestone - warmup))) if step < milestone else 0.0
+            for peak, milestone in layers
+        ]
 
     def num_frozen(self, step: float) -> int:
         """How many layers are frozen at `step`: layers 0 .. num_frozen - 1."""
         _check_step(step)
-        return sum(m <= step and t < 1 for m, t in zip(self._milestones, self._times, strict=True))
+        return bisect_right(self._freezing, step)
 
     def next_milestone(self, step: int) -> int | None:
         """The first step after `step` at which more layers are frozen than at `step`; None if none are left."""
-        _check_step(step)
-        for milestone, t in zip(self._milestones, self._times, strict=True):
-            if milestone > step and t < 1:
-                return math.ceil(milestone)
-        return None
+        frozen = self.num_frozen(step)
+        return math.ceil(self._freezing[frozen]) if frozen < len(self._freezing) else None
 
 
 def _power(how_scale: str | float) -> float:

@@ -262,7 +262,9 @@ class Prefix:
 
     def _gains_nothing(self) -> bool:
         """Whether eager wins without a trial. Mode "exact" saves launches, and a CPU has none."""
-        return self.mode == "exact" and self.measure and all(p.device.type == "cpu" for p in self.model.parameters())
+        if self.mode != "exact" or not self.measure:
+            return False
+        return all(p.is_cpu for unit in self._units() for p in unit.module.parameters())
 
     def _units(self) -> list[Unit]:
         found: dict[nn.Module, Unit] = {}
