@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from freezeout_ext import native
@@ -77,7 +79,7 @@ class FusedOptimizer(Reasons, torch.optim.Optimizer):
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or (not torch.compiler.is_compiling() and torch.autograd._profiler_enabled())
+            or (not is_compiling() and _profiler_enabled())
         ):
             return _hooked_step(self) if closure is None else _hooked_step(self, closure)
         loss = self._step(closure)
@@ -95,7 +97,7 @@ class FusedOptimizer(Reasons, torch.optim.Optimizer):
                 loss = closure()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._step_by_op(grad_scale, found_inf)
         elif native.C is None:
             compiled.missing_half(torch.device("cpu"))  # warns, once
@@ -228,7 +230,7 @@ class FusedOptimizer(Reasons, torch.optim.Optimizer):
         ]
         # Traced code cannot ask for addresses.
         grads = [(p, p.grad) for _, params in given for p in params] if grad_scale is not None else []
-        if not torch.compiler.is_compiling() and compiled.share_memory(grads):
+        if not is_compiling() and compiled.share_memory(grads):
             raise ValueError("gradients that are unscaled must not share memory")
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             for group, params in given:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from freezeout_ext import native
 from freezeout_ext.fused import compiled
@@ -40,7 +40,7 @@ class Prepared:
             ]
         if self.must_tell_streams:
             self.use_current_streams()
-        return self.step.run(groups, state, torch.get_num_threads(), inputs)
+        return self.step.run(groups, state, get_num_threads(), inputs)
 
     def use_current_streams(self) -> None:
         for batch, table in zip(self.step.batches, self.tables, strict=True):
