@@ -11,6 +11,8 @@ from freezeout_ext.models import build_model
 from freezeout_ext.training.measure import conditions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Rivals = dict[str, Callable[[list], torch.optim.Optimizer]]
+GROUPINGS = ("one group", "one group a layer", "one group a tensor")
 
 
 def resnet50_shapes() -> list[list[tuple[int, ...]]]:
@@ -63,6 +65,34 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def build(rivals: Rivals, net: str, grouping: str, frozen: float) -> dict[str, torch.optim.Optimizer]:
+    """Every rival over equal parameters and gradients, after two steps; the first layers frozen as FreezeOut does."""
+    shapes = layer_shapes(net)
+    num_frozen = int(frozen * len(shapes))
+    optimizers = {}
+    for name, make in rivals.items():
+        torch.manual_seed(0)
+        layers = [[nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in layer] for layer in shapes]
+        params = [p for layer in layers for p in layer]
+        groups = dict(zip(GROUPINGS, ([params], layers, [[p] for p in params]), strict=True))[grouping]
+        optimizers[name] = optimizer = make([{"params": group} for group in groups])
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        for group in optimizer.param_groups[:num_frozen]:
+            group.update(lr=0.0, frozen=True)
+            for p in group["params"]:
+                p.requires_grad_(False)
+                p.grad = None
+                del optimizer.state[p]
+        optimizer.step()
+    judge = params_of(optimizers["torch for-loop"])
+    for optimizer in optimizers.values():
+        for p, q in zip(params_of(optimizer), judge, strict=True):
+            torch.testing.assert_close(p, q)
+    return optimizers
+
+
 def moves(elements: int, bytes_each: int) -> dict[str, Callable[[], object]]:
     """Calls that move as many bytes as a step: a.copy_(b), which reads half, and a.add_(b), which reads two thirds."""
     a, b = torch.randn(2, elements * bytes_each // 8, device=DEVICE)
@@ -99,19 +129,23 @@ def interleave(calls: dict[str, Callable[[], object]], *, cold: bool, seconds: f
 
 def measure(
     benchmark,
-    optimizers: dict[str, torch.optim.Optimizer],
+    rivals: Rivals,
+    net: str,
+    grouping: str,
     *,
+    frozen: float = 0.0,
     bytes_each: int,
     cold: bool,
     threads: int,
     seconds: float,
 ) -> None:
-    """Times the rivals, the first of which is ours, beside moves of as many bytes.
+    """Builds and times the rivals, the first of which is ours, beside moves of as many bytes.
 
     `ratio` is torch fused over ours. "over_copy" and "over_add" are ours over the moves.
     Each is given of medians and of minima.
     """
     torch.set_num_threads(threads)
+    optimizers = build(rivals, net, grouping, frozen)
     ours = next(iter(optimizers))
     params = [p for p in params_of(optimizers[ours]) if p.grad is not None]
     elements = sum(p.numel() for p in params)

@@ -26,7 +26,7 @@ steps.WARM_UP_STEPS = steps.COMPARED_STEPS + 1
 @pytest.mark.parametrize("grouping", ["one group a layer"])
 @pytest.mark.parametrize("net", ["densenet-76-12"])
 def test_step(benchmark, net, grouping, cache):
-    bench_fused_sgd.measure(benchmark, bench_fused_sgd.build("tiny-1", grouping), threads=1)
+    bench_fused_sgd.measure(benchmark, "tiny-1", grouping, threads=1)
 
 
 @pytest.mark.parametrize("frozen", [0.5])
