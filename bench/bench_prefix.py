@@ -25,7 +25,7 @@ from freezeout_ext.layers import Layers, find_layers
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix
 from freezeout_ext.prefix.cpu import CpuEngine, unsupported_dtype
-from freezeout_ext.prefix.judge import TOLERANCE, Trial, median
+from freezeout_ext.prefix.judge import TOLERANCE, median
 from freezeout_ext.prefix.lower import lower_units
 from freezeout_ext.training.measure import conditions
 
@@ -167,14 +167,10 @@ def test_whole_iteration(benchmark, name, fraction):
 @pytest.mark.parametrize("name", NETS[:3])
 @pytest.mark.parametrize("mode", HALF)
 def test_transition_of_one_layer(benchmark, name, mode):
-    """Milliseconds of wall time that a transition adds, the mean of two in a row, the trial of the engine included.
+    """Milliseconds of wall time that a transition adds to the calls of the model, the mean of two in a row.
 
-    In mode "exact" a transition adds nothing on a CPU, since that mode installs nothing there.
-
-    freeze: the call of `freeze`.
-    capture: at the end of the watched forward.
-    watched: how much longer than later forwards the watched one takes besides, with the new layers as they are.
-    trial: how much longer the trial's calls of eager take than the engine's.
+    The forward that is watched and the trial of the engine count. In mode "exact" a transition adds nothing on a CPU,
+    since that mode installs nothing there.
     """
     if missing := unsupported_dtype(HALF[mode]):
         pytest.skip(missing)
@@ -182,37 +178,23 @@ def test_transition_of_one_layer(benchmark, name, mode):
     x = torch.randn(BATCH, 3, 32, 32)
     prefix = Prefix(model, layers, mode=mode)
 
-    def call() -> float:
-        start = time.perf_counter()
-        model(x)
-        return 1e3 * (time.perf_counter() - start)
-
-    def trial() -> Trial:
-        return prefix._chains[0].runner.trial
+    def settled() -> tuple[float, int]:
+        """Milliseconds until the trial is over, and in how many calls."""
+        start, calls = time.perf_counter(), 0
+        while not calls or prefix._chains[0].runner.trial.open:
+            model(x)
+            calls += 1
+        return 1e3 * (time.perf_counter() - start), calls
 
     prefix.freeze(num_frozen - 2)
-    call()
-    first_capture = 1e3 * prefix.report().seconds
-    while trial().open:
-        call()
-    added: dict[str, list[float]] = {"freeze": [], "capture": [], "watched": [], "trial": []}
+    settled()
+    added = []
     for k in (num_frozen - 1, num_frozen):
         start = time.perf_counter()
         prefix.freeze(k)
-        added["freeze"].append(1e3 * (time.perf_counter() - start))
-        watched = call()
-        added["capture"].append(1e3 * prefix.report().seconds)
-        later = [call() for _ in range(3)]
-        while trial().open:
-            call()
-        added["watched"].append(watched - added["capture"][-1] - median(later))
-        added["trial"].append(sum(1e3 * (t - median(trial().engine)) for t in trial().eager))
+        freezing = 1e3 * (time.perf_counter() - start)
+        milliseconds, calls = settled()
+        added.append(freezing + milliseconds - calls * median([settled()[0] for _ in range(5)]))
     benchmark.pedantic(prefix.report, rounds=1)
     assert prefix.report().route == "chain"
-    means = {name: fmean(values) for name, values in added.items()}
-    benchmark.extra_info |= {
-        "added_ms": sum(means.values()),
-        "of_which_ms": means,
-        "first_capture_ms": first_capture,
-        "frozen": num_frozen,
-    } | settings()
+    benchmark.extra_info |= {"added_ms": fmean(added), "frozen": num_frozen} | settings()
