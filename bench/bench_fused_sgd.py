@@ -10,11 +10,11 @@ Where torch sees a GPU the benchmark runs there, and each time includes the wait
 """
 
 import statistics
-import time
 
 import fused_cases as cases
 import pytest
 import torch
+from turns import in_turns
 
 from freezeout_ext import FusedSGD
 from freezeout_ext.models import build_model
@@ -68,17 +68,15 @@ def test_share_of_a_training_step(benchmark, net):
     torch.set_num_threads(THREADS)
     model = build_model(net).to(cases.DEVICE)
     optimizer = FusedSGD(model.parameters(), **OPTIONS)
-    inputs, parts = torch.randn(32, 3, 32, 32, device=cases.DEVICE), []
-    for _ in range(4):
-        start = time.perf_counter()
-        model(inputs).square().mean().backward()
-        cases.wait()
-        middle = time.perf_counter()
-        optimizer.step()
-        cases.wait()
-        parts.append((middle - start, time.perf_counter() - middle))
+    inputs = torch.randn(32, 3, 32, 32, device=cases.DEVICE)
+
+    def forward_and_backward() -> None:
         optimizer.zero_grad()
-    backward, update = (statistics.median(part[1:]) for part in zip(*parts, strict=True))
+        model(inputs).square().mean().backward()
+
+    forward_and_backward()
+    times = in_turns({"all else": forward_and_backward, "update": optimizer.step}, cases.DEVICE, rounds=3)
+    backward, update = (statistics.median(values) for values in times.values())
     benchmark.extra_info |= {
         "forward_and_backward_ms": round(1e3 * backward, 2),
         "update_ms": round(1e3 * update, 3),

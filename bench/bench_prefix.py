@@ -19,6 +19,7 @@ import torch._dynamo
 import torch._inductor.config
 import torch.nn.functional as F
 from torch._inductor.utils import fresh_cache
+from turns import in_turns
 
 from freezeout_ext.attach import pin
 from freezeout_ext.layers import Layers, find_layers
@@ -43,17 +44,10 @@ def settings() -> dict:
     )
 
 
-def interleaved(rivals: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Milliseconds, the median of `rounds` for each rival, one call of each in turn."""
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    for run in rivals.values():
-        run()
-    for _ in range(rounds):
-        for name, run in rivals.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(values) for name, values in times.items()}
+def medians(rivals: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Milliseconds of a call, one of each in turn."""
+    times = in_turns(rivals, torch.device("cpu"), rounds=rounds, before=lambda run: None)
+    return {name: 1e3 * median(values) for name, values in times.items()}
 
 
 def net(name: str) -> torch.nn.Module:
@@ -108,7 +102,7 @@ def test_half_the_units(benchmark, name, mode):
                 benchmark.extra_info["compile_seconds"] = time.perf_counter() - start
             assert (outcome - expected).abs().max() <= TOLERANCE[mode] * expected.abs().max()
             rivals["torch.compile, freezing"] = lambda: compiled(x)
-        times = interleaved(rivals)
+        times = medians(rivals)
         benchmark.pedantic(engine, args=(x,), rounds=1)
     del model
     benchmark.extra_info |= {
@@ -153,7 +147,7 @@ def test_whole_iteration(benchmark, name, fraction):
             iteration(model, image)
             rivals[row] = lambda model=model, image=image: iteration(model, image)
     assert all(prefix.report().route == ("off" if prefix.mode == "off" else "chain") for prefix in prefixes.values())
-    times = interleaved(rivals, 3)
+    times = medians(rivals, 3)
     benchmark.pedantic(rivals["folded"], rounds=1)
     plain = {row: "plain freezing" + ", channels-last" * row.endswith("last") for row in times}
     benchmark.extra_info |= {

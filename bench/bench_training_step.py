@@ -23,7 +23,6 @@ Epochs: 50,000 images cropped and flipped on the device, at half the layers froz
 
 import gc
 import os
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from turns import clock, in_turns
 
 from freezeout_ext.attach import pin
 from freezeout_ext.layers import find_layers
@@ -161,11 +161,6 @@ def arms_of(case: Case) -> dict[str, Callable[[], Arm]]:
     return arms
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
@@ -176,13 +171,13 @@ def prepare(name: str, make: Callable[[], Arm], case: Case) -> tuple[Arm, list[f
     before = allocated(case.device)
     if case.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(case.device)
-    start = time.perf_counter()
+    now = clock(case.device)
+    start = now()
     arm = make()
     losses = [arm.next().item() for _ in range(COMPARED_STEPS)]
     for _ in range(WARM_UP_STEPS - COMPARED_STEPS):
         arm.next()
-    wait(case.device)
-    found: dict = {"preparation_seconds": time.perf_counter() - start}
+    found: dict = {"preparation_seconds": now() - start}
     if case.device.type == "cuda":
         found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(case.device) - before
     if isinstance(arm, Ours):
@@ -201,28 +196,16 @@ def assert_same_losses(losses: dict[str, list[float]], case: Case) -> None:
             assert abs(a - b) <= allowed * abs(b), f"{name}: loss {a} in step {step}, the authors' {b}"
 
 
-def turn(arm: Arm, steps: int) -> float:
-    """Milliseconds a step."""
-    wait(arm.case.device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        arm.next()
-    wait(arm.case.device)
-    return 1e3 * (time.perf_counter() - start) / steps
-
-
 def measure(case: Case, *, rounds: int, steps: int) -> tuple[dict, dict[str, Arm]]:
     """What the benchmark stores for one net and fraction, and the arms, ready to go on."""
     arms, losses, found = {}, {}, {}
     for name, make in arms_of(case).items():
         arms[name], losses[name], found[name] = prepare(name, make, case)
     assert_same_losses(losses, case)
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for k in range(rounds):
-        order = list(arms.items())
-        for name, arm in order if k % 2 == 0 else reversed(order):
-            times[name].append(turn(arm, steps))
-    medians = {name: median(values) for name, values in times.items()}
+    nexts = {name: arm.next for name, arm in arms.items()}
+    times = in_turns(nexts, case.device, rounds=rounds, repeats=steps, before=lambda step: None)
+    milliseconds = {name: [1e3 * seconds for seconds in values] for name, values in times.items()}
+    medians = {name: median(values) for name, values in milliseconds.items()}
     layers = len(arms["ours"].freezeout.layers)
     return {
         "net": case.net,
@@ -231,7 +214,7 @@ def measure(case: Case, *, rounds: int, steps: int) -> tuple[dict, dict[str, Arm
         "image": case.image,
         "amp": str(case.amp),
         "milliseconds": medians,
-        "milliseconds_least": {name: min(values) for name, values in times.items()},
+        "milliseconds_least": {name: min(values) for name, values in milliseconds.items()},
         "over_authors": {name: medians["authors"] / value for name, value in medians.items()},
         "losses": losses,
         "arms": found,
@@ -240,12 +223,11 @@ def measure(case: Case, *, rounds: int, steps: int) -> tuple[dict, dict[str, Arm
 
 
 def epoch_seconds(arm: Arm, images: DeviceData, batch: int) -> float:
-    wait(arm.case.device)
-    start = time.perf_counter()
+    now = clock(arm.case.device)
+    start = now()
     for x, y in batches(images, batch, epoch=0, seed=0, shuffle=True, drop_last=True):
         arm.step(x.contiguous(memory_format=torch.channels_last) if arm.channels_last else x, y)
-    wait(arm.case.device)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def images_of_an_epoch(count: int, case: Case) -> DeviceData:

@@ -1,11 +1,11 @@
 """What the benchmarks of the fused optimizers share: the nets' shapes, and rivals that take turns in one process."""
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from turns import in_turns
 
 from freezeout_ext.models import build_model
 from freezeout_ext.training.measure import conditions
@@ -100,33 +100,6 @@ def moves(elements: int, bytes_each: int) -> dict[str, Callable[[], object]]:
     return {"copy": lambda: a.copy_(b), "add": lambda: sums.add_(addends)}
 
 
-def wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def interleave(calls: dict[str, Callable[[], object]], *, cold: bool, seconds: float) -> dict[str, list[float]]:
-    """Microseconds of each call. Warm: after one call of the same; cold: after 128 MB of other memory.
-
-    On one CPU thread times are that thread's CPU time, which other processes hardly change.
-    """
-    other = torch.zeros(1 << 25, device=DEVICE)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    alone = DEVICE.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time_ns if alone else time.perf_counter_ns
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 12:
-        for name, call in calls.items():
-            other.add_(1) if cold else call()
-            for _ in range(1 if cold else 4):
-                wait()
-                start = clock()
-                call()
-                wait()
-                times[name].append((clock() - start) / 1e3)
-    return times
-
-
 def measure(
     benchmark,
     rivals: Rivals,
@@ -141,6 +114,7 @@ def measure(
 ) -> None:
     """Builds and times the rivals, the first of which is ours, beside moves of as many bytes.
 
+    Caches are warm from a call of the same, or cold from other memory.
     `ratio` is torch fused over ours. "over_copy" and "over_add" are ours over the moves.
     Each is given of medians and of minima.
     """
@@ -150,9 +124,11 @@ def measure(
     params = [p for p in params_of(optimizers[ours]) if p.grad is not None]
     elements = sum(p.numel() for p in params)
     calls = {name: optimizer.step for name, optimizer in optimizers.items()} | moves(elements, bytes_each)
-    times = interleave(calls, cold=cold, seconds=seconds)
+    other = torch.zeros(1 << 25, device=DEVICE)  # 128 MB
+    before = {"before": lambda call: other.add_(1)} if cold else {}
+    times = in_turns(calls, DEVICE, rounds=12, seconds=seconds, **before)
     for suffix, key, summary in (("", "median_us", statistics.median), ("_of_minima", "min_us", min)):
-        us = {name: round(summary(values), 1) for name, values in times.items()}
+        us = {name: round(1e6 * summary(values), 1) for name, values in times.items()}
         benchmark.extra_info |= {
             key: us,
             f"ratio{suffix}": round(us["torch fused"] / us[ours], 2),
