@@ -12,11 +12,11 @@ included, and `replay` that step's graph alone.
 """
 
 import math
-import time
 
 import pytest
 import torch
 from torch import nn
+from turns import in_turns
 
 from freezeout_ext import FeatureCache, FreezeOut, FusedSGD
 from freezeout_ext.features.columns import Column
@@ -46,23 +46,10 @@ class Noise(torch.utils.data.Dataset):
         return self.images[i], i % 100
 
 
-def in_turns(steps, rounds=ROUNDS):
+def least(steps, rounds=ROUNDS):
     """-> name -> least seconds of a call; the least of what other work on the machine only adds to."""
-    found = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = now()
-            for _ in range(CALLS):
-                step()
-            found[name].append((now() - start) / CALLS)
-    return {name: min(seconds) for name, seconds in found.items()}
-
-
-def now():
-    if CUDA:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()  # of the one thread: other programs do not lengthen it
+    times = in_turns(steps, DEVICE, rounds=rounds, repeats=CALLS, before=lambda step: None)
+    return {name: min(seconds) for name, seconds in times.items()}
 
 
 def net_of(name):
@@ -86,7 +73,7 @@ def test_cached_step(benchmark, name, share):
     dataset = Noise(BATCH)
     inputs = dataset.images.to(DEVICE, memory_format=torch.channels_last)
     targets, keys = torch.arange(BATCH, device=DEVICE) % 100, torch.arange(BATCH)
-    full = in_turns({"full": lambda: loss_of(model, inputs, targets)}, 3)["full"]
+    full = least({"full": lambda: loss_of(model, inputs, targets)}, 3)["full"]
     cache = FeatureCache(dataset, views=1, measure=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     layers = len(FreezeOut(model, optimizer, total_steps=10).layers)
@@ -112,9 +99,9 @@ def test_cached_step(benchmark, name, share):
             return loss_of(model, inputs, targets)
 
     steps = {"cached": cached, "suffix": suffix, "frozen": lambda: loss_of(model, inputs, targets)}
-    seconds = in_turns(steps)
+    seconds = least(steps)
     if CUDA:
-        seconds |= in_turns(captured_steps(model, optimizer, freezeout, cache, inputs, targets, keys))
+        seconds |= least(captured_steps(model, optimizer, freezeout, cache, inputs, targets, keys))
         benchmark.extra_info["captured_over_replay"] = seconds["captured"] / seconds["replay"]
     benchmark.extra_info.update(
         net=name, share=share, frozen=round(share * layers), layers=layers, row_bytes=kept.store.bytes // BATCH,
@@ -166,7 +153,7 @@ def test_gather(benchmark, shape, kept):
         at["copy"] = (at["copy"] + 1) % len(parts)
         return plain[64 * at["copy"] : 64 * at["copy"] + 64].clone()
 
-    seconds = in_turns({"gather": gather, "copy": copy}, ROUNDS if CUDA else 400)
+    seconds = least({"gather": gather, "copy": copy}, ROUNDS if CUDA else 400)
     benchmark.extra_info.update(
         shape=shape, kept=str(kept), rate=seconds["copy"] / seconds["gather"],
         gigabytes_per_second=plain[:64].nbytes / seconds["gather"] / 1e9, conditions=conditions(DEVICE),

@@ -12,7 +12,6 @@ Where torch sees a GPU the benchmark runs there, and each time includes the wait
 import fused_cases as cases
 import pytest
 import torch
-from torch import nn
 
 from freezeout_ext import FusedAdamW
 
@@ -24,39 +23,16 @@ RIVALS = {
     "torch foreach": lambda groups: torch.optim.AdamW(groups, **OPTIONS, foreach=True),
     "torch fused": lambda groups: torch.optim.AdamW(groups, **OPTIONS, fused=True),
 }
-GROUPINGS = ("one group", "one group a layer", "one group a tensor")
 NETS = ("densenet-76-12", "wrn-40-4", "resnet-50", "vit-s", "465 tensors")
 
 
-def build(net: str, grouping: str) -> dict[str, torch.optim.Optimizer]:
-    """Every rival over equal parameters and gradients, after two steps."""
-    optimizers = {}
-    for name, make in RIVALS.items():
-        torch.manual_seed(0)
-        layers = [
-            [nn.Parameter(torch.randn(s, device=cases.DEVICE)) for s in layer] for layer in cases.layer_shapes(net)
-        ]
-        params = [p for layer in layers for p in layer]
-        groups = {"one group": [params], "one group a layer": layers}.get(grouping) or [[p] for p in params]
-        optimizers[name] = optimizer = make([{"params": group} for group in groups])
-        for _ in range(2):
-            for p in params:
-                p.grad = torch.randn_like(p)
-            optimizer.step()
-    judge = cases.params_of(optimizers["torch for-loop"])
-    for optimizer in optimizers.values():
-        for p, q in zip(cases.params_of(optimizer), judge, strict=True):
-            torch.testing.assert_close(p, q)
-    return optimizers
-
-
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grouping", cases.GROUPINGS)
 @pytest.mark.parametrize("net", NETS)
 def test_step(benchmark, net, grouping, threads):
-    cases.measure(benchmark, build(net, grouping), bytes_each=28, cold=False, threads=threads, seconds=SECONDS)
+    cases.measure(benchmark, RIVALS, net, grouping, bytes_each=28, cold=False, threads=threads, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("net", NETS)
 def test_step_with_cold_caches(benchmark, net):
-    cases.measure(benchmark, build(net, "one group a layer"), bytes_each=28, cold=True, threads=1, seconds=SECONDS)
+    cases.measure(benchmark, RIVALS, net, "one group a layer", bytes_each=28, cold=True, threads=1, seconds=SECONDS)

@@ -10,12 +10,11 @@ Where torch sees a GPU the benchmark runs there, and each time includes the wait
 """
 
 import statistics
-import time
 
 import fused_cases as cases
 import pytest
 import torch
-from torch import nn
+from turns import in_turns
 
 from freezeout_ext import FusedSGD
 from freezeout_ext.models import build_model
@@ -33,72 +32,34 @@ RIVALS = {
 NETS = ("densenet-76-12", "wrn-40-4", "vgg-16", "resnet-50")
 
 
-def build(net: str, grouping: str, frozen: float = 0.0) -> dict[str, torch.optim.Optimizer]:
-    """Every rival over equal parameters and gradients, after two steps; the first layers frozen as FreezeOut does."""
-    shapes = cases.layer_shapes(net)
-    num_frozen = int(frozen * len(shapes))
-    optimizers = {}
-    for name, make in RIVALS.items():
-        torch.manual_seed(0)
-        layers = [[nn.Parameter(torch.randn(shape, device=cases.DEVICE)) for shape in layer] for layer in shapes]
-        groups = [{"params": layer} for layer in layers]
-        if grouping == "one group":
-            groups = [{"params": [p for layer in layers for p in layer]}]
-        optimizers[name] = optimizer = make(groups)
-        for p in (p for layer in layers for p in layer):
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-        for group in optimizer.param_groups[:num_frozen]:
-            group.update(lr=0.0, frozen=True)
-            for p in group["params"]:
-                p.requires_grad_(False)
-                p.grad = None
-                del optimizer.state[p]
-        optimizer.step()
-    assert_equal(optimizers)
-    return optimizers
-
-
-def assert_equal(optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """All rivals hold the parameters of torch's for-loop. On a CPU they are bit-equal, but those of torch fused."""
-    judge = cases.params_of(optimizers["torch for-loop"])
-    for name, optimizer in optimizers.items():
-        for p, q in zip(cases.params_of(optimizer), judge, strict=True):
-            if name == "torch fused" or cases.DEVICE.type == "cuda":
-                torch.testing.assert_close(p, q)
-            else:
-                assert torch.equal(p, q), name
-
-
-def measure(
-    benchmark, optimizers: dict[str, torch.optim.Optimizer], *, cold: bool = False, threads: int = THREADS
-) -> None:
-    cases.measure(benchmark, optimizers, bytes_each=20, cold=cold, threads=threads, seconds=SECONDS)
+def measure(benchmark, net: str, grouping: str = "one group a layer", *, cold: bool = False, **others) -> None:
+    given = {"bytes_each": 20, "cold": cold, "threads": THREADS, "seconds": SECONDS, **others}
+    cases.measure(benchmark, RIVALS, net, grouping, **given)
 
 
 @pytest.mark.parametrize("cache", ["warm", "cold"])
 @pytest.mark.parametrize("grouping", ["one group a layer", "one group"])
 @pytest.mark.parametrize("net", NETS)
 def test_step(benchmark, net, grouping, cache):
-    measure(benchmark, build(net, grouping), cold=cache == "cold")
+    measure(benchmark, net, grouping, cold=cache == "cold")
 
 
 @pytest.mark.parametrize("frozen", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("net", NETS)
 def test_step_with_frozen_layers(benchmark, net, frozen):
-    measure(benchmark, build(net, "one group a layer", frozen))
+    measure(benchmark, net, frozen=frozen)
 
 
 @pytest.mark.parametrize("tensors", [1, 3])
 def test_overhead_alone(benchmark, tensors):
     """16-element tensors in 76 groups, one thread."""
-    measure(benchmark, build(f"tiny-{tensors}", "one group a layer"), threads=1)
+    measure(benchmark, f"tiny-{tensors}", threads=1)
 
 
 @pytest.mark.skipif(cases.DEVICE.type == "cpu", reason="the device's bandwidth at 100 M parameters: needs a GPU")
 def test_bandwidth(benchmark):
     """over_copy, over_add: the step at 100 M parameters over a copy, and an addition, that move as many bytes."""
-    measure(benchmark, build("100m", "one group a layer"))
+    measure(benchmark, "100m")
 
 
 @pytest.mark.parametrize("net", ["densenet-76-12", "wrn-40-4"])
@@ -107,17 +68,15 @@ def test_share_of_a_training_step(benchmark, net):
     torch.set_num_threads(THREADS)
     model = build_model(net).to(cases.DEVICE)
     optimizer = FusedSGD(model.parameters(), **OPTIONS)
-    inputs, parts = torch.randn(32, 3, 32, 32, device=cases.DEVICE), []
-    for _ in range(4):
-        start = time.perf_counter()
-        model(inputs).square().mean().backward()
-        cases.wait()
-        middle = time.perf_counter()
-        optimizer.step()
-        cases.wait()
-        parts.append((middle - start, time.perf_counter() - middle))
+    inputs = torch.randn(32, 3, 32, 32, device=cases.DEVICE)
+
+    def forward_and_backward() -> None:
         optimizer.zero_grad()
-    backward, update = (statistics.median(part[1:]) for part in zip(*parts, strict=True))
+        model(inputs).square().mean().backward()
+
+    forward_and_backward()
+    times = in_turns({"all else": forward_and_backward, "update": optimizer.step}, cases.DEVICE, rounds=3)
+    backward, update = (statistics.median(values) for values in times.values())
     benchmark.extra_info |= {
         "forward_and_backward_ms": round(1e3 * backward, 2),
         "update_ms": round(1e3 * update, 3),

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
+from turns import in_turns
 
 from freezeout_ext.training.measure import conditions
 
@@ -156,21 +157,6 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return ((found.float() - wanted).abs().max() / wanted.abs().max()).item()
 
 
-def in_turns(rivals: dict) -> dict[str, float]:
-    """Microseconds of each, the median over turns; one call at a time, waited for."""
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(times["engine"]) < 15:
-        for name, run in rivals.items():
-            run()  # its own data in the caches
-            torch.cuda.synchronize()
-            start = time.perf_counter_ns()
-            run()
-            torch.cuda.synchronize()
-            times[name].append((time.perf_counter_ns() - start) / 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def prefix_rivals(net: nn.Sequential, x: Tensor) -> tuple[dict, CudaEngine]:
     """Eager in bfloat16 channels-last, launched from Python and in a CUDA graph, and the engine (which is a graph)."""
     half = copy.deepcopy(net).to(DTYPE, memory_format=torch.channels_last)
@@ -204,7 +190,8 @@ def compare(benchmark, name: str, add_rivals) -> None:
         errors = {rival: error(run(), wanted) for rival, run in rivals.items()}
         assert all(found <= TOLERANCE for found in errors.values()), errors
         assert engine.fused()["CUDA graph"] == 1, engine.fallbacks
-        medians = in_turns(rivals)
+        times = in_turns(rivals, x.device, rounds=15, seconds=SECONDS)
+        medians = {name: 1e6 * statistics.median(values) for name, values in times.items()}
         benchmark.pedantic(rivals["engine"], rounds=1)
     benchmark.extra_info |= {
         "microseconds": medians,

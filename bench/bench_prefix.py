@@ -19,13 +19,14 @@ import torch._dynamo
 import torch._inductor.config
 import torch.nn.functional as F
 from torch._inductor.utils import fresh_cache
+from turns import in_turns
 
 from freezeout_ext.attach import pin
 from freezeout_ext.layers import Layers, find_layers
 from freezeout_ext.models import build_model
 from freezeout_ext.prefix import Prefix
 from freezeout_ext.prefix.cpu import CpuEngine, unsupported_dtype
-from freezeout_ext.prefix.judge import TOLERANCE, Trial, median
+from freezeout_ext.prefix.judge import TOLERANCE, median
 from freezeout_ext.prefix.lower import lower_units
 from freezeout_ext.training.measure import conditions
 
@@ -43,17 +44,10 @@ def settings() -> dict:
     )
 
 
-def interleaved(rivals: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Milliseconds, the median of `rounds` for each rival, one call of each in turn."""
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    for run in rivals.values():
-        run()
-    for _ in range(rounds):
-        for name, run in rivals.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(values) for name, values in times.items()}
+def medians(rivals: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Milliseconds of a call, one of each in turn."""
+    times = in_turns(rivals, torch.device("cpu"), rounds=rounds, before=lambda run: None)
+    return {name: 1e3 * median(values) for name, values in times.items()}
 
 
 def net(name: str) -> torch.nn.Module:
@@ -108,7 +102,7 @@ def test_half_the_units(benchmark, name, mode):
                 benchmark.extra_info["compile_seconds"] = time.perf_counter() - start
             assert (outcome - expected).abs().max() <= TOLERANCE[mode] * expected.abs().max()
             rivals["torch.compile, freezing"] = lambda: compiled(x)
-        times = interleaved(rivals)
+        times = medians(rivals)
         benchmark.pedantic(engine, args=(x,), rounds=1)
     del model
     benchmark.extra_info |= {
@@ -153,7 +147,7 @@ def test_whole_iteration(benchmark, name, fraction):
             iteration(model, image)
             rivals[row] = lambda model=model, image=image: iteration(model, image)
     assert all(prefix.report().route == ("off" if prefix.mode == "off" else "chain") for prefix in prefixes.values())
-    times = interleaved(rivals, 3)
+    times = medians(rivals, 3)
     benchmark.pedantic(rivals["folded"], rounds=1)
     plain = {row: "plain freezing" + ", channels-last" * row.endswith("last") for row in times}
     benchmark.extra_info |= {
@@ -167,14 +161,10 @@ def test_whole_iteration(benchmark, name, fraction):
 @pytest.mark.parametrize("name", NETS[:3])
 @pytest.mark.parametrize("mode", HALF)
 def test_transition_of_one_layer(benchmark, name, mode):
-    """Milliseconds of wall time that a transition adds, the mean of two in a row, the trial of the engine included.
+    """Milliseconds of wall time that a transition adds to the calls of the model, the mean of two in a row.
 
-    In mode "exact" a transition adds nothing on a CPU, since that mode installs nothing there.
-
-    freeze: the call of `freeze`.
-    capture: at the end of the watched forward.
-    watched: how much longer than later forwards the watched one takes besides, with the new layers as they are.
-    trial: how much longer the trial's calls of eager take than the engine's.
+    The forward that is watched and the trial of the engine count. In mode "exact" a transition adds nothing on a CPU,
+    since that mode installs nothing there.
     """
     if missing := unsupported_dtype(HALF[mode]):
         pytest.skip(missing)
@@ -182,37 +172,23 @@ def test_transition_of_one_layer(benchmark, name, mode):
     x = torch.randn(BATCH, 3, 32, 32)
     prefix = Prefix(model, layers, mode=mode)
 
-    def call() -> float:
-        start = time.perf_counter()
-        model(x)
-        return 1e3 * (time.perf_counter() - start)
-
-    def trial() -> Trial:
-        return prefix._chains[0].runner.trial
+    def settled() -> tuple[float, int]:
+        """Milliseconds until the trial is over, and in how many calls."""
+        start, calls = time.perf_counter(), 0
+        while not calls or prefix._chains[0].runner.trial.open:
+            model(x)
+            calls += 1
+        return 1e3 * (time.perf_counter() - start), calls
 
     prefix.freeze(num_frozen - 2)
-    call()
-    first_capture = 1e3 * prefix.report().seconds
-    while trial().open:
-        call()
-    added: dict[str, list[float]] = {"freeze": [], "capture": [], "watched": [], "trial": []}
+    settled()
+    added = []
     for k in (num_frozen - 1, num_frozen):
         start = time.perf_counter()
         prefix.freeze(k)
-        added["freeze"].append(1e3 * (time.perf_counter() - start))
-        watched = call()
-        added["capture"].append(1e3 * prefix.report().seconds)
-        later = [call() for _ in range(3)]
-        while trial().open:
-            call()
-        added["watched"].append(watched - added["capture"][-1] - median(later))
-        added["trial"].append(sum(1e3 * (t - median(trial().engine)) for t in trial().eager))
+        freezing = 1e3 * (time.perf_counter() - start)
+        milliseconds, calls = settled()
+        added.append(freezing + milliseconds - calls * median([settled()[0] for _ in range(5)]))
     benchmark.pedantic(prefix.report, rounds=1)
     assert prefix.report().route == "chain"
-    means = {name: fmean(values) for name, values in added.items()}
-    benchmark.extra_info |= {
-        "added_ms": sum(means.values()),
-        "of_which_ms": means,
-        "first_capture_ms": first_capture,
-        "frozen": num_frozen,
-    } | settings()
+    benchmark.extra_info |= {"added_ms": fmean(added), "frozen": num_frozen} | settings()

@@ -8,9 +8,9 @@ arms but the last run channels-last under bfloat16 autocast, on a CPU in float32
     authors             eager; torch.optim.SGD with one param group a layer; frozen layers by requires_grad=False, each
                         one's output detached. Unlike theirs, frozen norms run on their running statistics, as ours
                         do, so that losses can be compared: that is less work than batch statistics.
-    ours                eager: FreezeOut(prefix="off") with FusedSGD
+    ours                eager: the Trainer's step with prefix="off", by FusedSGD
     ours, exact|bf16    the same with that prefix
-    graph, off|exact|bf16   GraphedStep with that prefix; eager on a CPU
+    graph, off|exact|bf16   the same captured; eager on a CPU
     authors, float32    as authors, float32 and NCHW (TF32 where torch allows it by default)
 
 First all arms train the same few steps from the same weights, and their losses are compared.
@@ -21,34 +21,33 @@ A graph's memory counts where the graph was captured.
 Epochs: 50,000 images cropped and flipped on the device, at half the layers frozen.
 """
 
-import copy
 import gc
 import os
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from turns import clock, in_turns
 
-from freezeout_ext import FreezeOut, FusedSGD
 from freezeout_ext.attach import pin
-from freezeout_ext.graphed import GraphedStep
 from freezeout_ext.layers import find_layers
 from freezeout_ext.models import build_model
-from freezeout_ext.tasks import DeviceData, batches
+from freezeout_ext.tasks import DeviceData, Task, batches
 from freezeout_ext.tasks.images import Split
+from freezeout_ext.training.config import OWN_MODEL, TrainConfig
 from freezeout_ext.training.measure import conditions
+from freezeout_ext.training.trainer import Trainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NETS = ("densenet-76-12", "wrn-40-4", "vgg-16")
 FROZEN = (0.0, 0.25, 0.5, 0.75)
 CLASSES = 100
-OPTIONS = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
 LR = 1e-3
 COMPARED_STEPS = 5
 # After so many steps an arm's prefix has had its trial, and its step is captured.
@@ -78,14 +77,14 @@ class Case:
             x = torch.randn(self.batch, 3, self.image, self.image, generator=generator).to(self.device)
             self.data.append((x, torch.randint(CLASSES, (self.batch,), generator=generator).to(self.device)))
 
-    def model(self, *, channels_last: bool) -> nn.Module:
-        """The same weights and running statistics in every arm, frozen layers' rates at the start of the net's run."""
+    def model(self) -> nn.Module:
+        """The same weights and running statistics in every arm."""
         torch.manual_seed(0)
         model = build_model(self.net, CLASSES, image_size=self.image).to(self.device).train()
         with torch.no_grad():
             for x, _ in self.data:
                 model(x)
-        return model.to(memory_format=torch.channels_last) if channels_last else model
+        return model
 
     def num_frozen(self, layers: int) -> int:
         return int(self.frozen * layers)
@@ -94,82 +93,55 @@ class Case:
 class Arm:
     """One way to train; step(x, y) -> loss."""
 
-    optimizer: torch.optim.Optimizer
-    freezeout: FreezeOut | None = None
+    step: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, case: Case, *, channels_last: bool, amp: torch.dtype | None) -> None:
-        self.case, self.channels_last, self.amp = case, channels_last, amp
-        self.model = case.model(channels_last=channels_last)
-        self.steps = 0
-
-    def inputs(self, k: int) -> tuple[Tensor, Tensor]:
-        return self.case.data[k % len(self.case.data)]
-
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        loss = self.backward(x, y)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.freezeout is not None:
-            self.freezeout.step()
-        return loss
+        self.case, self.channels_last, self.amp, self.steps = case, channels_last, amp, 0
 
     def next(self) -> Tensor:
-        x, y = self.inputs(self.steps)
+        x, y = self.case.data[self.steps % len(self.case.data)]
         self.steps += 1
         return self.step(x.to(memory_format=torch.channels_last) if self.channels_last else x, y)
 
-    def backward(self, x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(self.case.device.type, self.amp) if self.amp else nullcontext():
-            loss = functional.cross_entropy(self.model(x), y)
-        loss.backward()
-        return loss.detach()
-
 
 class Authors(Arm):
-    def __init__(self, case: Case, *, channels_last: bool, amp: torch.dtype | None) -> None:
-        super().__init__(case, channels_last=channels_last, amp=amp)
+    def __init__(self, case: Case, **layout) -> None:
+        super().__init__(case, **layout)
+        self.model = case.model().to(memory_format=torch.channels_last if self.channels_last else None)
         layers = find_layers(self.model)
-        # FreezeOut's own rates, on a copy that is not used.
-        twin = copy.deepcopy(self.model)
-        rates = freezeout_of(twin, torch.optim.SGD(twin.parameters(), lr=LR), case, "off").learning_rates()
         frozen = case.num_frozen(len(layers))
-        groups = []
-        for i, layer in enumerate(layers):
-            if i >= frozen:
-                groups.append({"params": list(layer.parameters.values()), "lr": rates[i]})
-                continue
+        for layer in layers[:frozen]:
             for p in layer.parameters.values():
                 p.requires_grad_(False)
             for module in layer.submodules:
                 pin(module)
             for module in layer.modules.values():
                 module.register_forward_hook(lambda module, args, output: output.detach())
-        self.optimizer = torch.optim.SGD(groups, lr=LR, **OPTIONS)
+        groups = [{"params": list(layer.parameters.values())} for layer in layers[frozen:]]
+        self.optimizer = torch.optim.SGD(groups, lr=LR, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
-
-def freezeout_of(model: nn.Module, optimizer: torch.optim.Optimizer, case: Case, prefix: str) -> FreezeOut:
-    """Half-way through a long run, at the number of frozen layers that the case wants."""
-    freezeout = FreezeOut(model, optimizer, total_steps=TOTAL_STEPS, t_0=0.1, how_scale="linear", prefix=prefix)
-    frozen = case.num_frozen(len(freezeout.layers))
-    step = 0 if frozen == 0 else int(freezeout.schedule.milestone(frozen - 1)) + 1
-    freezeout.load_state_dict({**freezeout.state_dict(), "step": step})
-    assert freezeout.num_frozen == frozen
-    return freezeout
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(self.case.device.type, self.amp) if self.amp else nullcontext():
+            loss = functional.cross_entropy(self.model(x), y)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
 
 
 class Ours(Arm):
-    def __init__(self, case: Case, prefix: str, *, channels_last: bool, amp: torch.dtype | None) -> None:
-        super().__init__(case, channels_last=channels_last, amp=amp)
-        self.optimizer = FusedSGD(self.model.parameters(), lr=LR, **OPTIONS)
-        self.freezeout = freezeout_of(self.model, self.optimizer, case, prefix)
+    """The Trainer's step, with the first layers frozen from the start."""
 
-
-class Graphed(Ours):
-    def __init__(self, case: Case, prefix: str, *, channels_last: bool, amp: torch.dtype | None) -> None:
-        super().__init__(case, prefix, channels_last=channels_last, amp=amp)
-        self.graphed = GraphedStep(
-            self.model, functional.cross_entropy, self.optimizer, self.freezeout, amp_dtype=self.amp
-        )
+    def __init__(self, case: Case, prefix: str, graph: bool, **layout) -> None:
+        super().__init__(case, **layout)
+        config = TrainConfig(
+            model=OWN_MODEL, method="no-anneal", t_0=1.0, steps=TOTAL_STEPS, batch_size=case.batch, lr=LR,
+            start_frozen=case.num_frozen(len(find_layers(case.model()))), prefix=prefix, graph=graph,
+            amp="bf16" if self.amp else "off", channels_last=self.channels_last, device=case.device.type,
+        )  # fmt: skip
+        task = Task(make_model=case.model, train=case.data, evaluation=case.data)
+        self.trainer = Trainer(config.resolved(), task)
+        self.freezeout, self.graphed = self.trainer.freezeout, self.trainer.train_step
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         return self.graphed(x, y)[0]
@@ -181,18 +153,12 @@ def arms_of(case: Case) -> dict[str, Callable[[], Arm]]:
     arms: dict[str, Callable[[], Arm]] = {"authors": lambda: Authors(case, **same)}
     prefixes = ("off", "exact", "bf16") if case.num_frozen(len(find_layers(build_model(case.net)))) else ("off",)
     for prefix in prefixes:
-        name = "ours" if prefix == "off" else f"ours, {prefix}"
-        arms[name] = lambda prefix=prefix: Ours(case, prefix, **same)
+        arms["ours" if prefix == "off" else f"ours, {prefix}"] = partial(Ours, case, prefix, False, **same)
     for prefix in prefixes:
-        arms[f"graph, {prefix}"] = lambda prefix=prefix: Graphed(case, prefix, **same)
+        arms[f"graph, {prefix}"] = partial(Ours, case, prefix, True, **same)
     if on_gpu:
         arms["authors, float32"] = lambda: Authors(case, channels_last=False, amp=None)
     return arms
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def allocated(device: torch.device) -> int:
@@ -205,18 +171,18 @@ def prepare(name: str, make: Callable[[], Arm], case: Case) -> tuple[Arm, list[f
     before = allocated(case.device)
     if case.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(case.device)
-    start = time.perf_counter()
+    now = clock(case.device)
+    start = now()
     arm = make()
     losses = [arm.next().item() for _ in range(COMPARED_STEPS)]
     for _ in range(WARM_UP_STEPS - COMPARED_STEPS):
         arm.next()
-    wait(case.device)
-    found: dict = {"preparation_seconds": time.perf_counter() - start}
+    found: dict = {"preparation_seconds": now() - start}
     if case.device.type == "cuda":
         found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(case.device) - before
     if isinstance(arm, Ours):
         found["prefix"] = str(arm.freezeout.prefix_report())
-    if isinstance(arm, Graphed) and case.device.type == "cuda":
+    if name.startswith("graph") and case.device.type == "cuda":
         assert arm.graphed.captures == 1, f"{name}: {arm.graphed.captures} captures"
     return arm, losses, found
 
@@ -230,28 +196,16 @@ def assert_same_losses(losses: dict[str, list[float]], case: Case) -> None:
             assert abs(a - b) <= allowed * abs(b), f"{name}: loss {a} in step {step}, the authors' {b}"
 
 
-def turn(arm: Arm, steps: int) -> float:
-    """Milliseconds a step."""
-    wait(arm.case.device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        arm.next()
-    wait(arm.case.device)
-    return 1e3 * (time.perf_counter() - start) / steps
-
-
 def measure(case: Case, *, rounds: int, steps: int) -> tuple[dict, dict[str, Arm]]:
     """What the benchmark stores for one net and fraction, and the arms, ready to go on."""
     arms, losses, found = {}, {}, {}
     for name, make in arms_of(case).items():
         arms[name], losses[name], found[name] = prepare(name, make, case)
     assert_same_losses(losses, case)
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for k in range(rounds):
-        order = list(arms.items())
-        for name, arm in order if k % 2 == 0 else reversed(order):
-            times[name].append(turn(arm, steps))
-    medians = {name: median(values) for name, values in times.items()}
+    nexts = {name: arm.next for name, arm in arms.items()}
+    times = in_turns(nexts, case.device, rounds=rounds, repeats=steps, before=lambda step: None)
+    milliseconds = {name: [1e3 * seconds for seconds in values] for name, values in times.items()}
+    medians = {name: median(values) for name, values in milliseconds.items()}
     layers = len(arms["ours"].freezeout.layers)
     return {
         "net": case.net,
@@ -260,7 +214,7 @@ def measure(case: Case, *, rounds: int, steps: int) -> tuple[dict, dict[str, Arm
         "image": case.image,
         "amp": str(case.amp),
         "milliseconds": medians,
-        "milliseconds_least": {name: min(values) for name, values in times.items()},
+        "milliseconds_least": {name: min(values) for name, values in milliseconds.items()},
         "over_authors": {name: medians["authors"] / value for name, value in medians.items()},
         "losses": losses,
         "arms": found,
@@ -269,12 +223,11 @@ def measure(case: Case, *, rounds: int, steps: int) -> tuple[dict, dict[str, Arm
 
 
 def epoch_seconds(arm: Arm, images: DeviceData, batch: int) -> float:
-    wait(arm.case.device)
-    start = time.perf_counter()
+    now = clock(arm.case.device)
+    start = now()
     for x, y in batches(images, batch, epoch=0, seed=0, shuffle=True, drop_last=True):
         arm.step(x.contiguous(memory_format=torch.channels_last) if arm.channels_last else x, y)
-    wait(arm.case.device)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def images_of_an_epoch(count: int, case: Case) -> DeviceData:

@@ -1,16 +1,18 @@
 """What the benchmarks of the fused optimizers share: the nets' shapes, and rivals that take turns in one process."""
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from turns import in_turns
 
 from freezeout_ext.models import build_model
 from freezeout_ext.training.measure import conditions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Rivals = dict[str, Callable[[list], torch.optim.Optimizer]]
+GROUPINGS = ("one group", "one group a layer", "one group a tensor")
 
 
 def resnet50_shapes() -> list[list[tuple[int, ...]]]:
@@ -63,6 +65,34 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def build(rivals: Rivals, net: str, grouping: str, frozen: float) -> dict[str, torch.optim.Optimizer]:
+    """Every rival over equal parameters and gradients, after two steps; the first layers frozen as FreezeOut does."""
+    shapes = layer_shapes(net)
+    num_frozen = int(frozen * len(shapes))
+    optimizers = {}
+    for name, make in rivals.items():
+        torch.manual_seed(0)
+        layers = [[nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in layer] for layer in shapes]
+        params = [p for layer in layers for p in layer]
+        groups = dict(zip(GROUPINGS, ([params], layers, [[p] for p in params]), strict=True))[grouping]
+        optimizers[name] = optimizer = make([{"params": group} for group in groups])
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        for group in optimizer.param_groups[:num_frozen]:
+            group.update(lr=0.0, frozen=True)
+            for p in group["params"]:
+                p.requires_grad_(False)
+                p.grad = None
+                del optimizer.state[p]
+        optimizer.step()
+    judge = params_of(optimizers["torch for-loop"])
+    for optimizer in optimizers.values():
+        for p, q in zip(params_of(optimizer), judge, strict=True):
+            torch.testing.assert_close(p, q)
+    return optimizers
+
+
 def moves(elements: int, bytes_each: int) -> dict[str, Callable[[], object]]:
     """Calls that move as many bytes as a step: a.copy_(b), which reads half, and a.add_(b), which reads two thirds."""
     a, b = torch.randn(2, elements * bytes_each // 8, device=DEVICE)
@@ -70,55 +100,35 @@ def moves(elements: int, bytes_each: int) -> dict[str, Callable[[], object]]:
     return {"copy": lambda: a.copy_(b), "add": lambda: sums.add_(addends)}
 
 
-def wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def interleave(calls: dict[str, Callable[[], object]], *, cold: bool, seconds: float) -> dict[str, list[float]]:
-    """Microseconds of each call. Warm: after one call of the same; cold: after 128 MB of other memory.
-
-    On one CPU thread times are that thread's CPU time, which other processes hardly change.
-    """
-    other = torch.zeros(1 << 25, device=DEVICE)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    alone = DEVICE.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time_ns if alone else time.perf_counter_ns
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 12:
-        for name, call in calls.items():
-            other.add_(1) if cold else call()
-            for _ in range(1 if cold else 4):
-                wait()
-                start = clock()
-                call()
-                wait()
-                times[name].append((clock() - start) / 1e3)
-    return times
-
-
 def measure(
     benchmark,
-    optimizers: dict[str, torch.optim.Optimizer],
+    rivals: Rivals,
+    net: str,
+    grouping: str,
     *,
+    frozen: float = 0.0,
     bytes_each: int,
     cold: bool,
     threads: int,
     seconds: float,
 ) -> None:
-    """Times the rivals, the first of which is ours, beside moves of as many bytes.
+    """Builds and times the rivals, the first of which is ours, beside moves of as many bytes.
 
+    Caches are warm from a call of the same, or cold from other memory.
     `ratio` is torch fused over ours. "over_copy" and "over_add" are ours over the moves.
     Each is given of medians and of minima.
     """
     torch.set_num_threads(threads)
+    optimizers = build(rivals, net, grouping, frozen)
     ours = next(iter(optimizers))
     params = [p for p in params_of(optimizers[ours]) if p.grad is not None]
     elements = sum(p.numel() for p in params)
     calls = {name: optimizer.step for name, optimizer in optimizers.items()} | moves(elements, bytes_each)
-    times = interleave(calls, cold=cold, seconds=seconds)
+    other = torch.zeros(1 << 25, device=DEVICE)  # 128 MB
+    before = {"before": lambda call: other.add_(1)} if cold else {}
+    times = in_turns(calls, DEVICE, rounds=12, seconds=seconds, **before)
     for suffix, key, summary in (("", "median_us", statistics.median), ("_of_minima", "min_us", min)):
-        us = {name: round(summary(values), 1) for name, values in times.items()}
+        us = {name: round(1e6 * summary(values), 1) for name, values in times.items()}
         benchmark.extra_info |= {
             key: us,
             f"ratio{suffix}": round(us["torch fused"] / us[ours], 2),

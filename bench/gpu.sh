@@ -20,10 +20,11 @@
 #   features   bench_features.py: a cached step over its suffix, captured where it can be, and the rate of a gather
 #   train      full training, cubic scaled 0.8 and the shortened cosine, WRN-40-4 on CIFAR-100, run by run: finished runs
 #              are kept, an unfinished one goes on where WORK is still there
-#   figure     one of the paper's figures, run by run likewise: FIGURE (wrn-cifar100), SETTING (paper, or modern: batch 512)
+#   figure     one of the paper's figures (Brock et al. 2017, arXiv 1706.04983), run by run likewise: linear and cubic at five
+#              t_0, with scaled rates and without. FIGURE (wrn-cifar100), SETTING (paper, or modern: batch 512)
 #   report     OUT/DEVICE.json and a table, of all that WORK holds; also at the end of every call
 #
-# OUT (gpu-results)   few small files: DEVICE.json, logs.tar.gz, runs.tar.gz, compare.png, figure.png
+# OUT (gpu-results)   few small files: DEVICE.json, logs.tar.gz, runs.tar.gz, compare.png, figure.html
 # WORK (build/gpu)    everything else; keep it between calls on one machine
 # RUNS                a runs.tar.gz of an earlier call, on another machine perhaps: its finished runs count
 # NETS                for compile: ("wrn-40-4 densenet-76-12")
@@ -177,36 +178,64 @@ step() {
 
 features() { bench features 280 bench_features.py; }
 
-train() {
-  [ -n "${CIFAR:-}" ] || { echo "train needs CIFAR=folder with cifar-100-python in it"; return 1; }
-  [ -z "${RUNS:-}" ] || tar xzf "$RUNS" -C "$work" || return 1
-  # Seed by seed, so that what is done can be compared at any time. A stop at the limit keeps the epochs that are done.
-  end=$(($(date +%s) + 60 * ${MINUTES:-9}))
+# compared NAME END OUT FLAGS...: freezeout compare, seed by seed, so that what is done can be compared at any time. A stop at
+# END (seconds of `date`) keeps the epochs that are done, and the same part goes on there. 124 where it was stopped.
+compared() {
+  name=$1
+  end=$2
+  shift 2
   for seeds in $(seq 1 "${SEEDS:-3}"); do
     left=$((end - $(date +%s)))
     [ "$left" -gt 0 ] || left=1
-    # shellcheck disable=SC2086
-    LINES_SHOWN=30 logged train "$left" "$python" -m freezeout_ext compare --data cifar100 --data-dir "$CIFAR" \
-      --model wrn-40-4 --t0 0.8 --how-scale cubic --epochs "${EPOCHS:-100}" --batch-size "${BATCH:-128}" \
-      --arms ${ARMS:-full freezeout short} --seeds "$seeds" --out "$work/claim" --resume
+    LINES_SHOWN=30 logged "$name" "$left" "$python" -m freezeout_ext compare --data-dir "$CIFAR" --epochs "${EPOCHS:-100}" \
+      --seeds "$seeds" --resume --out "$@"
     code=$?
-    if [ $code = 124 ]; then
-      echo "$((seeds - 1)) of ${SEEDS:-3} seeds are done; the same part goes on"
-      return 0
-    fi
+    [ $code != 124 ] || echo "$((seeds - 1)) of ${SEEDS:-3} seeds are done; the same part goes on"
     [ $code = 0 ] || return $code
   done
   echo "all ${SEEDS:-3} seeds are done"
 }
 
-figure() {
-  [ -n "${CIFAR:-}" ] || { echo "figure needs CIFAR=folder with cifar-100-python, or cifar-10-batches-py, in it"; return 1; }
+# What a part of training runs needs, and the moment at which it is stopped.
+prepare_runs() {
+  [ -n "${CIFAR:-}" ] || { echo "$1 needs CIFAR=folder with $2 in it"; return 1; }
   [ -z "${RUNS:-}" ] || tar xzf "$RUNS" -C "$work" || return 1
-  LINES_SHOWN=30 logged figure 590 "$python" bench/paper_figures.py "${FIGURE:-wrn-cifar100}" \
-    --setting "${SETTING:-paper}" --data-dir "$CIFAR" --out "$work/paper" --minutes "${MINUTES:-9}" \
-    --seeds "${SEEDS:-3}" --epochs "${EPOCHS:-100}"
+  end=$(($(date +%s) + 60 * ${MINUTES:-9}))
+}
+
+train() {
+  prepare_runs train cifar-100-python || return 1
+  # shellcheck disable=SC2086
+  compared train "$end" "$work/claim" --data cifar100 --model wrn-40-4 --batch-size "${BATCH:-128}" --t0 0.8 \
+    --how-scale cubic --arms ${ARMS:-full freezeout short}
   code=$?
-  [ $code = 0 ] || [ $code = 75 ]
+  [ $code = 0 ] || [ $code = 124 ]
+}
+
+figure() {
+  figure=${FIGURE:-wrn-cifar100}
+  case $figure in
+    wrn-cifar10 | wrn-cifar100) model=wrn-40-4 ;;
+    densenet-cifar10 | densenet-cifar100) model=densenet-76-12 ;;
+    vgg-cifar10 | vgg-cifar100) model=vgg-16 ;;
+    *) echo "FIGURE must be wrn-, densenet- or vgg-, and cifar10 or cifar100, got $figure"; return 1 ;;
+  esac
+  case ${SETTING:-paper} in
+    paper) setting="--batch-size 50 --lr 0.1" ;;
+    modern) setting="--batch-size 512 --lr 0.4 --warmup-epochs 5" ;;
+    *) echo "SETTING must be paper or modern, got $SETTING"; return 1 ;;
+  esac
+  prepare_runs figure "cifar-100-python, or cifar-10-batches-py," || return 1
+  drawn="$work/paper/$figure-${SETTING:-paper}"
+  for rates in scale-lr no-scale-lr; do
+    # shellcheck disable=SC2086
+    compared "figure-$rates" "$end" "$drawn/$rates" --data "${figure#*-}" --model $model $setting --$rates --how-scale linear cubic \
+      --t0 0.5 0.6 0.7 0.8 0.9 --arms full freezeout
+    code=$?
+    [ $code != 124 ] || return 0
+    [ $code = 0 ] || return $code
+  done
+  "$python" -m freezeout_ext report "$drawn/scale-lr" "$drawn/no-scale-lr" --out "$drawn/figure.html"
 }
 
 report() {

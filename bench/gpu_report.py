@@ -4,7 +4,7 @@
 
 Reads WORK/benchmarks/*.json (pytest-benchmark), WORK/*.xml (JUnit), WORK/logs/sanitize-*.log, WORK/claim and
 WORK/paper; writes OUT/DEVICE.json, OUT/logs.tar.gz (logs and the benchmarks' own files), OUT/runs.tar.gz,
-OUT/compare.png and OUT/figure.png. A figure that was not measured stays in the table as such.
+OUT/compare.png and OUT/figure.html. A figure that was not measured stays in the table as such.
 """
 
 import argparse
@@ -177,10 +177,10 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     logs = [*sorted((args.work / "logs").glob("*.log")), *sorted((args.work / "benchmarks").glob("*.json"))]
     add_to(args.out / "logs.tar.gz", args.work, logs)
-    kept = {"config.json", "log.jsonl", "result.json", "results.json", "compare.json", "costs.json"}
+    kept = {"config.json", "log.jsonl", "result.json", "compare.json", "costs.json"}
     runs = [p for folder in (claim, args.work / "paper") for p in sorted(folder.rglob("*")) if p.name in kept]
     add_to(args.out / "runs.tar.gz", args.work, runs)
-    for picture in (claim / "compare.png", *sorted(args.work.glob("paper/*/figure.png"))[-1:]):
+    for picture in (claim / "compare.png", *sorted(args.work.glob("paper/*/figure.html"))[-1:]):
         if picture.exists():
             shutil.copy(picture, args.out / picture.name)
     print(

@@ -32,7 +32,6 @@ from freezeout_ext import (
 from freezeout_ext.integrations.compile import CompiledLayers
 from freezeout_ext.integrations.distributed import DDPFollower
 from freezeout_ext.tasks import Task
-from freezeout_ext.training import config
 from freezeout_ext.training.config import BadInput, TrainConfig
 from freezeout_ext.training.reporters import Reporter
 
@@ -283,7 +282,7 @@ FLAGS = {f"{name}.{flag}": {"True": "a flag"} for name, flag in (
     ("FreezeOut", "anneal"), ("FreezeOut", "scale_lr"), ("FreezeOut", "measure_prefix"), ("GraphedStep", "graph"),
     ("FeatureCache", "measure"), ("FeatureCache.loader", "shuffle"), ("FeatureCache.loader", "drop_last"),
     ("Schedule", "scale_lr"), ("training.train", "resume"), ("training.compare", "resume"),
-    *(("TrainConfig", name) for name in config.FLAGS),
+    *(("TrainConfig", field.name) for field in fields(TrainConfig) if "bool" in str(field.type)),
 )}  # fmt: skip
 OPTIONAL = {f"{name}.{argument}": {"None": "the default"} for name, argument in (
     ("FreezeOut", "layers"), ("FreezeOut", "milestones"), ("FreezeOut", "max_transitions"), ("FreezeOut", "cache"),

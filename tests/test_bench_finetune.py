@@ -1,16 +1,18 @@
 """bench/bench_finetune.py with a tiny net: what a run does, what the tables compare with."""
 
 import json
-import math
 import sys
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
 from load_script import BENCH, load_script
 
+from freezeout_ext.features import FeatureCache
 from freezeout_ext.models import build_model
+from freezeout_ext.tasks import Task
 from freezeout_ext.tasks.images import Split
+from freezeout_ext.training import feed, trainer
 
 pytest.importorskip("scipy")
 
@@ -18,64 +20,55 @@ pytest.importorskip("scipy")
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    module = load_script(BENCH / "bench_finetune.py")
-    monkeypatch.setattr(module, "keep_freed_memory", lambda: None)  # for the whole process
-    return module
+    monkeypatch.setattr(trainer, "keep_freed_memory", lambda: None)  # for the whole process
+    return load_script(BENCH / "bench_finetune.py")
 
 
 @pytest.fixture
-def images(bench):
+def experiment(bench):
     drawn = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8, generator=drawn)
     split = Split(pixels, torch.arange(16) % 4, (0.5,) * 3, (0.25,) * 3, padding=4, flip=True)
-    return split.dataset(augment=True)
-
-
-@pytest.fixture
-def experiment(images):
+    images = split.dataset(augment=True)
+    task = Task(make_model=lambda: build_model("wrn-10-1", 4), train=images, evaluation=images)
     tasks = sys.modules["finetune_tasks"]
-
-    def make_model(seed: int) -> torch.nn.Module:
-        torch.manual_seed(seed)
-        return build_model("wrn-10-1", 4)
-
-    return tasks.Experiment(
-        make_model=make_model,
-        train=lambda seed: images,
-        test=lambda seed: images,
-        make_optimizer=tasks.sgd,
-        epochs=4,
-        batch_size=8,
-        timed=(1, 1e9),
-        data="noise",
-    )
+    config = replace(tasks.SGD, epochs=4, batch_size=8)
+    return tasks.Experiment(lambda seed: task, config, (1, 1e9), "noise")
 
 
-def test_a_kept_run_fills_its_views_and_thaws_when_asked_to(bench, experiment, monkeypatch):
-    arms, runs = sys.modules["finetune_arms"], sys.modules["finetune_runs"]
+def test_a_kept_run_fills_its_views(bench, experiment, monkeypatch):
+    arms = sys.modules["finetune_arms"]
     # By the clock keeping does not pay on a net as small as this one.
-    monkeypatch.setattr(runs, "FeatureCache", partial(runs.FeatureCache, measure=False))
-    row = runs.Run(experiment, arms.Arm(start=3, views=2), 0).row()
+    monkeypatch.setattr(feed, "FeatureCache", lambda *a, **k: FeatureCache(*a, **k | {"measure": False}))
+    row = bench.run(experiment, arms.frozen(3).keeping(2), 0)
     assert row["transitions"] == [[0, 3]]
     assert row["steps"] == 8
     assert row["cache"]["rows"] == 32
     assert row["cache"]["hits"] == row["cache"]["misses"] == 32
-    thawed = runs.Run(experiment, arms.Arm(start=3, views=2, thaw=(0.5, 1, 0.5)), 0).row()
-    assert thawed["transitions"] == [[0, 3], [4, 1]]
-    assert thawed["memory_bytes"] > row["memory_bytes"]
+    assert 0 < row["memory_bytes"] < bench.run(experiment, arms.Arm(), 0)["memory_bytes"]
 
 
-def test_rates_follow_the_cosine_times_the_factors_of_the_arm(bench, experiment):
-    arms, runs = sys.modules["finetune_arms"], sys.modules["finetune_runs"]
-    run = runs.Run(experiment, arms.Arm(start=2, rate=2.0, thaw=(0.5, 1, 0.25)), 0)
-    run._prepare()
-    rates = []
-    while run.step < run.total:
-        for batch in run._epoch():
-            rates.append(run.optimizer.param_groups[-1]["lr"])
-            run._train_step(*batch)
-    whole = [0.1 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
-    assert rates == pytest.approx([*whole[:4], *(0.25 * rate for rate in whole[4:])])
+def test_the_clock_leaves_the_yardstick_out_and_counts_a_run_in_its_steps(bench, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "process_time", lambda: now[0])
+
+    def full_step():
+        now[0] += 0.5
+
+    clock = bench.Clock(full_step, steps=2, every=3.0)
+    clock.start()
+    for seconds in (2.0, 2.0, 1.0):
+        now[0] += seconds
+        clock.lap()
+    clock.lap(end=True)
+    assert (clock.seconds, clock.full_steps, clock.yardsticks) == (5.0, 10.0, [0.5] * 3)
+
+
+def test_norms_adapt_before_the_first_layers_freeze(bench, experiment):
+    task = bench.adapted(experiment.task(0), 1, experiment.config)
+    torch.manual_seed(0)
+    model = task.make_model()
+    assert model.blocks[0].bn1.num_batches_tracked == 2 and model.blocks[0].bn1.running_mean.abs().sum() > 0
 
 
 def test_the_rival_lies_on_the_line_in_the_logarithm_of_the_cost(bench):
@@ -90,7 +83,7 @@ def test_the_rival_lies_on_the_line_in_the_logarithm_of_the_cost(bench):
 def test_a_run_that_has_its_line_is_not_repeated(bench, experiment, tmp_path, monkeypatch, capsys):
     arms = sys.modules["finetune_arms"]
     monkeypatch.setitem(bench.EXPERIMENTS, "classes", lambda data_dir, work: experiment)
-    chosen = {"full": arms.Arm(), "short 60 %": arms.Arm(length=0.6), "first 4, paid": arms.Arm(start=2)}
+    chosen = {"full": arms.Arm(), "short 60 %": arms.Arm(length=0.6), "first 4, paid": arms.frozen(2)}
     monkeypatch.setitem(bench.ARMS, "classes", chosen)
     rows = tmp_path / "rows.jsonl"
     given = ["bench_finetune.py", "classes", "--data-dir", str(tmp_path), "--seeds", "2"]

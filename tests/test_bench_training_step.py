@@ -9,6 +9,7 @@ from load_script import BENCH, load_script
 
 @pytest.fixture(scope="module")
 def bench():
+    load_script(BENCH / "turns.py")
     module = load_script(BENCH / "bench_training_step.py")
     module.WARM_UP_STEPS = module.COMPARED_STEPS + 1
     return module

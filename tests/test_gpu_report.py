@@ -26,7 +26,7 @@ steps.WARM_UP_STEPS = steps.COMPARED_STEPS + 1
 @pytest.mark.parametrize("grouping", ["one group a layer"])
 @pytest.mark.parametrize("net", ["densenet-76-12"])
 def test_step(benchmark, net, grouping, cache):
-    bench_fused_sgd.measure(benchmark, bench_fused_sgd.build("tiny-1", grouping), threads=1)
+    bench_fused_sgd.measure(benchmark, "tiny-1", grouping, threads=1)
 
 
 @pytest.mark.parametrize("frozen", [0.5])
@@ -198,12 +198,16 @@ def test_every_part_of_the_script_runs_its_files(tmp_path):
     done = subprocess.run(["sh", BENCH / "gpu.sh", *parts], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = asked.read_text()
-    files = ("bench_fused_sgd.py", "bench_kernels.py", "bench_training_step.py", "paper_figures.py")
+    files = ("bench_fused_sgd.py", "bench_kernels.py", "bench_training_step.py")
     for file in (*files, "tests/test_kernels.py"):
         assert file in lines, file
-    compared = [line for line in lines.splitlines() if line.startswith("-m freezeout_ext compare --data cifar100")]
-    assert [f"--seeds {n} " in line for n, line in enumerate(compared, 1)] == [True] * 3
-    assert "all 3 seeds are done" in done.stdout
+    compared = [line for line in lines.splitlines() if line.startswith("-m freezeout_ext compare ")]
+    assert len(compared) == 9 and all(" --data cifar100 --model wrn-40-4 " in line for line in compared)
+    assert [f"--seeds {1 + n % 3} " in line for n, line in enumerate(compared)] == [True] * 9
+    assert done.stdout.count("all 3 seeds are done") == 3
+    for rates, part in (("scale-lr", compared[3:6]), ("no-scale-lr", compared[6:])):
+        assert all(f" --batch-size 50 --lr 0.1 --{rates} --how-scale linear cubic --t0 0.5 " in line for line in part)
+    assert "-m freezeout_ext report " in lines
     suites = [line for line in lines.splitlines() if "--junitxml" in line]
     assert len(suites) == 3 and " -m cuda or native_cuda tests" in suites[0]
     assert lines.count("gpu_report.py") == len(parts)

@@ -12,7 +12,7 @@ import torch
 from freezeout_ext import Schedule
 from freezeout_ext.training import cli, commands, plot
 from freezeout_ext.training.config import BadInput, TrainConfig
-from freezeout_ext.training.run_folder import RunFolder
+from freezeout_ext.training.run_folder import RunFolder, read_json
 
 TINY = ["--model", "wrn-10-1", "--steps", "4", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
 
@@ -221,6 +221,11 @@ def test_compare_end_to_end(tmp_path, capsys):
         "runs",
     ]
     assert png_size(out / "compare.png") == (1050, 1380)
+    summary = read_json(out / "compare.json")
+    by_cost = plot.plot_comparison(out, summary).axes[1]
+    (strategy,) = [line for line in by_cost.lines if len(line.get_xdata()) == 3]
+    accuracies = [100 * arm["test_accuracy"]["mean"] for arm in summary["arms"][1:]]
+    assert sorted(strategy.get_ydata()) == sorted(accuracies)
     (out / "compare.png").unlink()
     assert cli.main(["plot", str(out)]) == 0
     assert png_size(out / "compare.png") == (1050, 1380)

@@ -160,8 +160,7 @@ def test_a_long_evaluation_says_how_far_it_is(monkeypatch):
     stream = io.StringIO()
     reporter = Reporters(reporters.Reporter(), LineReporter(stream))
     reporter.start(FakeTrainer)
-    tell = reporter.evaluation()
     for done in range(4):
-        tell(done, 4)
+        reporter.evaluating(done, 4)
         now[0] += 1.5
     assert stream.getvalue().splitlines()[-1].endswith("evaluating, batches: 2 of 4, about 3 s left")

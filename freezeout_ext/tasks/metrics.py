@@ -45,6 +45,34 @@ class Metric:
         return f"{100 * value:.2f} %" if self.unit == "%" else f"{value:.4g} {self.unit}".rstrip()
 
 
+class Totals:
+    """The loss and what a metric adds up, summed over batches where these are."""
+
+    def __init__(self, metric: Metric | None) -> None:
+        self._metric, self._samples = metric, 0
+        self._loss: Any = 0.0  # tensors from the first batch on
+        self._sums: Any = 0.0
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, outputs: Any, targets: Any) -> None:
+        self._samples += size(targets)
+        self._loss = self._loss + loss.double() * size(targets)
+        if self._metric is not None:
+            self._sums = self._sums + self._metric.sums(outputs, targets).double()
+
+    def means(self, over_all: Callable[[Tensor], Tensor] = lambda sums: sums) -> tuple[float, float]:
+        """(mean loss over the samples, metric over all batches); without a metric both are the loss.
+
+        Args:
+            over_all: sums of this process -> sums over all processes.
+        """
+        if not self._samples:
+            raise ValueError("batches must give at least one batch, got none")
+        loss, count = over_all(torch.stack([self._loss, torch.full_like(self._loss, self._samples)])).tolist()
+        mean = loss / count
+        return mean, mean if self._metric is None else float(self._metric.value(over_all(self._sums)))
+
+
 def mean_of(name: str, function: Callable[[Any, Any], Any], *, higher_is_better: bool, unit: str = "") -> Metric:
     """The mean over all samples of a metric whose function(outputs, targets) is the mean over a batch's samples."""
 

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from ..arguments import check_count
 from ..batch import Batch, call, size, tensors, to
 from .batches import as_batch, collated, kept_generators
-from .metrics import Metric, accuracy, logits_of
+from .metrics import Metric, Totals, accuracy, logits_of
 from .places import TaskFault, kind, place_of, where_raised
 
 Criterion = Callable[[Any, Any], Tensor]
@@ -131,20 +131,10 @@ class Task:
         The model stays in eval mode.
         """
         model.eval()
-        count = 0
-        total: Any = 0.0  # tensors from the first batch on
-        sums: Any = 0.0
+        totals = Totals(self.metric)
         for batch in batches:
-            loss, outputs = self.loss(model, batch)
-            targets = as_batch(batch)[1]
-            count += size(targets)
-            total = total + loss.double() * size(targets)
-            if self.metric:
-                sums = sums + self.metric.sums(outputs, targets).double()
-        if not count:
-            raise ValueError("batches must give at least one batch, got none")
-        mean = float(total) / count
-        return mean, float(self.metric.value(sums)) if self.metric else mean
+            totals.add(*self.loss(model, batch), as_batch(batch)[1])
+        return totals.means()
 
     def optimizer(self, parameters: Iterable) -> torch.optim.Optimizer:
         """The optimizer that make_optimizer makes, or the default one."""

@@ -13,7 +13,7 @@ from .arms import default_kinds, make_arms
 from .compare import MOST_SEEDS, Comparison
 from .config import TrainConfig, faults_of_input
 from .costing import plan_of, training_costs, unfrozen
-from .reporters import LineReporter, Reporter, StepReporter
+from .reporters import LineReporter, Reporter
 from .run import Run
 from .trainer import Trainer
 
@@ -103,7 +103,7 @@ def compare(
         kinds = default_kinds() if kinds is None else kinds
         arms = make_arms(kinds, t_0s or [base.t_0], how_scales or [base.how_scale], shorter)
     comparison = Comparison(base, out, arms=arms, seeds=range(seeds), task=task, resume=resume, accuracies=accuracies)
-    summary = comparison.run(StepReporter)
+    summary = comparison.run(lambda title: LineReporter(title=title, epochs=False))
     plot.save(plot.plot_comparison(Path(out), summary), Path(out) / "compare.png")
     return summary
 

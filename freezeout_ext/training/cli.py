@@ -13,16 +13,7 @@ from typing import NoReturn
 from . import commands, plan_command
 from .arms import KINDS
 from .config import BadInput
-from .options import (
-    add_cache_options,
-    add_freezeout_options,
-    add_plan_options,
-    add_prefix_options,
-    add_run_options,
-    add_when_options,
-    file,
-    saving,
-)
+from .options import KEPT, WHEN, add_fields, add_freezeout_options, add_run_options, file, saving
 from .trainer import TrainingFailed
 
 BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
@@ -90,11 +81,9 @@ def _parser() -> Parser:
     train = parts.add_parser("train", help="train once", argument_default=argparse.SUPPRESS)
     train.set_defaults(command=commands.train)
     add_run_options(train)
-    train.add_argument("--seed", type=int, help="of weights, data order and augmentation (0)")
-    train.add_argument("--val-fraction", type=float, help="share of the training images held out (0)")
+    add_fields(train, "seed", "val_fraction")
     add_freezeout_options(train)
-    add_when_options(train)
-    add_prefix_options(train)
+    add_fields(train, *WHEN, "prefix", *KEPT)
     method = train.add_mutually_exclusive_group()
     for flag, value, text in (
         ("--no-freezeout", "full", "plain training, one cosine"),
@@ -126,8 +115,7 @@ def _parser() -> Parser:
         help="add the arm const-time: FreezeOut lengthened to full training's seconds",
     )  # fmt: skip
     add_freezeout_options(compare, lists=True)
-    add_when_options(compare)
-    add_prefix_options(compare)
+    add_fields(compare, *WHEN, "prefix", *KEPT)
     compare.add_argument("--resume", action="store_true", default=False, help="keep what is done in --out and go on")
 
     compare.add_argument(
@@ -139,9 +127,15 @@ def _parser() -> Parser:
     plan.set_defaults(command=plan_command.plan)
     add_run_options(plan, out=False)
     add_freezeout_options(plan, lists=True)
-    add_when_options(plan)
-    add_cache_options(plan)
-    add_plan_options(plan)
+    add_fields(plan, *WHEN, *KEPT)
+    text = "count FLOP instead (backward = 1x and 2x forward); needs no data of the built-in sets"
+    plan.add_argument("--no-measure", dest="measure", action="store_false", default=True, help=text)
+    plan.add_argument("--rounds", type=int, default=3, help="of measuring; each steps twice from every layer on (3)")
+    plan.add_argument("--max-seconds", type=float, default=120.0, help="no further round begins after it (120)")
+    text = "suggest t_0 for this saving: 20%% or 0.2"
+    plan.add_argument("--want", type=saving, default=None, metavar="SAVING", help=text)
+    plan.add_argument("--json", type=file, default=None, metavar="FILE", help="write the plan there")
+    plan.add_argument("--png", type=file, default=None, metavar="FILE", help="draw the savings and the layers there")
 
     tune = parts.add_parser(
         "tune",
@@ -150,7 +144,7 @@ def _parser() -> Parser:
     )
     tune.set_defaults(command=commands.tune)
     add_run_options(tune)
-    tune.add_argument("--seed", type=int, help="of weights, data order and augmentation; the first of several (0)")
+    add_fields(tune, "seed", help="of weights, data order and augmentation; the first of several (0)")
     tune.add_argument("--seeds", type=int, default=3, help="of the last round, against full training (3)")
     tune.add_argument("--seconds", type=float, default=None, help="of training that the run may take")
     tune.add_argument("--want", type=saving, default=None, metavar="SAVING", help="instead: of full training's seconds")
@@ -163,7 +157,7 @@ def _parser() -> Parser:
     draw.add_argument("--model", metavar="NAME", help="take the number of layers from this net")
     draw.add_argument("--steps", type=int, default=1000, help="length of the run (1000)")
     draw.add_argument("--lr", type=float, default=0.1, help="base learning rate (0.1)")
-    draw.add_argument("--warmup-steps", type=int, default=0)
+    add_fields(draw, "warmup_steps", default=0)
     add_freezeout_options(draw, lists=True)
     draw.set_defaults(scale_lr=True, max_transitions=None)
     draw.add_argument("--out", type=file, metavar="PNG")

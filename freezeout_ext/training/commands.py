@@ -18,15 +18,7 @@ from .compare import MOST_SEEDS, Comparison
 from .config import OWN_MODEL, TrainConfig, faults_of_input
 from .html import write_report
 from .ranks import Ranks, ranks_of_torchrun
-from .reporters import (
-    BarReporter,
-    LineReporter,
-    Reporter,
-    Reporters,
-    StepReporter,
-    TensorBoardReporter,
-    has_live_bar,
-)
+from .reporters import BarReporter, LineReporter, Reporter, Reporters, TensorBoardReporter, has_live_bar
 from .run import Run
 from .run_folder import RunFolder, check_file, make_folder, read_json
 from .tables import comparison_tables, engagement_text, run_summary, traffic_table
@@ -138,7 +130,7 @@ def _train_command(args: argparse.Namespace) -> str:
 
 def run_reporter(title: str) -> Reporter:
     """What shows the progress of one run of several."""
-    return BarReporter(title=title, epochs=False) if has_live_bar(sys.stdout) else StepReporter(title)
+    return (BarReporter if has_live_bar(sys.stdout) else LineReporter)(title=title, epochs=False)
 
 
 @faults_of_input()

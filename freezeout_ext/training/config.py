@@ -1,9 +1,11 @@
 """TrainConfig: all that decides the weights of a run."""
 
+import argparse
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ import torch
 from ..arguments import check_count, check_flag, check_kind, check_number
 from ..prefix import MODES
 from ..schedule import Schedule
-from ..tasks import Task
+from ..tasks import DATA, Task
+from ..tasks.nets import net_names
 
 METHODS = ("freezeout", "full", "no-anneal")
 # "task": the one that the task makes.
@@ -25,30 +28,9 @@ OWN_MODEL = "own"
 LATER_FIELDS = ("image_size", "weights", "fingerprint", "start_frozen", "thaw_to", "cache", "views", "cache_dtype")
 # Of kept features.
 CACHE_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-# What a field may be: whole numbers from least to most, numbers that are not negative, one of several words.
 MOST_STEPS, MOST_SEED = 10**12, 2**63 - 1
-COUNTS: dict[str, tuple[int, int | None]] = {
-    "epochs": (1, MOST_STEPS),
-    "steps": (1, MOST_STEPS),
-    "warmup_steps": (0, None),
-    "batch_size": (1, None),
-    "image_size": (1, None),
-    "max_transitions": (1, None),
-    "start_frozen": (0, None),
-    "views": (1, None),
-    "threads": (1, 1024),
-    "seed": (0, MOST_SEED),
-}
-NUMBERS = ("lr", "momentum", "weight_decay", "warmup_epochs", "val_fraction")
-FLAGS = ("scale_lr", "graph", "compile", "augment", "channels_last", "deterministic")
-CHOICES = {
-    "method": METHODS,
-    "optimizer": OPTIMIZERS,
-    "device": ("auto", "cpu", "cuda"),
-    "amp": tuple(AMP_DTYPES),
-    "prefix": MODES,
-    "cache_dtype": tuple(name for name in CACHE_DTYPES if name),
-}
+# Of a net that comes with weights, and of any net of timm: a smaller rate and fewer epochs than the paper's nets want.
+TUNED: dict[str, Any] = {"optimizer": "fused-adamw", "weight_decay": 0.01, "epochs": 10, "batch_size": 50}
 
 
 class BadInput(Exception):
@@ -66,8 +48,66 @@ def faults_of_input() -> Iterator[None]:
         raise BadInput(" ".join(str(error).split())) from error
 
 
-# Of a net that comes with weights, and of any net of timm: a smaller rate and fewer epochs than the paper's nets want.
-TUNED: dict[str, Any] = {"optimizer": "fused-adamw", "weight_decay": 0.01, "epochs": 10, "batch_size": 50}
+def _field(default: Any, check: Callable[[str, Any], None], text: str, **option: Any) -> Any:
+    """A field whose value `check` checks by itself, and the option of the command line that gives it."""
+    return field(default=default, metadata={"check": check, "option": {"help": text, **option}})
+
+
+def _count(default: int | None, text: str, least: int = 1, most: int | None = None, **option: Any) -> Any:
+    return _field(default, partial(check_count, least=least, most=most), text, **{"type": int, **option})
+
+
+def _number(default: float | None, text: str) -> Any:
+    return _field(default, check_number, text, type=float)
+
+
+def _flag(default: bool | None, text: str, action: Any = argparse.BooleanOptionalAction) -> Any:
+    return _field(default, check_flag, text, action=action)
+
+
+def _choice(default: str | None, choices: tuple[str, ...], text: str) -> Any:
+    return _field(default, partial(_check_choice, choices=choices), text, choices=choices)
+
+
+def _text(default: str | None, text: str, **option: Any) -> Any:
+    return _field(default, _check_text, text, **option)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_text(name: str, value: object) -> None:
+    check_kind(name, value, str, "a string")
+    if name == "cache" and not value:
+        raise ValueError("cache must be device, host or a folder, got ''")
+
+
+def _check_count_or_word(name: str, value: object, least: int, words: tuple[str, ...] = ()) -> None:
+    """A whole number, or one of `words`; any string where there are none."""
+    if not isinstance(value, str):
+        check_count(name, value, least)
+    elif words:
+        _check_choice(name, value, words)
+
+
+def _left_to_schedule(name: str, value: object) -> None:
+    """What the schedule checks."""
+
+
+def _power_or_name(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _count_or_name(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+_OWN = " with weights or a net of timm; a task's own"
 
 
 @dataclass(frozen=True)
@@ -78,75 +118,79 @@ class TrainConfig:
     On CUDA, and with a prefix of its own arithmetic ("folded", "bf16", "fp16"), it holds with `deterministic`: else
     such a prefix is kept or left by its time.
     Where data lies and what is shown is no part of the config.
-    A field that is None means "choose", see `resolved`.
+    A field that is None means "choose", see `resolved`. What a field is stands beside it; `freezeout train --help`
+    prints it.
 
-    Args:
-        data: a built-in set, or the name of the task.
-        model: of a built-in task; else "own".
-        image_size: side of a built-in task's inputs; None: that of its images.
-        weights: of a built-in task, see `tasks.nets.find_net`.
-        fingerprint: of the code of the user's file that holds the task.
-        method: one of METHODS.
-            "full": plain training on one cosine.
-            "no-anneal": one cosine; layers freeze at their milestones all the same.
-        steps: length of the run in optimizer steps, instead of `epochs`.
-        optimizer: one of OPTIMIZERS.
-        lr: peak learning rate; None with the task's own optimizer.
-        momentum: of SGD, Nesterov's where it is above 0.
-        warmup_epochs: instead of warmup_steps.
-        t_0: see `Schedule`.
-        how_scale: see `Schedule`.
-        scale_lr: see `Schedule`.
-        max_transitions: see `Schedule`.
-        start_frozen: layers that are frozen from the first step on, see `FreezeOut`.
-        thaw_to: "LAYER@PART", such as "blocks.2@0.8" or "0@0.8". From that part of the steps on only this layer and all
-            before it, or so many, stay frozen, and no further layer freezes. None thaws nothing.
-        cache: where the frozen layers' outputs are kept: "device", "host" or a folder. None runs the layers each time.
-        views: of each sample, or "auto", see `FeatureCache`. What "auto" takes goes by the clock, but a run that
-            resumes takes what it took.
-        cache_dtype: of what is kept: "bf16", "fp16", "int8". None keeps it as computed.
-        prefix: how the frozen layers run, see `FreezeOut`.
-        deterministic: nothing is chosen by the clock, and CUDA's kernels add in a fixed order. This is slower.
-        graph: the step as a CUDA graph, see `GraphedStep`. On a CPU the step is eager.
-        compile: torch.compile layer by layer, see `CompiledLayers`.
-        threads: torch's intra-op threads.
+    thaw_to: from that part of the steps on no further layer freezes. None thaws nothing.
+    views: what "auto" takes goes by the clock, but a run that resumes takes what it took.
+    graph: on a CPU the step is eager.
     """
 
-    data: str = "digits"
-    val_fraction: float = 0.0
-    model: str = "wrn-16-1"
-    image_size: int | None = None
-    weights: str | None = None
-    fingerprint: str | None = None
-    method: str = "freezeout"
-    epochs: int = 30
-    steps: int | None = None
-    batch_size: int = 64
-    optimizer: str = "fused-sgd"
-    lr: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup_steps: int = 0
-    warmup_epochs: float = 0.0
-    t_0: float = 0.8
-    how_scale: str | float = "cubic"
-    scale_lr: bool | None = None
-    max_transitions: int | None = None
-    start_frozen: int | str = 0
-    thaw_to: str | None = None
-    cache: str | None = None
-    views: int | str = 4
-    cache_dtype: str | None = None
-    prefix: str | None = None
-    graph: bool = False
-    compile: bool = False
-    augment: bool = True
-    amp: str | None = None
-    channels_last: bool | None = None
-    device: str = "auto"
-    deterministic: bool = False
-    threads: int | None = None
-    seed: int = 0
+    data: str = _text("digits", "built-in data (digits)", choices=DATA)
+    val_fraction: float = _number(0.0, "share of the training images held out (0)")
+    model: str = _text("wrn-16-1", "; ".join(net_names()) + " (wrn-16-1)", metavar="NAME")
+    image_size: int | None = _count(None, "side of the inputs (imagefolder 224, else that of the images)", metavar="N")
+    weights: str | None = _text(
+        None, "state dict to start from; pretrained: the weights that the net's package brings", metavar="FILE"
+    )
+    fingerprint: str | None = _text(None, "of the code of the user's file that holds the task")
+    method: str = _choice(
+        "freezeout", METHODS, "full: plain training, one cosine; no-anneal: one cosine, layers freeze all the same"
+    )
+    epochs: int = _count(30, f"length of the run (30; {TUNED['epochs']}{_OWN})", most=MOST_STEPS)
+    steps: int | None = _count(None, "length of the run in optimizer steps, instead of --epochs", most=MOST_STEPS)
+    batch_size: int = _count(64, f"samples a step (64; {TUNED['batch_size']}{_OWN})")
+    optimizer: str = _choice("fused-sgd", OPTIMIZERS, f"(fused-sgd; {TUNED['optimizer']}{_OWN})")
+    lr: float | None = _number(None, "peak learning rate (0.1; AdamW 0.001; that of the task's optimizer)")
+    momentum: float = _number(0.9, "Nesterov's, for SGD (0.9)")
+    weight_decay: float = _number(1e-4, f"(0.0001; {TUNED['weight_decay']}{_OWN})")
+    warmup_steps: int = _count(0, "steps in which the rates rise to their peak (0)", least=0)
+    warmup_epochs: float = _number(0.0, "the same in epochs")
+    t_0: float = _field(0.8, _left_to_schedule, "where layer 0 freezes, in (0, 1] (0.8)", type=float, metavar="T0")
+    how_scale: str | float = _field(
+        "cubic", _left_to_schedule, "linear, squared, cubic or a power (cubic)", type=_power_or_name, metavar="SCALE"
+    )
+    scale_lr: bool | None = _flag(None, "rates times 1/t_i (yes; AdamW: no)")
+    max_transitions: int | None = _count(None, "freeze at no more than K moments", metavar="K")
+    start_frozen: int | str = _field(
+        0,
+        partial(_check_count_or_word, least=0),
+        "this layer and all before it, or so many, are frozen from the first step on",
+        type=_count_or_name,
+        metavar="LAYER",
+    )
+    thaw_to: str | None = _text(
+        None,
+        "from this part of the steps on only this layer and all before it, or so many, stay frozen: 0@0.8",
+        metavar="LAYER@PART",
+    )
+    cache: str | None = _text(
+        None, "keep what the frozen layers give (off)", nargs="?", const="device", metavar="device|host|DIR"
+    )
+    views: int | str = _field(
+        4,
+        partial(_check_count_or_word, least=1, words=("auto",)),
+        "of each sample, that are kept (4)",
+        type=_count_or_name,
+        metavar="K|auto",
+    )
+    cache_dtype: str | None = _choice(
+        None, tuple(name for name in CACHE_DTYPES if name), "of what is kept (as computed)"
+    )
+    prefix: str | None = _choice(None, MODES, "how the frozen layers run")
+    graph: bool = _flag(False, "the step as a CUDA graph (no)")
+    compile: bool = _flag(False, "torch.compile layer by layer (no)")
+    augment: bool = _flag(True, "crop and flip (yes)")
+    amp: str | None = _choice(None, tuple(AMP_DTYPES), "mixed precision (bf16 on CUDA, off on CPU)")
+    channels_last: bool | None = _flag(None, "memory format of nets of images (yes)")
+    device: str = _choice("auto", ("auto", "cpu", "cuda"), "(auto: CUDA where there is one)")
+    deterministic: bool = _flag(
+        False, "bit-identical runs on CUDA and with any --prefix, at some cost", action="store_true"
+    )
+    threads: int | None = _count(
+        None, "CPU threads of torch (torch's choice: all cores; 1 where other programs run)", most=1024
+    )
+    seed: int = _count(0, "of weights, data order and augmentation (0)", least=0, most=MOST_SEED)
 
     def resolved(self) -> "TrainConfig":
         """The config with every choice made for this machine, checked.
@@ -203,7 +247,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping) -> "TrainConfig":
         """Raises ValueError where the fields are not those of this version, or of a kind that they cannot be."""
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
         if odd := known.symmetric_difference(values) - set(LATER_FIELDS):
             raise ValueError(f"config must have the fields of this version, it differs in {', '.join(sorted(odd))}")
         config = cls(**values)
@@ -235,10 +279,10 @@ def parsed_thaw(text: str) -> tuple[int | str, float]:
 
 
 def _check(config: TrainConfig) -> None:
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value is not None or field.default is not None:
-            _check_field(field.name, value)
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if value is not None or each.default is not None:
+            each.metadata["check"](each.name, value)
     if config.method == "full":
         for name in ("cache", "thaw_to"):
             if getattr(config, name) is not None:
@@ -254,28 +298,3 @@ def _check(config: TrainConfig) -> None:
     if config.warmup_steps and config.warmup_epochs:
         raise ValueError("warmup_steps and warmup_epochs must not both be given")
     Schedule(2, 1, t_0=config.t_0, how_scale=config.how_scale)  # checks both
-
-
-def _check_field(name: str, value: Any) -> None:
-    """The value by itself; that of t_0 and how_scale is the schedule's to check."""
-    if name == "views" and isinstance(value, str):
-        _check_choice(name, value, ("auto",))
-    elif name == "start_frozen" and isinstance(value, str):
-        return
-    elif name in COUNTS:
-        check_count(name, value, *COUNTS[name])
-    elif name in CHOICES:
-        _check_choice(name, value, CHOICES[name])
-    elif name in NUMBERS:
-        check_number(name, value)
-    elif name in FLAGS:
-        check_flag(name, value)
-    elif name not in ("t_0", "how_scale"):
-        check_kind(name, value, str, "a string")
-        if name == "cache" and not value:
-            raise ValueError("cache must be device, host or a folder, got ''")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

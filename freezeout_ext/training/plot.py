@@ -117,8 +117,8 @@ def plot_comparison(folder: Path, summary: dict, *, width: float = WIDE) -> "Fig
     """Top: mean metric over mean training seconds of each arm. Bottom: the last metric over the cost.
 
     The band is one sd. A tick stands where layers freeze.
-    The cost is in seconds over full training's. The line goes through full training on shorter and shorter cosines:
-    what does not lie above it does not pay.
+    The cost is in seconds over full training's. The dashed line goes through full training on shorter and shorter
+    cosines: what does not lie above it does not pay. A solid line joins the t_0 of a strategy, as in the paper.
 
     Args:
         folder: of the comparison.
@@ -172,14 +172,14 @@ def _draw_costs(ax, summary: dict) -> None:
     factor, unit = _scale(metric)
     full = next((arm for arm in arms if arm["name"] == "full"), arms[0])["train_seconds"]["mean"]
     variants = _variants(arm["name"] for arm in arms)
-    line = []
+    lines: dict[tuple, list] = {}
     for arm in arms:
         found = arm[judge]
         cost, mean, error = arm["train_seconds"]["mean"] / full, factor * found["mean"], None
         if found["sd"] is not None:
             error = factor * found["sd"] / found["n"] ** 0.5
-        if arm["kind"] in ("full", "short"):
-            line.append((cost, mean))
+        strategy = () if arm["kind"] in ("full", "short") else (arm["kind"], arm["how_scale"])
+        lines.setdefault(strategy, []).append((cost, mean))
         color, filled = _arm_color(arm["name"], variants), arm["kind"] in FILLED
         ax.errorbar(
             cost,
@@ -191,9 +191,10 @@ def _draw_costs(ax, summary: dict) -> None:
             fillstyle="full" if filled else "none",
             label=arm["name"],
         )
-    line.sort()
-    ax.plot(*zip(*line, strict=True) if line else ([], []), "--", color="black", linewidth=1, zorder=0)
-    label = "seconds over full training's; -- full training on shorter cosines, bars: standard error"
+    for strategy, line in lines.items():
+        style = {"color": "gray"} if strategy else {"color": "black", "linestyle": "--"}
+        ax.plot(*zip(*sorted(line), strict=True), linewidth=1, zorder=0, **style)
+    label = "seconds over full training's; -- full training on shorter cosines, - a strategy, bars: standard error"
     ax.set_xlabel(textwrap.fill(label, round(10 * ax.figure.get_figwidth())))
     ax.set_ylabel(f"test {metric}{unit}")
     ax.set_xlim(left=0)

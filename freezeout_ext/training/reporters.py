@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -31,9 +32,8 @@ class Reporter:
     def step(self, step: int) -> None:
         """`step` steps are done."""
 
-    def evaluation(self) -> Callable[[int, int], None]:
-        """An evaluation begins; what is returned is told (batches done, batches)."""
-        return lambda done, total: None
+    def evaluating(self, done: int, total: int) -> None:
+        """`done` of `total` batches of an evaluation are done; 0 where it begins."""
 
     def epoch(self, row: dict) -> None:
         """An epoch is done and safe on disk; row is its line in the log."""
@@ -67,14 +67,20 @@ class Progress:
         self._say(f"{self._what}: {done} of {total}{left}")
 
 
-class StepReporter(Reporter):
-    """Few lines a run: how many of its steps are done, and how long the others will take."""
+class LineReporter(Reporter):
+    """Lines of progress: few of steps and evaluations, one an epoch and one a transition.
 
-    def __init__(self, title: str, stream: TextIO | None = None) -> None:
-        self._title, self._stream = title, stream or sys.stdout
+    Args:
+        stream: stdout by default.
+        title: of the run; its config's by default.
+        epochs: whether epochs and transitions have their lines.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, title: str = "", epochs: bool = True) -> None:
+        self._title, self._show_epochs, self._stream = title, epochs, stream or sys.stdout
 
     def start(self, trainer: "Trainer") -> None:
-        self._total = trainer.total_steps
+        self._epochs, self._num_layers, self._total = trainer.epochs, len(trainer.layer_names), trainer.total_steps
         self._name = self._title or trainer.config.title
         self._progress = Progress(f"{self._name}, steps", self.line)
         self._progress(trainer.step, self._total)
@@ -82,8 +88,16 @@ class StepReporter(Reporter):
     def step(self, step: int) -> None:
         self._progress(step, self._total)
 
-    def evaluation(self) -> Callable[[int, int], None]:
-        return Progress(f"{self._name}, evaluating, batches", self.line)
+    def evaluating(self, done: int, total: int) -> None:
+        if done == 0:
+            self._evaluation = Progress(f"{self._name}, evaluating, batches", self.line)
+        self._evaluation(done, total)
+
+    def epoch(self, row: dict) -> None:
+        if self._show_epochs:
+            for transition in row["transitions"]:
+                self.line(transition_line(transition, self._num_layers))
+            self.line(epoch_line(row, self._epochs, self._num_layers))
 
     def note(self, text: str) -> None:
         self.line(f"note: {text}")
@@ -92,34 +106,17 @@ class StepReporter(Reporter):
         print(text, file=self._stream, flush=True)
 
 
-class LineReporter(StepReporter):
-    """One line an epoch and one a transition, and few of progress."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        super().__init__("", stream)
-
-    def start(self, trainer: "Trainer") -> None:
-        super().start(trainer)
-        self._epochs, self._num_layers = trainer.epochs, len(trainer.layer_names)
-
-    def epoch(self, row: dict) -> None:
-        for transition in row["transitions"]:
-            self.line(transition_line(transition, self._num_layers))
-        self.line(epoch_line(row, self._epochs, self._num_layers))
-
-
 class BarReporter(LineReporter):
     """LineReporter's lines above a live bar (rich).
 
     The bar is drawn from the training thread, twice a second: no second thread takes time from measured steps.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, title: str = "", epochs: bool = True) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: TextIO | None = None, **shown: Any) -> None:
+        super().__init__(stream, **shown)
         from rich import progress
         from rich.console import Console
 
-        self._title, self._show_epochs = title, epochs
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
@@ -136,7 +133,7 @@ class BarReporter(LineReporter):
     def start(self, trainer: "Trainer") -> None:
         super().start(trainer)
         self._drawn = time.perf_counter()
-        self._task = self._bar.add_task(self._title or trainer.config.title, total=trainer.total_steps)
+        self._task = self._bar.add_task(self._name, total=self._total)
         self._bar.update(self._task, completed=trainer.step)
         self._bar.start()
 
@@ -145,10 +142,6 @@ class BarReporter(LineReporter):
         if now - self._drawn >= REFRESH_SECONDS:
             self._drawn = now
             self._bar.update(self._task, completed=step, refresh=True)
-
-    def epoch(self, row: dict) -> None:
-        if self._show_epochs:
-            super().epoch(row)
 
     def line(self, text: str) -> None:
         self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -188,34 +181,12 @@ class Reporters(Reporter):
     """Tells several."""
 
     def __init__(self, *reporters: Reporter) -> None:
-        self._reporters = reporters
+        for name in ("start", "step", "evaluating", "epoch", "note", "close"):
+            setattr(self, name, partial(self._tell, [getattr(reporter, name) for reporter in reporters]))
 
-    def start(self, trainer: "Trainer") -> None:
-        self._tell("start", trainer)
-
-    def step(self, step: int) -> None:
-        self._tell("step", step)
-
-    def evaluation(self) -> Callable[[int, int], None]:
-        found = self._tell("evaluation")
-
-        def tell(done: int, total: int) -> None:
-            for each in found:
-                each(done, total)
-
-        return tell
-
-    def epoch(self, row: dict) -> None:
-        self._tell("epoch", row)
-
-    def note(self, text: str) -> None:
-        self._tell("note", text)
-
-    def close(self) -> None:
-        self._tell("close")
-
-    def _tell(self, what: str, *given: Any) -> list:
-        return [getattr(reporter, what)(*given) for reporter in self._reporters]
+    def _tell(self, told: list[Callable], *given: Any) -> None:
+        for each in told:
+            each(*given)
 
 
 def has_live_bar(stream: TextIO | None) -> bool:

@@ -117,8 +117,8 @@ class Run:
         while trainer.epoch < trainer.epochs:
             row = trainer.train_epoch(reporter.step)
             if task.validation is not None:
-                row |= trainer.evaluate("val", task.validation, reporter.evaluation())
-            row |= trainer.evaluate("test", task.evaluation, reporter.evaluation())
+                row |= trainer.evaluate("val", task.validation, reporter.evaluating)
+            row |= trainer.evaluate("test", task.evaluation, reporter.evaluating)
             if judge in row and sign * row[judge] > best:
                 best = sign * row[judge]
                 folder.save_best({"epoch": trainer.epoch, "model": trainer.model.state_dict()})

@@ -16,6 +16,7 @@ from ..layers import find_layers
 from ..memory import SavedBytes, held_memory
 from ..schedule import Schedule
 from ..tasks import Task
+from ..tasks.metrics import Totals
 from .config import AMP_DTYPES, TrainConfig
 from .course import Length, freezing_options, tail_of
 from .feed import Feed
@@ -23,7 +24,6 @@ from .malloc import keep_freed_memory
 from .measure import Phase, StepTimer, threads_wait, transitions_measured
 from .optimizer import make_optimizer
 from .ranks import Ranks
-from .totals import Totals
 
 
 class TrainingFailed(RuntimeError):
@@ -128,7 +128,7 @@ class Trainer:
         self.model.train()
         torch.manual_seed(_epoch_seed(self.config.seed, self.epoch) + self.ranks.rank)
         first_step, transitions_before = self.step, len(self.transitions)
-        totals = Totals(self.task, self.device)
+        totals = Totals(self.task.metric)
         timer, phase_of, samples = StepTimer(self.device), [], 0
         self._reset_peak_memory()  # evaluation's
         timer.mark()
@@ -148,7 +148,7 @@ class Trainer:
         self.train_seconds += sum(seconds)
         if self.device.type == "cpu":
             self.threads_wait = threads_wait(seconds[1:], torch.get_num_threads())
-        loss, metric = totals.means(samples, self.ranks)
+        loss, metric = totals.means(self.ranks.sum)
         if not math.isfinite(loss):
             raise TrainingFailed(f"the loss became {loss} in epoch {self.epoch}: lower the learning rate")
         ordered = sorted(seconds)
