@@ -120,7 +120,8 @@ class Forward:
         before.restore()
         args, kwargs = self._poisoned(frontier)
         try:
-            with frontier.replaced(given, frontier.length):
+            # Copies: what trains may write to its input in place.
+            with frontier.replaced([row.clone() for row in given], frontier.length):
                 found = self.original(*args, **kwargs)
         except Exception as error:
             raise Seen(f"a forward from kept features alone fails: {error}") from error
