@@ -208,9 +208,9 @@ class FeatureCache:
     def state_dict(self) -> dict:
         """What the views are of, and how many there are. Rows in a folder are on disk when state_dict returns."""
         self._kept.commit()
-        return self._described() | (
-            {"auto": self._choice.state_dict()} if self.views.auto and self._kept.freezeout else {}
-        )
+        if not self.views.auto or self._kept.freezeout is None:
+            return self._described()
+        return self._described() | {"auto": self._choice.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """
