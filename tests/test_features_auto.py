@@ -85,10 +85,10 @@ def measuring(monkeypatch, **changes):
     """What is measured is given: the clock decides nothing. Rooms and epochs are the run's own."""
     real = auto.Choice._measure
 
-    def measure(self, freezeout):
+    def measure(self):
         self._forwards.seconds = lambda name: 1e-3 if name == "prefix" else 1e-6
         self._paces.extend([5e-3] * auto.LEAST_BATCHES)
-        found = real(self, freezeout)
+        found = real(self)
         if found is not None:
             found = dataclasses.replace(found, **{"wait": 0.0, "rest": 4e-3, "gather": 1e-6, **changes})
         known.append(found)

@@ -101,7 +101,7 @@ def test_too_little_memory_is_said_with_the_bytes_before_anything_is_kept(monkey
     from freezeout_ext.features import room
 
     monkeypatch.setattr(room, "_free", lambda *_: 10_000)
-    with pytest.raises(MemoryError, match=r"needs 12,288 bytes on host memory, 8,000 .*limit="):
+    with pytest.raises(MemoryError, match=r"need 12,288 bytes on host memory, 8,000 .*limit="):
         frozen()
 
 

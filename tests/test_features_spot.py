@@ -102,6 +102,17 @@ def test_a_fault_is_found_also_in_rows_that_passed_through_several_frontiers(dty
         )  # fmt: skip
 
 
+class WritesItsInput(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.mul_(0.5))
+
+
+def test_rows_are_what_was_computed_where_what_trains_writes_to_its_input():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), WritesItsInput(8, 8), nn.Linear(8, 4))
+    _, cache, _ = train(model, Pictures(8, (3, 4, 4)), epochs=4, views=1, start_frozen=1, t_0=1.0)
+    assert cache.report().checks == 3 and not cache.report().notes
+
+
 def test_a_row_is_rounded_as_it_would_be_read_back():
     from freezeout_ext.features.columns import Column
     from freezeout_ext.features.store import Store

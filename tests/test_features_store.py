@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from freezeout_ext.features.columns import Column
 from freezeout_ext.features.rounding import BOUNDS
 from freezeout_ext.features.store import Store
+from freezeout_ext.features.watch import Refused
 
 KEYS = 40
 
@@ -130,8 +131,9 @@ def test_gathered_batches_have_the_strides_of_computed_ones():
 
 def test_rows_of_another_shape_or_dtype_are_not_kept_and_missing_keys_are_an_error():
     store = Store([Column.like(torch.zeros(2, 3))], KEYS, KEYS, "cpu")
-    assert store.put(torch.tensor([1, 2]), [torch.zeros(2, 4)]) == 0
-    assert store.put(torch.tensor([1, 2]), [torch.zeros(2, 3, dtype=torch.float64)]) == 0
+    for rows in (torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.float64)):
+        with pytest.raises(Refused, match="another shape or dtype"):
+            store.put(torch.tensor([1, 2]), [rows])
     assert store.put(torch.tensor([1, -2]), [torch.ones(2, 3)]) == 1
     with pytest.raises(KeyError, match="1 of 2 are not"):
         store.gather(torch.tensor([1, 2]))

@@ -28,28 +28,17 @@ TRIALS = 5
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a run whose first views are kept. Times are seconds a sample.
+    """What was measured of a run whose first views are kept. Times are seconds a sample."""
 
-    prefix: time of the frozen layers.
-    wait: time for the loader, where nothing is kept.
-    rest: time of the rest of the step.
-    gather: time of reading what is kept.
-    before: epochs before anything was kept.
-    epochs: epochs since then, to the run's end.
-    left: those of `epochs` that are still to come.
-    frozen: the part of the layers that is frozen.
-    fit: how many views there is room for.
-    """
-
-    prefix: float
-    wait: float
-    rest: float
-    gather: float
-    before: float
-    epochs: float
-    left: float
-    frozen: float
-    fit: int
+    prefix: float  # time of the frozen layers
+    wait: float  # time for the loader, where nothing is kept
+    rest: float  # time of the rest of the step
+    gather: float  # time of reading what is kept
+    before: float  # epochs before anything was kept
+    epochs: float  # epochs since then, to the run's end
+    left: float  # those of `epochs` that are still to come
+    frozen: float  # the part of the layers that is frozen
+    fit: int  # how many views there is room for
 
 
 def best_views(m: Measured) -> int:
@@ -116,13 +105,14 @@ class Choice:
     def is_open(self) -> bool:
         return self._views.auto and not self._views.decided
 
-    def handed_out(self, samples: int, step_count: int, *, fills: bool) -> None:
+    def handed_out(self, samples: int, *, fills: bool) -> None:
         """Notes a batch that was handed out.
 
         Args:
             fills: whether none of the batch was kept before.
         """
-        self._steps_before = step_count if self._steps_before is None else self._steps_before
+        if self._steps_before is None:
+            self._steps_before = self._kept.attached.step_count
         self._samples += samples
         self._batch, self._fills = samples, fills
         # The same clock that times the frozen layers, see `Stopwatch`.
@@ -134,14 +124,14 @@ class Choice:
         if self._fills:
             self._paces.append((self._clock() - self._began) / self._batch)
 
-    def at(self, epoch: int, freezeout: Any) -> None:
+    def at(self, epoch: int) -> None:
         """Decides, where enough was measured. Every process calls `at` at the same batch."""
         if self._views.first_epoch is None:
             self._views.first_epoch = epoch
         if epoch in (self._views.first_epoch, self._tried):
             return
         self._tried = epoch
-        measured = _of_all(self.measured(freezeout), self._kept.world_size)
+        measured = _of_all(self._known(), self._kept.world_size)
         if measured is None:
             return
         views = best_views(measured)
@@ -161,16 +151,10 @@ class Choice:
         self._note(f"views: {views} of each sample: {said}")
         self._kept.grow()
         if self._kept.folder is not None and self._kept.rank == 0:
-            decide(self._kept.folder, self.state_dict(freezeout))
+            decide(self._kept.folder, self.state_dict())
 
-    def measured(self, freezeout: Any) -> Measured | None:
-        """What was measured, once it is known. It stays the same then, so that a resumed run decides as this one."""
-        if self._measured is None and self.is_open:
-            self._measured = self._measure(freezeout)
-        return self._measured
-
-    def state_dict(self, freezeout: Any) -> dict:
-        measured = self.measured(freezeout)
+    def state_dict(self) -> dict:
+        measured = self._known() if self.is_open else self._measured
         return {
             "count": self._views.count if self._views.decided else None,
             "first_epoch": self._views.first_epoch,
@@ -183,7 +167,14 @@ class Choice:
         if state["count"] is not None:
             self._views.decide(state["count"])
 
-    def _measure(self, freezeout: Any) -> Measured | None:
+    def _known(self) -> Measured | None:
+        """What was measured. It stays the same then, so that a resumed run decides as this one."""
+        if self._measured is None:
+            self._measured = self._measure()
+        return self._measured
+
+    def _measure(self) -> Measured | None:
+        freezeout = self._kept.attached
         now, prefix, began = self._kept.latest, self._forwards.seconds("prefix"), self._steps_before
         if now is None or prefix is None or began is None or len(self._paces) < LEAST_BATCHES or not len(now.store):
             return None

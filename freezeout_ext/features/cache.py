@@ -5,10 +5,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arguments import check_count, check_flag, check_kind
 from .auto import Choice
@@ -16,34 +16,17 @@ from .columns import KEPT_DTYPES
 from .files import claim, decided
 from .forwards import Forwards
 from .frontier import through
-from .generations import Generations
+from .generations import FreezeOutLike, Generations
 from .guard import unseen
 from .keys import Keys, checked_keys
 from .loader import CacheLoader
 from .moves import Moves
-from .report import CacheReport, report_of
+from .report import CacheReport
 from .serving import Serving
 from .timing import Stopwatch
 from .views import Views
 
 logger = logging.getLogger("freezeout_ext")
-
-
-class FreezeOutLike(Protocol):
-    """What a cache needs of FreezeOut.
-
-    Each layer has a name, and `modules`: name -> module.
-    `layers.given` are the modules that were frozen from the start. They lie in front of all layers.
-    """
-
-    model: nn.Module
-    layers: Any
-
-    @property
-    def num_frozen(self) -> int: ...
-
-    step_count: int
-    schedule: Any  # of its `total_steps`, `next_milestone(step)` and `num_frozen(step)`
 
 
 class FeatureCache:
@@ -101,9 +84,8 @@ class FeatureCache:
         self._notes: list[str] = []
         self._kept = Generations(self.views, os.fspath(store), dtype, limit, self._note)
         loading = Stopwatch(torch.device("cpu"), calls=1)
-        moves = Moves(self._kept, lambda: self._freezeout, loading.median) if measure else None
+        moves = Moves(self._kept, loading.median) if measure else None
         self._forwards = Forwards(self._kept, moves, note=self._note)
-        self._freezeout: FreezeOutLike | None = None
         self._paused: Callable[[], AbstractContextManager] = nullcontext
         self._untraced: Callable | None = None
         self._closed = self._was_checked = False
@@ -167,9 +149,9 @@ class FeatureCache:
         """
         self._check_open("samples")
         check_kind("lengths", lengths, Tensor, "a tensor", optional=True)
-        if self._freezeout is None:
+        if self._kept.freezeout is None:
             raise RuntimeError("samples() needs a model: pass the cache to FreezeOut(cache=...)")
-        forwards, model = self._forwards, self._freezeout.model
+        forwards, model = self._forwards, self._kept.model
         checked, before = checked_keys(keys, self.views, self._note), forwards.count
         self._follow()
         if model.training and torch.is_grad_enabled():
@@ -190,7 +172,28 @@ class FeatureCache:
 
     def report(self) -> CacheReport:
         """-> what is kept, saved and refused."""
-        return report_of(self._kept, self._forwards, self._serving, self._notes)
+        kept, forwards = self._kept, self._forwards
+        now, prefix, gather = kept.latest, forwards.seconds("prefix"), forwards.seconds("gather")
+        return CacheReport(
+            num_frozen=now.frontier.num_frozen if now else 0,
+            kept=tuple(now.frontier.names) if now else (),
+            views=kept.views.count,
+            rows=len(now.store) if now else 0,
+            of_rows=kept.owned,
+            bytes=kept.bytes,
+            where=kept.where,
+            hits=forwards.filling.hits,
+            pushed=forwards.filling.pushed,
+            misses=forwards.filling.misses,
+            samples_read=self._serving.read,
+            samples_skipped=self._serving.skipped,
+            seconds_saved=None if prefix is None or gather is None else forwards.filling.hits * (prefix - gather),
+            gather_ms=None if gather is None else 1e3 * gather,
+            prefix_ms=None if prefix is None else 1e3 * prefix,
+            checks=forwards.checks,
+            largest_difference=forwards.difference,
+            notes=tuple(self._notes),
+        )
 
     @property
     def bytes(self) -> int:
@@ -205,8 +208,9 @@ class FeatureCache:
     def state_dict(self) -> dict:
         """What the views are of, and how many there are. Rows in a folder are on disk when state_dict returns."""
         self._kept.commit()
-        auto = self._choice.state_dict(self._freezeout) if self.views.auto and self._freezeout is not None else None
-        return self._described() | ({"auto": auto} if auto else {})
+        if not self.views.auto or self._kept.freezeout is None:
+            return self._described()
+        return self._described() | {"auto": self._choice.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """
@@ -232,9 +236,9 @@ class FeatureCache:
             ValueError: the cache is another FreezeOut's.
         """
         self._check_open("attach")
-        if self._freezeout is not None:
+        if self._kept.freezeout is not None:
             raise ValueError("cache must be of one FreezeOut: close() the other one first, or make another cache")
-        self._freezeout, self._kept.model = freezeout, freezeout.model
+        self._kept.freezeout = freezeout
         prefix = getattr(freezeout, "_prefix", None)
         self._paused = getattr(prefix, "paused", nullcontext)
         self._kept.changes = getattr(prefix, "changes", unseen)
@@ -243,7 +247,7 @@ class FeatureCache:
         """FreezeOut was closed: nothing is frozen any more."""
         self._kept.drop_all()
         self._forwards.moved(0, {})
-        self._freezeout = self._kept.model = None
+        self._kept.freezeout = None
 
     # For captured steps: gathered rows are an input of such a step, and the frozen layers are no part of the step.
 
@@ -275,18 +279,17 @@ class FeatureCache:
     def _described(self) -> dict:
         return {"samples": self.views.num_samples, "views": self.views.asked, "seed": self.views.seed}
 
-    def _follow(self) -> FreezeOutLike | None:
-        """Notices that layers were frozen or thawed. Returns the FreezeOut."""
-        freezeout = self._freezeout
+    def _follow(self) -> None:
+        """Notices that layers were frozen or thawed."""
+        freezeout = self._kept.freezeout
         if freezeout is None or self._closed:
-            return None
+            return
         num_frozen = len(freezeout.layers.given) + freezeout.num_frozen
         if num_frozen != self._forwards.num_frozen:
             self._kept.thaw_to(num_frozen)
             layers = [*freezeout.layers.given, *freezeout.layers][:num_frozen]
             self._forwards.moved(num_frozen, {name: m for layer in layers for name, m in layer.modules.items()})
             self._serving.whole_due.restart()
-        return freezeout
 
     # Checks
 

@@ -1,5 +1,6 @@
 """Column: one kept tensor of a sample, as computed and as it is stored; ColumnRows: what is stored of it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .rounding import BOUNDS, Rounding
+from .watch import Refused
 
 KEPT_DTYPES = (None, torch.bfloat16, torch.float16, torch.int8)
 
@@ -36,6 +38,17 @@ class Column:
         shape = (0, *batch.shape[2:]) if padded else tuple(batch.shape[1:])
         return cls(shape, batch.dtype, order, kept if batch.is_floating_point() else None, padded)
 
+    def check(self, batch: Tensor) -> None:
+        """
+        Raises:
+            Refused: the rows of a batch [B, ...] cannot be kept in this column.
+        """
+        tail = (0, *batch.shape[2:]) if self.padded else tuple(batch.shape[1:])
+        if tail != self.shape or batch.dtype != self.dtype:
+            raise Refused("its samples have another shape or dtype than those of the first one")
+        if self.kept is torch.float16 and bool((batch.abs() > torch.finfo(torch.float16).max).any()):
+            raise Refused("it has values above 65504, which float16 cannot hold: pass dtype=torch.bfloat16")
+
     @cached_property
     def back(self) -> tuple[int, ...] | None:
         """The permutation of a gathered batch, as it lies in memory, that makes it one as computed; None: none."""
@@ -53,10 +66,7 @@ class Column:
 
     @property
     def unit_bytes(self) -> int:
-        count = 1
-        for size in self.unit:
-            count *= size
-        return count * self.stored.itemsize
+        return math.prod(self.unit) * self.stored.itemsize
 
     def row_bytes(self, length: int = 1) -> int:
         """Bytes of a row (of this length, where rows differ in it), an int8 row's own factor included."""
@@ -66,6 +76,12 @@ class Column:
 def row_bytes_of(columns: Sequence[Column], length: int = 1) -> int:
     """-> bytes of a row of all columns, of this length where rows differ in it."""
     return sum(column.row_bytes(length) for column in columns)
+
+
+def masked(rows: Tensor, lengths: Tensor) -> Tensor:
+    """-> padded rows [B, L, ...] with 0 for padding; lengths int64 [B] on the CPU."""
+    padding = torch.arange(rows.shape[1], device="cpu") >= lengths[:, None]
+    return rows.masked_fill(padding.to(rows.device).view(*padding.shape, *[1] * (rows.dim() - 2)), 0)
 
 
 class ColumnRows:
@@ -92,7 +108,7 @@ class ColumnRows:
             batch = torch.cat([row[:length] for row, length in zip(batch, lengths.tolist(), strict=True)])
             row_of = torch.arange(count, device="cpu").repeat_interleave(lengths).to(batch.device)
         else:
-            batch, position = batch.permute(0, *(d + 1 for d in self.column.order)), first
+            batch, position = self._as_it_lies(batch), first
         if self.rounding is not None:
             batch, factors = self.rounding.encode(batch, row_of, count)
             self.factors[first : first + count].copy_(factors)
@@ -103,38 +119,39 @@ class ColumnRows:
 
         Args:
             index: of the rows, on the device of the buffer.
-            places: of rows that differ in length, positions [B, L] on the device of the buffer; and which of them are
-                no padding, on the CPU.
+            places: of rows that differ in length, positions [B, L] on the device of the buffer; and lengths [B] on the
+                CPU.
         """
-        column = self.column
-        padded = places if column.padded else None
-        found = self._selected(index if padded is None else padded[0].flatten(), device)
+        column, per_row = self.column, 1
+        if column.padded:
+            assert places is not None  # of rows that differ in length
+            positions, lengths = places
+            per_row = positions.shape[1]
+        found = self._selected(positions.flatten() if column.padded else index, device)
         if self.rounding is not None:
             factors = torch.index_select(self.factors, 0, index).to(device, non_blocking=True)
-            factors = factors if padded is None else factors.repeat_interleave(padded[0].shape[1])
-            found = self.rounding.decode(found, factors, column.dtype)
+            found = self.rounding.decode(found, factors.repeat_interleave(per_row), column.dtype)
         elif found.dtype != column.dtype:
             found = found.to(column.dtype)
-        if padded is not None:
-            found, valid = found.view(*padded[0].shape, *found.shape[1:]), padded[1]
-            return found.masked_fill_(~valid.to(device).view(*valid.shape, *[1] * (found.dim() - 2)), 0)
+        if column.padded:
+            return masked(found.view(len(index), per_row, *found.shape[1:]), lengths)
         return found if column.back is None else found.permute(column.back)
 
-    def rounded(self, batch: Tensor, valid: Tensor | None) -> Tensor:
+    def rounded(self, batch: Tensor, lengths: Tensor | None) -> Tensor:
         """-> a batch [B, ...] as it would be read back.
 
         Args:
-            valid: bool [B, L], which positions are no padding, where rows differ in length.
+            lengths: of rows that differ in length, on the CPU.
         """
         column, row_of = self.column, None
         if column.padded:
-            assert valid is not None  # of rows that differ in length
-            batch = batch.masked_fill(~valid.to(batch.device).view(*valid.shape, *[1] * (batch.dim() - 2)), 0)
+            assert lengths is not None  # of rows that differ in length
+            batch = masked(batch, lengths)
         if self.rounding is None:
             return batch.to(column.stored).to(column.dtype)
         if column.padded:
             row_of = torch.arange(len(batch), device=batch.device).repeat_interleave(batch.shape[1])
-        here = batch.flatten(0, 1) if column.padded else batch.permute(0, *(d + 1 for d in column.order))
+        here = batch.flatten(0, 1) if column.padded else self._as_it_lies(batch)
         q, factors = self.rounding.encode(here, row_of, len(batch))
         here = self.rounding.decode(q, factors if row_of is None else factors[row_of], column.dtype)
         return here.view(batch.shape) if column.back is None else here.permute(column.back)
@@ -152,10 +169,11 @@ class ColumnRows:
         # What was computed in half precision differs by a unit where its kernel chose another order.
         return largest * max(BOUNDS[column.kept], 4 * torch.finfo(batch.dtype).eps)
 
+    def _as_it_lies(self, batch: Tensor) -> Tensor:
+        return batch.permute(0, *(d + 1 for d in self.column.order))
+
     def _selected(self, index: Tensor, device: torch.device) -> Tensor:
-        if device == self.buffer.device:
-            return torch.index_select(self.buffer, 0, index)
-        if device.type != "cuda":
+        if device.type != "cuda" or self.buffer.device.type != "cpu":
             return torch.index_select(self.buffer, 0, index).to(device)
         # torch reuses pinned memory once the copy from there has run.
         staged = torch.empty(

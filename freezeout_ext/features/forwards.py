@@ -14,7 +14,7 @@ from .frontier import shapes_of
 from .generations import Generation, Generations
 from .keys import Unread
 from .moves import Moves
-from .probe import Forward, Seen, autocast_state, unwatchable
+from .probe import Forward, autocast_state, mask_of, unwatchable
 from .spot import Schedule, spot_check
 from .timing import Stopwatch, seconds_of
 from .watch import Refused
@@ -26,45 +26,50 @@ class Forwards:
     """Runs the model's forward over the samples `keys`.
 
     Args:
-        generations: what is kept.
+        kept: what is kept.
         moves: decides where rows are kept; None: behind all frozen layers, also where reading is slower than computing.
         note: takes what happened, for the report.
 
     Attributes:
-        frozen: name -> module of what is frozen, and how many layers these are.
+        frozen: name -> module of what is frozen.
+        num_frozen: how many layers these are.
         keys: of the present batch.
         filling: computes and keeps the rows that are missing.
-        unread: which of its inputs were not read.
+        unread: which inputs no batch brought.
         given: rows that the next forward runs on, whatever its keys are; see FeatureCache.given.
         refused: why nothing is kept behind the present number of layers.
-        checks, difference: see CacheReport.
+        count: of forwards in training.
         watches: forwards that were watched.
+        checks, difference: see CacheReport.
     """
 
-    def __init__(self, generations: Generations, moves: Moves | None, *, note: Callable[[str], None]) -> None:
-        self._kept, self._moves, self._note = generations, moves, note
+    def __init__(self, kept: Generations, moves: Moves | None, *, note: Callable[[str], None]) -> None:
+        self._kept, self._moves, self._note = kept, moves, note
         self.frozen: dict[str, nn.Module] = {}
         self.num_frozen = 0
         self.keys: Tensor | None = None
-        self.unread = Unread(generations.views.num_keys)
+        self.unread = Unread(kept.views.num_keys)
         self.given: tuple[Tensor, ...] | None = None
         self.refused: str | None = None
         self.checks = self.count = self.watches = 0
         self.difference = 0.0
-        self._aliases = self._postponed = False
         self._checks_due = Schedule()
         self._watches: dict[str, Stopwatch] = {}
-        self.filling = Filling(generations, self.unread, note, self._watch)
+        self.filling = Filling(kept, self.unread, note, self._watch)
 
     def moved(self, num_frozen: int, frozen: dict[str, nn.Module]) -> None:
         """Other layers are frozen now."""
         if num_frozen < self.num_frozen:
             self._watches.clear()
-        self.num_frozen, self.frozen = num_frozen, frozen
-        self.refused, self._aliases, self._postponed = None, False, False
+        self.num_frozen, self.frozen, self.refused = num_frozen, frozen, None
         self._checks_due.restart()
         if self._moves is not None:
             self._moves.restart()
+
+    def comes(self, samples: int) -> None:
+        """A forward in training over so many samples comes next."""
+        if self._moves is not None:
+            self._moves.count(samples)
 
     @property
     def moves(self) -> bool:
@@ -73,21 +78,28 @@ class Forwards:
         return self.refused is None and (now is None or now.frontier.num_frozen != self.num_frozen)
 
     @property
-    def is_idle(self) -> bool:
-        """Whether no forward reads or keeps anything, whatever its keys are."""
-        nothing = self._kept.latest is None and self.refused is not None
-        return (nothing or not self.num_frozen) and not self.unread.ever and self.given is None
-
-    def comes(self, samples: int) -> None:
-        """A forward in training over so many samples comes next."""
-        if self._moves is not None and self._moves.count(samples) and self._postponed:
-            self.refused, self._postponed = None, False
+    def rests(self) -> bool:
+        """Whether nothing is read or kept until other layers freeze, but for batches that lack inputs."""
+        now = self._kept.latest
+        return not self.moves and (now is None or now.given_up)
 
     @property
-    def gave_up(self) -> bool:
-        """Whether what is kept is not read."""
+    def is_idle(self) -> bool:
+        """Whether no forward reads or keeps anything, whatever its keys are."""
+        return (not self.num_frozen or self.rests) and not self.unread.ever and self.given is None
+
+    def as_ever(self, keys: Tensor) -> bool:
+        """Whether a forward over these keys neither reads nor keeps anything."""
+        return not self.num_frozen or self.rests or bool((keys < 0).any())
+
+    def from_inputs(self, keys: Tensor) -> bool:
+        """Whether all frozen modules run in a forward over these keys, and nobody watches."""
         now = self._kept.latest
-        return now is not None and now.given_up and not self.moves
+        if self.as_ever(keys):
+            return True
+        if now is None or self.moves or len(now.store) >= self._kept.owned:
+            return False
+        return not any(bool(g.store.has(keys).any()) for g in self._kept)
 
     def seconds(self, name: str) -> float | None:
         """-> median seconds a sample of "gather" or "prefix"."""
@@ -97,20 +109,20 @@ class Forwards:
         """original(*args, **kwargs), from what is kept where that is right."""
         if not (model.training and torch.is_grad_enabled()):
             return original(*args, **kwargs)
+        keys = self.keys
         if self.given is not None and self.num_frozen:
             self.count += 1
             return self._from_given(original, args, kwargs)
-        keys = self.keys
         assert keys is not None  # forwards go through here inside samples()
         absent = self.unread.among(keys)
         self._check_batch(keys, args, kwargs)
         if not self.num_frozen:
-            # A batch that lacks inputs was fetched before all was thawed.
-            return self._as_ever(original, args, kwargs, absent)
+            self.unread.refuse(absent)  # a batch that was fetched before all was thawed
+            return original(*args, **kwargs)
         self.count += 1
         self._kept.drop_changed()
-        if bool((keys < 0).any()) or (self.gave_up and not bool(absent.any())):
-            return self._as_ever(original, args, kwargs, absent)
+        if self.as_ever(keys) and not bool(absent.any()):
+            return original(*args, **kwargs)
         now = self._kept.latest
         if self.moves and not self._decided(now):
             assert self._moves is not None  # who wants to see more
@@ -122,30 +134,15 @@ class Forwards:
 
     def _decided(self, now: Generation | None) -> bool:
         """Whether it is known if rows are kept behind the present layers; `refused` says why they are not."""
-        moves = self._moves
-        verdict = True if moves is None else moves.decide(now, self.frozen, self.seconds("gather"))
+        verdict = True if self._moves is None else self._moves.decide(now, self.frozen, self.seconds("gather"))
         if isinstance(verdict, str):
-            self._postpone(verdict)
-        elif verdict or (moves is not None and not moves.is_timing):
-            reason = unwatchable(self._kept.attached, self.frozen)
-            if reason is not None:
-                self._refuse(reason)
-                return True
-        return bool(verdict)
-
-    def as_ever(self, keys: Tensor) -> bool:
-        """Whether a forward over these keys neither reads nor keeps anything."""
-        nothing = self._kept.latest is None and self.refused is not None
-        return not self.num_frozen or self.gave_up or nothing or bool((keys < 0).any())
-
-    def from_inputs(self, keys: Tensor) -> bool:
-        """Whether all frozen modules run in a forward over these keys, and nobody watches."""
-        now = self._kept.latest
-        if self.as_ever(keys):
+            self.refused = verdict
+            self._note(f"not kept behind {self.num_frozen} layers: {verdict}")
             return True
-        if now is not None and len(now.store) >= self._kept.owned:
-            return False  # all are kept
-        return now is not None and not self.moves and not any(bool(g.store.has(keys).any()) for g in self._kept)
+        reason = unwatchable(self._kept.model, self.frozen)
+        if reason is not None:
+            self._refuse(reason)
+        return verdict or reason is not None
 
     def rows(self) -> tuple[Tensor, ...] | None:
         """-> kept rows of the present batch, for `given`; None where its forward must run through `run` itself."""
@@ -172,28 +169,14 @@ class Forwards:
         with now.frontier.replaced(given):
             return original(*args, **kwargs)
 
-    def _as_ever(self, original: Callable, args: tuple, kwargs: dict, absent: Tensor) -> Any:
-        self.unread.refuse(absent)
-        return original(*args, **kwargs)
-
     def _as_before(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
         """From what is kept, be it behind fewer layers than are frozen now."""
-        if now is not None and now.frontier.autocast != autocast_state(self._kept.device):
-            self._note("a forward under another autocast than the one that was watched ran as ever")
-            now = None
-        elif now is not None and self._is_of_another_shape(now, args, kwargs):
-            self._note("a forward over samples of another shape than those that were watched ran as ever")
-            now = None
-        if now is None:
-            return self._as_ever(original, args, kwargs, absent)
-        return self._from_kept(now, original, args, kwargs, keys, absent)
-
-    def _is_of_another_shape(self, now: Generation, args: tuple, kwargs: dict) -> bool:
-        """Whether rows of samples of this shape may be others. Of padded samples they are not."""
-        padded = now.frontier.length is not None or self.filling.lengths_of(kwargs) is not None
-        return not padded and now.frontier.shapes != shapes_of(args, kwargs)
-
-    def _from_kept(self, now: Generation, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
+        other = None if now is None else self._other(now, args, kwargs)
+        if other is not None:
+            self._note(f"a forward {other} ran as ever")
+        if now is None or other is not None:
+            self.unread.refuse(absent, other)
+            return original(*args, **kwargs)
         have = now.store.has(keys)
         if not bool(have.all()):
             return self.filling.run(now, original, args, kwargs, keys, have, absent)
@@ -202,7 +185,7 @@ class Forwards:
         if check:
             self._kept.drop_changed(thorough=True)
             if now not in self._kept:
-                return self.run("", self._kept.attached, original, args, kwargs)
+                return self.run("", self._kept.model, original, args, kwargs)
             self._spot_check(now, original, args, kwargs, keys)
         length, watch = now.length(args, kwargs), self._watch("gather")
         watch.start()
@@ -213,6 +196,15 @@ class Forwards:
             output = original(*args, **kwargs)
         self._weigh(now)
         return output
+
+    def _other(self, now: Generation, args: tuple, kwargs: dict) -> str | None:
+        """-> in what a forward differs from the one that was watched, so that rows may be others; None: in nothing."""
+        if now.frontier.autocast != autocast_state(self._kept.device):
+            return "under another autocast than the one that was watched"
+        padded = now.frontier.length is not None or self.filling.lengths is not None or mask_of(kwargs) is not None
+        if padded or now.frontier.shapes == shapes_of(args, kwargs):
+            return None
+        return "over samples of another shape than those that were watched"
 
     def _watched(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
         """A forward behind a transition that shows what must be kept, and is checked."""
@@ -225,28 +217,22 @@ class Forwards:
             some = keys if part is None else keys[part]
             return self._kept.standing_in(base, some, (args, kwargs))
 
-        lengths = self.filling.lengths_of(kwargs)
+        device = self._kept.device
         forward = Forward(
-            self._kept.attached, self._kept.device, original, args, kwargs, self.frozen, len(keys), lengths, under
+            self._kept.model, device, original, args, kwargs, self.frozen, len(keys), self.filling.lengths, under
         )
         self.watches += 1
         found: list = []
-        seconds = seconds_of(
-            lambda: found.extend(forward.watched(self.num_frozen, self._kept.dtype, aliases=self._aliases)),
-            self._kept.device,
-        )
+        seconds = seconds_of(lambda: found.extend(forward.watched(self.num_frozen, self._kept.dtype)), device)
         output, frontier = found
-        if isinstance(frontier, Seen) and not self._aliases:
-            self._aliases = True  # the next forward is watched once more
-        elif isinstance(frontier, Refused):
+        if isinstance(frontier, Refused):
             self._refuse(str(frontier))
-        else:
-            begun = self._kept.begin(frontier)
-            if self._moves is not None:
-                self._moves.watch_seconds, begun.layers_seconds = seconds, self._moves.layers_seconds
-            self._watches.clear()
-            self.filling.keep(begun, base, keys, forward.rows, kwargs)
-            self.filling.count(base, len(keys))
+            return output
+        begun = self._kept.begin(frontier)
+        if self._moves is not None:
+            self._moves.watch_seconds, begun.layers_seconds = seconds, self._moves.layers_seconds
+        self._watches.clear()
+        self.filling.keep(begun, base, keys, forward.rows, kwargs)
         return output
 
     def _refuse(self, reason: str) -> None:
@@ -254,14 +240,7 @@ class Forwards:
         self._note(f"not kept behind {self.num_frozen} layers: {reason}")
         logger.warning("features are not kept behind %d layers: %s", self.num_frozen, reason)
 
-    def _postpone(self, reason: str) -> None:
-        """Another transition, or larger steps, may change it."""
-        self.refused, self._postponed = reason, True
-        self._note(f"not kept behind {self.num_frozen} layers: {reason}")
-
     def _spot_check(self, now: Generation, original, args, kwargs, keys: Tensor) -> None:
-        if not now.frontier.sliceable:
-            return
         try:
             difference = spot_check(self._kept, now, original, args, kwargs, keys, self._watch("prefix"))
         except RuntimeError:

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,43 +14,62 @@ from .columns import Column, row_bytes_of
 from .frontier import Frontier
 from .guard import Changes, Guard, fingerprint, unseen
 from .probe import padded_length
-from .room import ensure_room, room_for
+from .room import room_for
 from .store import Store
 from .views import MOST_VIEWS, Views
 
 logger = logging.getLogger("freezeout_ext")
 
 
+# The last generation whose number is a bit of an int64 above 0.
+LAST = 61
+
+
+class FreezeOutLike(Protocol):
+    """What a cache needs of FreezeOut.
+
+    Each layer has a name, and `modules`: name -> module.
+    `layers.given` are the modules that were frozen from the start. They lie in front of all layers.
+    """
+
+    model: nn.Module
+    layers: Any
+    step_count: int
+    schedule: Any  # of its `total_steps`, `next_milestone(step)` and `num_frozen(step)`
+
+    @property
+    def num_frozen(self) -> int: ...
+
+
 @dataclass(eq=False)
 class Generation:
     """What is kept behind one number of frozen layers.
 
-    given_up: reading takes longer than computing.
-    layers_seconds: of a sample in the layers in front, as far as they were timed.
-    origins: which earlier generations a row passed through, by the number that the store keeps for it.
+    Attributes:
+        number: how many generations there were before.
+        given_up: whether reading takes longer than computing.
+        layers_seconds: of a sample in the layers in front, as far as they were timed.
     """
 
+    number: int
     frontier: Frontier
     store: Store
     guard: Guard
     given_up: bool = False
     layers_seconds: float = 0.0
-    origins: list[tuple["Generation", ...]] = field(default_factory=lambda: [()])
 
     def origin(self, base: "Generation | None", keys: Tensor) -> Tensor | None:
-        """-> int16 [B], the numbers of the origins of rows computed from those of `base`; None where none matters."""
-        if base is None or not base.store.is_lossy:
-            return None  # rows that are kept as they were computed are what computing anew gives
-        before, found = base.store.origin(keys), torch.full((len(keys),), -1, dtype=torch.int16, device="cpu")
-        if base.frontier.length is not None and self.frontier.length is None:
-            return found  # the lengths of its samples are kept no more
-        for number in before.unique().tolist():
-            if number >= 0:
-                passed = (*base.origins[number], base)
-                if passed not in self.origins:
-                    self.origins.append(passed)
-                found[before == number] = self.origins.index(passed)
-        return found
+        """-> int64 [B]: which generations the rows of `base` passed through, and were rounded in; None: through none.
+
+        Bit i stands for generation number i. -1: nobody knows.
+        """
+        if base is None:
+            return None
+        before = base.store.origin(keys)
+        if not base.store.is_lossy:
+            return before
+        lost = base.frontier.length is not None and self.frontier.length is None  # the lengths of its samples
+        return torch.full_like(before, -1) if lost or base.number > LAST else before | 1 << base.number
 
     def length(self, args: tuple, kwargs: Mapping) -> int | None:
         """-> what a batch is padded to, None where rows are all as long."""
@@ -65,6 +85,12 @@ class Generations:
         dtype: of kept features.
         limit: in bytes, over all generations and items.
         note: takes what happened, for the report.
+
+    Attributes:
+        freezeout: that has the cache.
+        rank, world_size: of this process.
+        items: the store of what batches hold besides features.
+        changes: see `Guard`.
     """
 
     def __init__(
@@ -74,31 +100,33 @@ class Generations:
         self.folder = None if where in ("device", "host") else Path(where)
         self.rank, self.world_size = 0, 1
         self.items: Store | None = None
-        self.model: nn.Module | None = None
+        self.freezeout: FreezeOutLike | None = None
         self.changes: Changes = unseen
         self._first: tuple[nn.Module, Tensor] | None = None
         self._all: list[Generation] = []
+        self._begun: list[Generation] = []
 
     def __iter__(self) -> Iterator[Generation]:
         return iter(tuple(self._all))
-
-    def __contains__(self, generation: Generation) -> bool:
-        return any(g is generation for g in self._all)
 
     @property
     def latest(self) -> Generation | None:
         return self._all[-1] if self._all else None
 
     @property
-    def attached(self) -> nn.Module:
-        """The model, which there is while a FreezeOut has the cache."""
-        assert self.model is not None
-        return self.model
+    def attached(self) -> FreezeOutLike:
+        """The FreezeOut, which has the cache wherever something is frozen."""
+        assert self.freezeout is not None
+        return self.freezeout
+
+    @property
+    def model(self) -> nn.Module:
+        return self.attached.model
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        model = self.attached
+        model = self.model
         if self._first is None or self._first[0] is not model:  # to look for a parameter takes as long as a small layer
             self._first = model, next(iter(model.parameters()))
         return self._first[1].device
@@ -118,6 +146,10 @@ class Generations:
 
     # Rows
 
+    def among(self, passed: int) -> list[Generation]:
+        """-> the generations that an origin stands for."""
+        return [g for g in self._begun if passed >> g.number & 1]
+
     def with_all(self, keys: Tensor) -> Generation | None:
         """The latest generation that holds all of these keys."""
         return next((g for g in reversed(self._all) if bool(g.store.has(keys).all())), None)
@@ -126,8 +158,7 @@ class Generations:
         """The places of keys that `now` lacks (~have), by the latest earlier generation that holds them."""
         missing = ~have
         found: list[tuple[Generation | None, Tensor]] = []
-        before = self._all[: next(i for i, g in enumerate(self._all) if g is now)]
-        for base in reversed(before):
+        for base in reversed(self._all[: self._all.index(now)]):
             here = missing & base.store.has(keys)
             if bool(here.any()):
                 found.append((base, here.nonzero().squeeze(1)))
@@ -136,15 +167,14 @@ class Generations:
             found.append((None, missing.nonzero().squeeze(1)))
         return found
 
-    @contextmanager
-    def standing_in(self, base: Generation | None, keys: Tensor, inputs: tuple[tuple, dict]) -> Iterator[None]:
-        """Kept rows of fewer layers in place of these layers; the other frozen modules as they are."""
-        with ExitStack() as stack:
-            if base is not None:
-                length = base.length(*inputs)
-                rows = base.store.gather(keys, self.device, length=length)
-                stack.enter_context(base.frontier.replaced(rows, length, whole=False))
-            yield
+    def standing_in(
+        self, base: Generation | None, keys: Tensor, inputs: tuple[tuple, dict]
+    ) -> AbstractContextManager[None]:
+        """Inside, kept rows of fewer layers take the place of these layers. The other frozen modules run."""
+        if base is None:
+            return nullcontext()
+        length = base.length(*inputs)
+        return base.frontier.replaced(base.store.gather(keys, self.device, length=length), length, whole=False)
 
     # Life
 
@@ -154,25 +184,25 @@ class Generations:
         Raises:
             MemoryError, OSError: there is no room for all views, and no limit that says how many to keep.
         """
-        length = frontier.length or 0
+        length, folder, of = frontier.length or 0, None, ""
         row_bytes = row_bytes_of(frontier.columns, length)
         rows = self._rows(row_bytes)
-        states = {name: _place(self.attached, name) for name in frontier.states}
-        guard = Guard(frontier.modules, states, self.changes)
-        folder = None if self.folder is None else self.part() / f"frozen-{frontier.num_frozen}"
-        of = "" if folder is None else f"{frontier.names} {frontier.autocast} {fingerprint(guard.tensors())}"
+        guard = Guard(frontier.modules, {name: _place(self.model, name) for name in frontier.states}, self.changes)
+        if self.folder is not None:
+            folder = self._part() / f"frozen-{frontier.num_frozen}"
+            of = f"{frontier.names} {frontier.autocast} {fingerprint(guard.tensors())}"
         store = Store(
             frontier.columns, self.views.num_keys, rows, self._store_device(), folder=folder, positions=rows * length,
             fingerprint=of,
         )  # fmt: skip
         if folder is not None and store.files is not None and store.files.was_emptied is not None:
-            found = (
-                f"holds {len(store):,} rows" if not store.files.was_emptied else "was of other weights, and was emptied"
-            )
-            if store.files.damaged:
-                found += f"; {store.files.damaged:,} more were damaged on the disk, and are computed anew"
+            emptied = store.files.was_emptied
+            found = "was of other weights, and was emptied" if emptied else f"holds {len(store):,} rows"
             self._note(f"the folder {folder.name} {found}")
-        self._all.append(Generation(frontier, store, guard))
+            if store.files.damaged:
+                self._note(f"{store.files.damaged:,} of its rows were damaged on the disk, and are computed anew")
+        self._begun.append(Generation(len(self._begun), frontier, store, guard))
+        self._all.append(self._begun[-1])
         logger.info(
             "features of %s are kept: %s bytes a view, %s for %s views, on %s",
             ", ".join(frontier.names), f"{row_bytes:,}", f"{rows * row_bytes:,}", f"{rows:,}", self.where,
@@ -222,17 +252,15 @@ class Generations:
                 generation.store.clear()  # a folder must not bring it back
                 self._drop(generation)
 
-    def open_items(self, columns: list[Column], keys: int) -> Store | None:
+    def open_items(self, columns: list[Column]) -> Store | None:
         """-> a new store of batches' entries that are needed although features are kept; None without room."""
-        if self.items is not None:
-            self.items.close()
-            self.items = None
+        self._close_items()
         needed = self.owned * row_bytes_of(columns)
         if self.limit is not None and needed > self.limit // 4:
             self._note(f"targets take {needed:,} bytes, too much beside the features: all samples are read")
             return None
-        folder = None if self.folder is None else self.part() / "items"
-        self.items = Store(columns, keys, self.owned, "cpu", folder=folder, fingerprint="items")
+        folder = None if self.folder is None else self._part() / "items"
+        self.items = Store(columns, self.views.num_keys, self.owned, "cpu", folder=folder, fingerprint="items")
         return self.items
 
     def commit(self) -> None:
@@ -241,28 +269,32 @@ class Generations:
 
     def close(self) -> None:
         self._first = None
-        for generation in self:
-            self._drop(generation)
-        if self.items is not None:
-            self.items.close()
-            self.items = None
+        self.drop_all()
+        self._begun.clear()
+        self._close_items()
 
     def drop_all(self) -> None:
         for generation in self:
             self._drop(generation)
 
     def _drop(self, generation: Generation) -> None:
-        self._all = [g for g in self._all if g is not generation]
+        self._all.remove(generation)
         generation.store.close()
+
+    def _close_items(self) -> None:
+        if self.items is not None:
+            self.items.close()
+            self.items = None
+
+    # Room
 
     def fitting(self, row_bytes: int) -> tuple[int, bool]:
         """-> how many rows of so many bytes there would be room for, and whether earlier ones must make it."""
         wanted = self.owned * row_bytes
         room, drops = self._room(wanted), False
         if room < wanted and self._all:
-            kept = sum(g.store.bytes_taken for g in self._all)
-            room, drops = min(wanted, room + kept), True
-        return (min(self.owned, room // row_bytes) if row_bytes else self.owned), drops
+            room, drops = min(wanted, room + sum(g.store.bytes_taken for g in self._all)), True
+        return (room // row_bytes if row_bytes else self.owned), drops
 
     def _rows(self, row_bytes: int) -> int:
         """How many rows there is room for; earlier generations make room."""
@@ -271,12 +303,17 @@ class Generations:
             self._note("what was kept behind fewer layers was dropped to make room, and is computed from inputs again")
             self.drop_all()
             rows, _ = self.fitting(row_bytes)
+        if rows == self.owned:
+            return rows
         wanted = self.owned * row_bytes
         if self.limit is None and not self.views.auto:
-            room = self._room(wanted)
-            ensure_room(wanted, room, self._store_device(), self.folder, f"{self.views.num_samples} samples' features")
-        elif rows < self.owned:
-            self._note(f"room: {rows:,} of {self.owned:,} views fit, {wanted:,} bytes would hold all")
+            where = self.folder or ("host memory" if self._store_device().type == "cpu" else self.device)
+            raise MemoryError(
+                f"features of {self.views.num_samples} samples need {wanted:,} bytes on {where}, "
+                f"{self._room(wanted):,} of what is free may be taken: pass limit=, fewer views=, dtype=torch.int8 or "
+                "another store="
+            )
+        self._note(f"room: {rows:,} of {self.owned:,} views fit, {wanted:,} bytes would hold all")
         return rows
 
     def _room(self, wanted: int) -> int:
@@ -286,9 +323,7 @@ class Generations:
     def _store_device(self) -> torch.device:
         return self.device if self.where == "device" else torch.device("cpu")
 
-    # Folders
-
-    def part(self) -> Path:
+    def _part(self) -> Path:
         """The folder of this process."""
         assert self.folder is not None  # asked for only then
         return self.folder if self.world_size == 1 else self.folder / f"rank-{self.rank}-of-{self.world_size}"

@@ -24,8 +24,8 @@ class Items:
         self._off = False
 
     def has(self, keys: Tensor) -> Tensor:
-        needless = self._needless()
-        if self._store is None or needless is None or not needless <= self._without(self._kept):
+        """-> bool [B]: of which views all is kept that a forward needs besides features."""
+        if self._store is None or not self._suffices():
             return torch.zeros(len(keys), dtype=torch.bool, device="cpu")
         return self._store.has(keys)
 
@@ -40,7 +40,7 @@ class Items:
         if self.template is None:
             self.template = [x[0].detach().clone() for x in leaves], spec
         elif self.template[1] != spec or any(
-            x.shape[1:] != like.shape for x, like in zip(leaves, self.template[0], strict=True)
+            (x.shape[1:], x.dtype) != (like.shape, like.dtype) for x, like in zip(leaves, self.template[0], strict=True)
         ):
             # Padded batches and the like: nothing says what a sample that is not read would be padded to.
             self._store, self._off = None, True
@@ -48,10 +48,10 @@ class Items:
         needless = self._needless()
         if needless is None:
             return
-        if self._store is None or not needless <= self._without(self._kept):
+        if self._store is None or not self._suffices():
             self._kept = [i for i in range(len(leaves)) if i not in needless]
             columns = [Column.like(leaves[i]) for i in self._kept]
-            self._store = self._serving.item_store(columns, self._serving.views.num_keys)
+            self._store = self._serving.kept.open_items(columns)
             self._off = self._store is None
         if self._store is not None:
             self._compare(keys, leaves)
@@ -111,5 +111,7 @@ class Items:
         )
         return {leaf for place, entry in entries if is_needless(place) for leaf in tree_flatten(entry)[0]}
 
-    def _without(self, kept: list[int]) -> set[int]:
-        return set(range(len(self.template[0]))) - set(kept)
+    def _suffices(self) -> bool:
+        """Whether what is not kept is needless."""
+        needless = self._needless()
+        return needless is not None and set(range(len(self.template[0]))) <= needless | set(self._kept)

@@ -102,14 +102,23 @@ class Unread:
         return self._unread[keys.clamp(min=0)] & (keys >= 0)
 
     @staticmethod
-    def refuse(unread: Tensor) -> None:
+    def refuse(unread: Tensor, other: str | None = None) -> None:
         """
+        Args:
+            other: in what the forward differs from the one that was watched; None: in nothing.
+
         Raises:
             RuntimeError: a forward needs inputs that are missing.
         """
-        if bool(unread.any()):
-            raise RuntimeError(
-                f"{int(unread.sum())} samples of this batch were not read, since their features were kept, and these "
-                "cannot be used in this forward. Freeze and thaw between a step and the next batch, not between a "
-                "batch and its forward, and let nothing fetch batches far ahead"
-            )
+        if not bool(unread.any()):
+            return
+        advice = (
+            "Freeze and thaw between a step and the next batch, not between a batch and its forward, and let nothing "
+            "fetch batches far ahead"
+        )
+        if other is not None:
+            advice = f"It runs {other}: let all forwards in training run under one autocast, over samples of one shape"
+        raise RuntimeError(
+            f"{int(unread.sum())} samples of this batch were not read, since their features were kept, and these "
+            f"cannot be used in this forward. {advice}"
+        )

@@ -3,13 +3,13 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 
 from ..arguments import check_callable, check_count, check_flag, check_kind
 from .frontier import poison
@@ -58,12 +58,12 @@ class CacheLoader:
         self._at = (-2, 0)  # epoch, and how many of its batches were handed out
         self._serving, self._seed, self._rank, self._world_size = serving, seed, rank, world_size
         views = serving.views
-        self._collate = collate_fn or default_collate
+        self._collate = partial(_collated, collate_fn or default_collate)
         self._requests = Requests()
         self._items = Items(serving)
         self._loader = None
         if not views.batched:
-            arguments = {**arguments, "batch_sampler": self._requests, "collate_fn": partial(_collated, self._collate)}
+            arguments = {**arguments, "batch_sampler": self._requests, "collate_fn": self._collate}
             self._loader = DataLoader(cast("Dataset", views), **arguments)
         elif arguments:
             raise ValueError(f"{', '.join(sorted(arguments))}: a data set that makes whole batches has no workers")
@@ -112,8 +112,10 @@ class CacheLoader:
         return Batches(self)
 
     @property
-    def batch_sampler(self) -> "Numbers":
-        return Numbers(self)
+    def batch_sampler(self) -> BatchSampler:
+        numbers: Any = BatchSampler(range(len(self)), 1, drop_last=False)
+        numbers.set_epoch = self.set_epoch
+        return numbers
 
     @staticmethod
     def collate_fn(batches: list) -> Any:
@@ -159,88 +161,69 @@ class CacheLoader:
         return mine[: self.num_samples]
 
     def _plans(self, epoch: int, first_step: int, planned: Planned) -> Iterator[list]:
-        order, views = self.order(epoch), self._serving.views
-        # Those of the whole epoch at once: a batch's own would take as long as a small net's layer.
-        drawn = [(-1 - order, views.seeds(-1 - order, epoch))]
+        order, serving = self.order(epoch), self._serving
+        views = serving.views
+
+        # Of the whole epoch at once: a batch's own would take as long as a small net's layer.
+        @cache
+        def drawn(fresh: bool, *_: Any) -> tuple[Tensor, Tensor]:
+            keys = -1 - order if fresh else views.keys(order, epoch)
+            return keys, views.seeds(keys, epoch)
+
         for step in range(first_step, len(self)):
             where = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            samples = order[where]
-            if self._serving.is_idle:
-                keys, seeds = (of_epoch[where] for of_epoch in drawn[0])
-                planned.append((keys, samples, seeds, None))
-                yield [] if self._loader is None else _pairs(samples, seeds)
-                continue
-            keys = self._serving.keys(samples, epoch)
-            if len(drawn) == 1:
-                shown = views.keys(order, epoch)
-                drawn.append((shown, views.seeds(shown, epoch)))
-            known = next((s[where] for k, s in drawn if torch.equal(k[where], keys)), None)
-            seeds = views.seeds(keys, epoch) if known is None else known
-            skipped = kept = self._serving.skippable(keys)
-            if self._loader is not None:
-                skipped = kept & self._items.has(keys)
-            if bool(kept.all()) and self._serving.planned():
-                skipped = torch.zeros_like(kept)
+            found = drawn(serving.shows_fresh(epoch), views.count, views.first_epoch)
+            samples, keys, seeds = (of_epoch[where] for of_epoch in (order, *found))
+            skipped = None if serving.is_idle else self._skipped(keys)
             planned.append((keys, samples, seeds, skipped))
-            yield [] if self._loader is None else _pairs(samples[~skipped], seeds[~skipped])
+            needed = slice(None) if skipped is None else ~skipped
+            yield [] if self._loader is None else _pairs(samples[needed], seeds[needed])
+
+    def _skipped(self, keys: Tensor) -> Tensor:
+        """-> bool [B]: what a batch that is planned now leaves out."""
+        kept = self._serving.skippable(keys)
+        if bool(kept.all()) and self._serving.planned():
+            return torch.zeros_like(kept)
+        return kept if self._loader is None else kept & self._items.has(keys)
 
     def _made(self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor | None) -> Any:
         """A batch of a data set that makes whole batches; it was planned right before."""
-        dataset, template, seconds = self._serving.views.dataset, self._items.template, 0.0
-        if skipped is None:
-            start = time.perf_counter()
-            inputs = dataset.batch(samples, seeds)
-            self._serving.delivered_whole(len(keys), time.perf_counter() - start)
-            return inputs, dataset.targets(samples), Keys(keys, self._serving.views)
-        if template is not None and bool(skipped.all()):
+        dataset, template, read, seconds = self._serving.views.dataset, self._items.template, 0, 0.0
+        if template is not None and skipped is not None and bool(skipped.all()):
             leaves, spec = template
             inputs = tree_unflatten([poison((len(keys), *x.shape), x.dtype, x.device) for x in leaves], spec)
         else:
-            skipped = torch.zeros_like(skipped)
+            skipped = None if skipped is None else torch.zeros_like(skipped)
             start = time.perf_counter()
             inputs = dataset.batch(samples, seeds)
-            seconds = time.perf_counter() - start
+            read, seconds = len(keys), time.perf_counter() - start
             leaves, spec = tree_flatten(inputs)
             self._items.template = [x[0].detach() for x in leaves], spec
-        self._serving.delivered(keys, skipped, int((~skipped).sum()), seconds)
+        self._serving.delivered(keys, skipped, read, seconds)
         return inputs, dataset.targets(samples), Keys(keys, self._serving.views)
 
     def _finished(
         self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor | None, found: Any, seconds: float
     ) -> Any:
         """What workers brought and what was kept, as one batch."""
-        if isinstance(found, Mapping):
-            found = dict(found)
-        if skipped is None:
-            self._serving.delivered_whole(len(keys), seconds)
-            return self._with_keys(found, Keys(keys, self._serving.views))
-        read = int((~skipped).sum())
-        lost = skipped & ~(self._serving.skippable(keys) & self._items.has(keys))
-        if lost.any():
-            # The store was emptied since: this process reads what is missing. Whole, so that there is one way.
-            skipped, found = torch.zeros_like(skipped), self._read(samples, seeds)
-            read += len(keys)
-        if skipped.any():
-            merged = self._items.merge(keys, skipped, found)
-            if merged is None:
-                skipped, merged = torch.zeros_like(skipped), self._read(samples, seeds)
-                read += len(keys)
-            found = merged
-        else:
+        read = len(keys) if skipped is None else int((~skipped).sum())
+        if skipped is not None and bool(skipped.any()):
+            lost = skipped & ~(self._serving.skippable(keys) & self._items.has(keys))
+            found = None if bool(lost.any()) else self._items.merge(keys, skipped, found)
+            if found is None:
+                # The store was emptied since, or samples differ in shape: this process reads the batch whole.
+                found = self._collate([self._serving.views[pair] for pair in _pairs(samples, seeds)])
+                skipped, read = torch.zeros_like(skipped), read + len(keys)
+        if skipped is not None and not bool(skipped.any()):
             self._items.learn(keys, found)
         self._serving.delivered(keys, skipped, read, seconds)
         return self._with_keys(found, Keys(keys, self._serving.views))
-
-    def _read(self, samples: Tensor, seeds: Tensor) -> Any:
-        batch = self._collate([self._serving.views.load(*pair) for pair in _pairs(samples, seeds)])
-        return dict(batch) if isinstance(batch, Mapping) else batch
 
     def _with_keys(self, batch: Any, keys: Keys) -> Any:
         if isinstance(batch, Mapping):
             if self.key_name in batch:
                 raise ValueError(f"key_name must be new to the batch, which has {', '.join(map(str, batch))}")
-            cast("dict", batch)[self.key_name] = keys  # see `_finished`
-            return batch
+            return {**batch, self.key_name: keys}
         if isinstance(batch, tuple | list):
             return (*batch, keys)
         return batch, keys
@@ -276,23 +259,10 @@ class Batches(Dataset):
         return next(self._made)
 
 
-class Numbers:
-    """The numbers of a loader's batches, each a batch of its own."""
-
-    def __init__(self, loader: CacheLoader) -> None:
-        self._loader, self.set_epoch = loader, loader.set_epoch
-        self.batch_size, self.drop_last = loader.batch_size, loader.drop_last
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter([i] for i in range(len(self._loader)))
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-
 def _collated(collate: Callable[[list], Any], items: list) -> Any:
     """A batch of what was read; None where nothing was."""
-    return collate(items) if items else None
+    batch = collate(items) if items else None
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def _pairs(samples: Tensor, seeds: Tensor) -> list[tuple[int, int]]:

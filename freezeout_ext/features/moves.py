@@ -23,7 +23,6 @@ class Moves:
 
     Args:
         kept: what is kept.
-        freezeout: -> the FreezeOut that has the cache, None where there is none.
         loading: -> seconds in which a step waits for a sample that is read.
 
     Attributes:
@@ -31,8 +30,8 @@ class Moves:
         layers_seconds: of a sample in the frozen layers, as far as they were timed.
     """
 
-    def __init__(self, kept: Generations, freezeout: Callable[[], Any], loading: Callable[[], float | None]) -> None:
-        self._kept, self._freezeout, self._loading = kept, freezeout, loading
+    def __init__(self, kept: Generations, loading: Callable[[], float | None]) -> None:
+        self._kept, self._loading = kept, loading
         self._pace = Pace()
         self._weighing: Weighing | None = None
         self._decided = False
@@ -43,13 +42,9 @@ class Moves:
         """Other layers are frozen now."""
         self._weighing, self._decided = None, False
 
-    def count(self, samples: int) -> bool:
-        """Notes a forward. Returns whether steps turn out to be larger than a decision has taken them for."""
-        freezeout = self._freezeout()
-        grew = freezeout is not None and self._pace.count(freezeout.step_count, samples)
-        if grew:
-            self.restart()
-        return grew
+    def count(self, samples: int) -> None:
+        """Notes a forward over so many samples."""
+        self._pace.count(self._kept.attached.step_count, samples)
 
     def decide(self, now: Generation | None, frozen: Mapping[str, nn.Module], gathered: float | None) -> str | bool:
         """-> True: rows are to be kept behind these modules; a text: why that would not pay; False: not known yet.
@@ -58,20 +53,20 @@ class Moves:
             now: what is read meanwhile.
             gathered: seconds in which a row of it is read, where that is known.
         """
-        freezeout = self._freezeout()
-        if self._decided or freezeout is None:
+        if self._decided:
             return True
+        freezeout = self._kept.attached
         left = Left.of(freezeout.schedule, freezeout.step_count, freezeout.num_frozen)
         samples, rows = left.times(self._pace.samples), self._kept.owned
         if self._weighing is None:
             reason = reason_against(Times(layers=float("inf")), samples, rows, rows)
-            if reason is not None:  # whatever the times
+            if reason is not None and self._pace.samples:  # whatever the times
                 return reason
             behind = {} if now is None else now.frontier.modules
             running = {name: module for name, module in frozen.items() if name not in behind}
             self._weighing = Weighing(running, self._kept.device, self._kept.dtype)
         found = self._weighing.times()
-        if found is None:
+        if found is None or not self._pace.samples:
             return False
         layers, forward = found
         reads = None if now is None else gathered or 0.0
@@ -95,11 +90,6 @@ class Moves:
         self._decided = True
         self.layers_seconds = layers + (0.0 if now is None else now.layers_seconds)
         return True
-
-    @property
-    def is_timing(self) -> bool:
-        """Whether a forward behind this transition was timed already."""
-        return self._weighing is not None and self._weighing.samples > 0
 
     def timed(self, samples: int) -> AbstractContextManager:
         """Around a forward that runs as before, where `decide` does not know yet."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .columns import masked
 from .effects import Generators, leaves_of
 from .frontier import Frontier, poison, sliced, through
 from .rounding import BOUNDS
@@ -35,20 +36,17 @@ def unwatchable(model: nn.Module, frozen: Mapping[str, nn.Module]) -> str | None
     return None
 
 
-class Seen(Refused):
-    """Poison reached an output; `again`: a second watch that follows shared memory may do better."""
-
-
 @dataclass
 class Forward:
     """One forward of a model that is to be understood.
 
-    original: the model's forward.
-    frozen: name -> module.
-    lengths: of the samples, int64 [B], where they are padded.
-    under: makes the context in which it runs over some samples of the batch (None: all), such as one where kept rows of
-        fewer layers stand in for modules.
-    rows: what is kept of this batch, once it was watched.
+    Attributes:
+        original: the model's forward.
+        frozen: name -> module.
+        lengths: of the samples, int64 [B], where they are padded.
+        under: makes the context of a forward over some samples of the batch (None: all), such as one where kept rows of
+            fewer layers stand in for modules.
+        rows: what is kept of this batch, once it was watched.
     """
 
     model: nn.Module
@@ -62,30 +60,24 @@ class Forward:
     under: Callable[[Tensor | None], AbstractContextManager]
     rows: list[Tensor] = field(default_factory=list)
 
-    @property
-    def inputs(self) -> tuple[tuple, dict]:
-        return self.args, self.kwargs
-
-    def watched(self, num_frozen: int, kept: torch.dtype | None, *, aliases: bool) -> tuple[Any, Any]:
+    def watched(self, num_frozen: int, kept: torch.dtype | None) -> tuple[Any, Frontier | Refused]:
         """Runs the forward. Returns (output, frontier), or in place of the frontier why there is none."""
         before = Generators()
-        watch = Watch(self.model, self.frozen, self.args, self.kwargs, self.batch_size, aliases=aliases)
+        watch = Watch(self.model, self.frozen, self.args, self.kwargs, self.batch_size)
         with self.under(None), through(self.frozen, watch.call), watch:
             output = self.original(*self.args, **self.kwargs)
         after = Generators()
         try:
             watch.finish(output)
-            length = None
-            if self.lengths is not None:
-                length = padded_length(self.args, self.kwargs)
-                right_padded(self.kwargs, self.lengths)
+            self.lengths = lengths_of(self.kwargs, self.lengths)
+            length = None if self.lengths is None else padded_length(self.args, self.kwargs)
             frontier = Frontier.of(
-                watch, num_frozen, self.batch_size, length, kept, self.args, self.kwargs,
-                autocast_state(self.device),
-            )  # fmt: skip
+                watch, num_frozen, self.batch_size, length, kept, self.args, self.kwargs, autocast_state(self.device)
+            )
             with _restored(self.model), torch.no_grad():
-                ends = [watch.calls[call].ends[leaf] for call, leaf in frontier.kept]
-                self.rows = self.check(frontier, ends, output, before)
+                self.rows = self._computed(frontier, watch)
+                before.restore()
+                self._check_replaced(frontier, output)
             return output, frontier
         except Refused as reason:
             return output, reason
@@ -94,124 +86,99 @@ class Forward:
             if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
                 torch.clear_autocast_cache()  # what was cast without a graph must not serve a forward with one
 
-    def check(self, frontier: Frontier, ends: list[Tensor | None], output: Any, before: "Generators") -> list[Tensor]:
-        """-> the rows that are kept.
-
-        Args:
-            ends: the first and the last sample's rows, as the watched forward had them.
+    def _computed(self, frontier: Frontier, watch: Watch) -> list[Tensor]:
+        """-> the rows that are kept, computed half by half.
 
         Raises:
-            Refused: a forward from the frontier gives something else, or samples depend on their batch.
+            Refused: a sample depends on its batch, or its rows cannot be kept.
         """
-        given = []
-        for column, name, row, end in zip(
-            frontier.columns, _kept_names(frontier), self._computed(frontier), ends, strict=True
-        ):
-            if row.dtype != column.dtype:
-                raise Refused(f"{name} gives {row.dtype} in one forward and {column.dtype} in another")
-            if row.is_floating_point() and not bool(row.isfinite().all()):
-                raise Refused(f"{name} gives values that are not finite")
-            given.append(self._without_padding(column.padded, row))
-            assert end is not None  # it has a row a sample, see Frontier.of
-            both = torch.tensor([0, self.batch_size - 1], device="cpu")
-            mine = torch.cat([given[-1][:1], given[-1][-1:]])
-            if mine.shape != end.shape or not _close(mine, self._without_padding(column.padded, end, both)):
-                raise Refused(f"{name} gives a sample other features in another batch")
-        before.restore()
-        args, kwargs = self._poisoned(frontier)
-        try:
-            with frontier.replaced(given, frontier.length):
-                found = self.original(*args, **kwargs)
-        except Exception as error:
-            raise Seen(f"a forward from kept features alone fails: {error}") from error
-        ours, theirs = (list(leaves_of(tree)) for tree in (found, output))
-        if len(ours) != len(theirs) or not all(map(self._same, ours, theirs)):
-            raise Seen("a forward from kept features alone gives something else than the watched one")
-        return given
-
-    def _computed(self, frontier: Frontier) -> list[Tensor]:
-        """-> the rows of the batch, computed half by half where that can be done."""
-        if not frontier.sliceable:
-            with self.under(None):
-                return frontier.computed(self.original, *self.inputs)
         halves = []
-        for part in torch.arange(self.batch_size, device="cpu").tensor_split([self.batch_size // 2]):
-            with self.under(part):
-                try:
-                    rows = frontier.computed(self.original, *sliced(self.inputs, part, self.batch_size))
-                except Exception as error:
-                    raise Refused(f"the frozen modules cannot run on half of a batch: {error}") from error
-            for name, row in zip(_kept_names(frontier), rows, strict=True):
-                if not row.dim() or len(row) != len(part):
-                    raise Refused(f"{name} gives {tuple(row.shape)} for {len(part)} samples")
-            halves.append(rows)
-        return [torch.cat(pair) for pair in zip(*halves, strict=True)]
+        try:
+            for part in torch.arange(self.batch_size, device="cpu").tensor_split(2):
+                with self.under(part):
+                    some = sliced((self.args, self.kwargs), part, self.batch_size)
+                    halves.append(frontier.computed(self.original, *some))
+            rows = [torch.cat(pair) for pair in zip(*halves, strict=True)]
+        except Exception as error:
+            raise Refused(f"the frozen modules cannot run on half of a batch: {error}") from error
+        columns = zip(frontier.columns, frontier.kept_names, frontier.kept, strict=True)
+        for i, (column, name, place) in enumerate(columns):
+            if rows[i].dtype != column.dtype:
+                raise Refused(f"{name} gives {rows[i].dtype} in one forward and {column.dtype} in another")
+            if len(rows[i]) != self.batch_size:
+                raise Refused(f"{name} gives {len(rows[i])} rows for {self.batch_size} samples")
+            if column.dtype.is_floating_point and not bool(rows[i].isfinite().all()):
+                raise Refused(f"{name} gives values that are not finite")
+            end = watch.ends[place]
+            if column.padded:
+                assert self.lengths is not None  # of a column that is padded
+                rows[i], end = masked(rows[i], self.lengths), masked(end, self.lengths[[0, -1]])
+            mine = rows[i][[0, -1]]
+            if mine.shape != end.shape or not _close(mine, end):
+                raise Refused(f"{name} gives a sample other features in another batch")
+        return rows
 
-    def _without_padding(self, padded: bool, rows: Tensor, part: Tensor | None = None) -> Tensor:
-        if not padded:
-            return rows
-        assert self.lengths is not None  # something is padded
-        lengths = self.lengths if part is None else self.lengths[part]
-        valid = torch.arange(rows.shape[1], device="cpu") < lengths[:, None]
-        return rows.masked_fill(~valid.to(rows.device).view(*valid.shape, *[1] * (rows.dim() - 2)), 0)
-
-    def _poisoned(self, frontier: Frontier) -> tuple:
-        leaves, spec = tree_flatten(self.inputs)
+    def _check_replaced(self, frontier: Frontier, output: Any) -> None:
+        """
+        Raises:
+            Refused: a forward from kept rows and poison gives something else than the watched one.
+        """
+        leaves, spec = tree_flatten((self.args, self.kwargs))
         for i, x in enumerate(leaves):
             if isinstance(x, Tensor) and i not in frontier.inputs_needed:
                 leaves[i] = poison(x.shape, x.dtype, x.device)
-        return tree_unflatten(leaves, spec)
+        args, kwargs = tree_unflatten(leaves, spec)
+        try:
+            # Copies: what trains may write to its input in place.
+            with frontier.replaced([row.clone() for row in self.rows], frontier.length):
+                found = self.original(*args, **kwargs)
+        except Exception as error:
+            raise Refused(f"a forward from kept features alone fails: {error}") from error
+        ours, theirs = (list(leaves_of(tree)) for tree in (found, output))
+        if len(ours) != len(theirs) or not all(map(self._same, ours, theirs)):
+            raise Refused("a forward from kept features alone gives something else than the watched one")
 
     def _same(self, a: Tensor, b: Tensor) -> bool:
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
-        if self.lengths is not None and a.dim() > 1 and len(a) == self.batch_size:
-            length = padded_length(self.args, self.kwargs)
-            if a.shape[1] == length:
-                a, b = self._without_padding(True, a), self._without_padding(True, b)
+        if self.lengths is not None and a.shape[:2] == (self.batch_size, padded_length(self.args, self.kwargs)):
+            a, b = masked(a, self.lengths), masked(b, self.lengths)
         return _close(a, b)
 
 
 def padded_length(args: tuple, kwargs: Mapping) -> int | None:
-    """-> what samples are padded to, as an attention mask [B, L] or input_ids show it."""
-    for name in ("attention_mask", "input_ids", "inputs_embeds"):
-        x = kwargs.get(name)
-        if isinstance(x, Tensor) and x.dim() >= 2 and (name != "attention_mask" or x.dim() == 2):
-            return x.shape[1]
-    first = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() >= 2), None)
-    return None if first is None else first.shape[1]
+    """-> what samples are padded to: the attention mask [B, L] shows it, else the first input [B, L, ...]."""
+    found = [kwargs.get("attention_mask"), *tree_leaves((args, kwargs))]
+    return next((x.shape[1] for x in found if isinstance(x, Tensor) and x.dim() >= 2), None)
 
 
-def lengths_of(kwargs: Mapping) -> Tensor | None:
-    """-> the lengths of samples by their attention mask [B, L], on the CPU; None where there is no such mask."""
+def mask_of(kwargs: Mapping) -> Tensor | None:
+    """-> the attention mask [B, L] among a model's inputs."""
     mask = kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
-        return None
-    return mask.sum(1).to(torch.int64).cpu()
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point() else None
 
 
-def right_padded(kwargs: Mapping, lengths: Tensor) -> None:
-    """
+def lengths_of(kwargs: Mapping, given: Tensor | None) -> Tensor | None:
+    """-> int64 [B] on the CPU, the lengths of samples: those that are given, else by their attention mask [B, L].
+
+    None: nobody says.
+
     Raises:
         Refused: a sample's padding is not behind it.
     """
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point():
-        expected = torch.arange(mask.shape[1], device="cpu") < lengths[:, None]
-        if not torch.equal(expected, mask.cpu().bool()):
-            raise Refused(
-                "attention_mask has padding in front of a sample or inside it: pad behind (padding_side='right')"
-            )
+    lengths, mask = None if given is None else given.to("cpu", torch.int64), mask_of(kwargs)
+    if mask is None:
+        return lengths
+    mask = mask.cpu().bool()
+    lengths = mask.sum(1) if lengths is None else lengths
+    if not torch.equal(mask, torch.arange(mask.shape[1], device="cpu") < lengths[:, None]):
+        raise Refused("attention_mask has padding in front of a sample or inside it: pad behind (padding_side='right')")
+    return lengths
 
 
 def autocast_state(device: torch.device) -> tuple[bool, torch.dtype]:
     """-> whether autocast is on there, and its dtype."""
     return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-
-
-def _kept_names(frontier: Frontier) -> list[str]:
-    names = list(frontier.modules)
-    return [names[call] for call, _ in frontier.kept]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

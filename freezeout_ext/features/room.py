@@ -3,7 +3,6 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,19 +15,6 @@ def room_for(needed: int, device: torch.device, folder: Path | None, limit: int 
     if limit is not None:
         return max(0, min(needed, limit - taken))
     return min(needed, int(SHARE * _free(device, folder)))
-
-
-def ensure_room(needed: int, room: int, device: torch.device, folder: Path | None, cache: Any) -> None:
-    """
-    Raises:
-        MemoryError: more is needed than `room`.
-    """
-    if room < needed:
-        where = folder or ("host memory" if device.type == "cpu" else str(device))
-        raise MemoryError(
-            f"{cache} needs {needed:,} bytes on {where}, {room:,} of what is free may be taken: pass limit=, fewer "
-            "views=, dtype=torch.int8 or another store="
-        )
 
 
 def _free(device: torch.device, folder: Path | None) -> int:

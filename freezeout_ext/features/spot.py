@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .columns import masked
 from .frontier import merged, sliced
 from .generations import Generation, Generations
 from .store import Store
@@ -61,7 +62,7 @@ def spot_check(
     Raises:
         RuntimeError: it is above 1. Nothing is kept any more.
     """
-    origin, inputs, exact = now.store.origin(keys), (args, kwargs), None
+    origin, exact = now.store.origin(keys), None
     if bool((origin < 0).any()):
         return None
     watch.start()
@@ -69,11 +70,11 @@ def spot_check(
     watch.stop(len(keys))
     if bool(origin.any()):
         exact, parts = computed, []
-        for number in origin.unique().tolist():
-            places = (origin == number).nonzero().squeeze(1)
-            some = inputs if len(places) == len(keys) else sliced(inputs, places, len(keys))
-            parts.append((places, _passed(now.origins[number], now, forward, some, keys[places])))
-        computed = [merged(len(keys), [(places, rows[i]) for places, rows in parts]) for i in range(len(exact))]
+        for passed in origin.unique().tolist():
+            places = (origin == passed).nonzero().squeeze(1)
+            some = sliced((args, kwargs), places, len(keys))
+            parts.append((places, _passed(kept.among(passed), now, forward, some, keys[places])))
+        computed = merged(len(keys), parts)
     worst, place = compared(now.store, keys, computed, now.length(args, kwargs), exact)
     if not worst <= 1:
         sample = int(kept.views.samples(keys[place]))
@@ -88,7 +89,7 @@ def spot_check(
 
 
 def _passed(
-    through: tuple[Generation, ...], now: Generation, forward: Callable, inputs: tuple[tuple, dict], keys: Tensor
+    through: Sequence[Generation], now: Generation, forward: Callable, inputs: tuple[tuple, dict], keys: Tensor
 ) -> list[Tensor]:
     """-> rows behind `now`, computed from inputs and rounded behind each generation that they passed through."""
     args, kwargs = inputs
@@ -117,14 +118,11 @@ def compared(
     kept, worst, place = store.gather(keys, batches[0].device, length=length), 0.0, 0
     explained = store.allowed(keys, batches)
     for i, (column, a, b) in enumerate(zip(store.columns, kept, batches, strict=True)):
-        valid = None
-        if column.padded:
-            valid = torch.arange(b.shape[1], device="cpu") < store.lengths(keys)[:, None]
-            valid = valid.to(b.device).view(*valid.shape, *[1] * (b.dim() - 2))
+        lengths = store.lengths(keys) if column.padded else None
         allowed = explained[i].double()
         if others is not None:
-            allowed = allowed + _apart(others[i], b, valid)
-        apart = _apart(a, b, valid)
+            allowed = allowed + _apart(others[i], b, lengths)
+        apart = _apart(a, b, lengths)
         over = apart / allowed.clamp(min=torch.finfo(torch.float64).tiny)
         over = over.where(apart != 0, 0).nan_to_num(torch.inf, torch.inf)
         if float(over.max()) > worst:
@@ -132,9 +130,9 @@ def compared(
     return worst, place
 
 
-def _apart(a: Tensor, b: Tensor, valid: Tensor | None) -> Tensor:
-    """-> float64 [B], the largest difference in each row, where it is valid."""
+def _apart(a: Tensor, b: Tensor, lengths: Tensor | None) -> Tensor:
+    """-> float64 [B], the largest difference in each row, but for its padding."""
     difference = (a.double() - b.double()).abs()
-    if valid is not None:
-        difference = difference.where(valid, 0.0)
+    if lengths is not None:
+        difference = masked(difference, lengths)
     return difference.flatten(1).amax(1) if difference.dim() > 1 else difference

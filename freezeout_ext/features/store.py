@@ -45,7 +45,7 @@ class Store:
         self._row_of = torch.full((keys,), -1, dtype=torch.int32, device="cpu")
         # Of each key: which earlier rows its row was computed from, a number that only the caller understands; 0 is
         # none, -1 is unknown.
-        self._origin = torch.zeros(keys, dtype=torch.int16, device="cpu")
+        self._origin = torch.zeros(keys, dtype=torch.int64, device="cpu")
         self._padded = any(column.padded for column in columns)
         # Of each row: where its positions start, and how many there are.
         self._spans = torch.zeros((rows if self._padded else 0, 2), dtype=torch.int64, device="cpu")
@@ -103,13 +103,13 @@ class Store:
         """Keeps the rows of keys that are new, as far as there is room. Returns how many.
 
         Shapes: keys int64 [B], batches [B, ...] a column, lengths int64 [B] on the CPU where rows differ in length,
-        origin int16 [B], see `origin`; None: 0.
-        A batch whose rows have another shape or dtype than the column is not kept.
+        origin int64 [B], see `origin`; None: 0.
+
+        Raises:
+            Refused: no row of the batch can be kept.
         """
         for column, batch in zip(self.columns, batches, strict=True):
-            tail = (0, *batch.shape[2:]) if column.padded else tuple(batch.shape[1:])
-            if tail != column.shape or batch.dtype != column.dtype:
-                return 0
+            column.check(batch)
         new = (~self.has(keys) & (keys >= 0)).nonzero().squeeze(1)[: self.rows - self._used]
         if self._padded:
             assert lengths is not None  # of rows that differ in length
@@ -159,7 +159,7 @@ class Store:
             raise
 
     def origin(self, keys: Tensor) -> Tensor:
-        """-> int16 [B]: what `put` was given; -1 where that was lost with the process that wrote the file."""
+        """-> int64 [B]: what `put` was given; -1 where that was lost with the process that wrote the file."""
         return self._origin[keys]
 
     @property
@@ -169,12 +169,7 @@ class Store:
 
     def rounded(self, batches: Sequence[Tensor], lengths: Tensor | None = None) -> list[Tensor]:
         """-> the rows of these batches [B, ...] as they would be read back, had they been put."""
-        valid = None
-        if self._padded:
-            assert lengths is not None  # of rows that differ in length
-            longest = max(batch.shape[1] for batch, c in zip(batches, self.columns, strict=True) if c.padded)
-            valid = torch.arange(longest, device="cpu") < lengths[:, None]
-        return [stored.rounded(batch, valid) for stored, batch in zip(self._stored, batches, strict=True)]
+        return [stored.rounded(batch, lengths) for stored, batch in zip(self._stored, batches, strict=True)]
 
     def lengths(self, keys: Tensor) -> Tensor:
         """-> int64 [B], of rows that differ in length."""
@@ -231,9 +226,8 @@ class Store:
         if bool((count > length).any()):
             raise ValueError(f"length must be >= that of the longest row, {int(count.max())}, got {length}")
         steps = torch.arange(length, device="cpu")
-        valid = steps < count[:, None]
-        positions = torch.where(valid, start[:, None] + steps, start[:, None])
-        return positions.to(self.device), valid
+        positions = torch.where(steps < count[:, None], start[:, None] + steps, start[:, None])
+        return positions.to(self.device), count
 
     def _restore(self) -> None:
         assert self.files is not None  # the rows lie in them
@@ -246,7 +240,7 @@ class Store:
             return
         rows = entries[:, 1] & ((1 << ORIGIN_BIT) - 1)
         self._row_of[entries[:, 0]] = rows.to(torch.int32)
-        self._origin[entries[:, 0]] = -(entries[:, 1] >> ORIGIN_BIT).to(torch.int16)
+        self._origin[entries[:, 0]] = -(entries[:, 1] >> ORIGIN_BIT)
         # Rows that were written and never committed lie behind these, and are written again.
         self._used = int(rows.max()) + 1
         if self._padded:

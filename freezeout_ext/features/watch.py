@@ -43,12 +43,14 @@ class Refused(Exception):
 
 
 class Call:
-    """One call of a frozen module: what it gave, in the order of calls; tensors as ones on the meta device.
+    """One call of a frozen module.
 
-    ends: of each tensor [B, ...] the first and the last sample.
+    Attributes:
+        spec: the structure of its output.
+        leaves: of its output; tensors as ones on the meta device.
     """
 
-    def __init__(self, name: str, module: nn.Module, output: Any, batch_size: int) -> None:
+    def __init__(self, name: str, module: nn.Module, output: Any) -> None:
         self.name, self.module = name, module
         leaves, self.spec = tree_flatten(output)
         for leaf in leaves:
@@ -56,10 +58,6 @@ class Call:
                 raise Refused(f"{name} returns a {type(leaf).__name__}, which cannot be kept")
         self.leaves = [
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
-            for x in leaves
-        ]
-        self.ends = [
-            torch.cat([x[:1], x[-1:]]) if isinstance(x, Tensor) and x.dim() and len(x) == batch_size else None
             for x in leaves
         ]
 
@@ -71,24 +69,27 @@ class Watch(TorchDispatchMode):
     the sources of its operands on to its results. A source is needed where it meets something that trains, is read by
     the host, or is part of the model's output.
 
-    Args:
-        aliases: whether what shares the memory of a module's input stays that input too. False is right for modules in
-            a row, whose inputs nobody else reads; a probe shows it where somebody does.
+    Attributes:
+        calls: of frozen modules, in order.
+        ends: (call, leaf) -> the first and the last sample of a tensor [B, ...].
+        needed: sources that the rest of the forward reads.
+        mutated: sources that are written to in place.
+        states: tensors of the model outside frozen modules that went into these.
+        active_from: how many calls were made before something ran that trains, or that writes to the model's tensors.
     """
 
     def __init__(
-        self, model: nn.Module, frozen: Mapping[str, nn.Module], args: tuple, kwargs: dict, batch_size: int, *,
-        aliases: bool = False,
-    ) -> None:  # fmt: skip
+        self, model: nn.Module, frozen: Mapping[str, nn.Module], args: tuple, kwargs: dict, batch_size: int
+    ) -> None:
         super().__init__()
         self._batch_size = batch_size
-        self._aliases = aliases
         self.calls: list[Call] = []
+        self.ends: dict[tuple[int, int], Tensor] = {}
         self.needed: set = set()
-        self.states: dict[str, Tensor] = {}
-        self.refusals: list[str] = []
-        self.active_from: int | None = None  # so many calls were made before something active ran
         self.mutated: set = set()
+        self.states: dict[str, Tensor] = {}
+        self.active_from: int | None = None
+        self._refusals: list[str] = []
         self._taints: dict[int, tuple[StorageWeakRef, Taint]] = {}
         self._depth = 0
         self._called: set[nn.Module] = set()
@@ -145,7 +146,6 @@ class Watch(TorchDispatchMode):
         self._called.add(module)
         for state in (s for s in taint if isinstance(s, tuple) and s[0] == "state"):
             self.states[state[1]] = self._state_tensors[state[1]]
-        self._before = {address_of(x): self._of([x]) for x in given if isinstance(x, Tensor)}
         buffers = list(module.buffers())
         own, versions, drawn = versions_of(buffers), versions_of(given), device_states(given)
         output = self._run(original, args, kwargs, NONE)
@@ -154,7 +154,7 @@ class Watch(TorchDispatchMode):
         self._check_changed(name, given, versions)
         if device_states(given) != drawn or host_states() != self._host_states:
             self._refuse(f"{name} draws random numbers")
-        self._source(name, module, output, taint if self._aliases else NONE)
+        self._source(name, module, output)
         return output
 
     def finish(self, output: Any) -> None:
@@ -170,23 +170,23 @@ class Watch(TorchDispatchMode):
         for name in self.states:
             if self._state_tensors[name]._version != self._versions.get(name, self._state_tensors[name]._version):
                 self._refuse(f"{name} goes into frozen modules and changes in each forward")
-        if self.refusals:
-            raise Refused("; ".join(list(dict.fromkeys(self.refusals))[:3]))
+        if self._refusals:
+            raise Refused("; ".join(list(dict.fromkeys(self._refusals))[:3]))
 
-    def _source(self, name: str, module: nn.Module, output: Any, given: Taint) -> None:
+    def _source(self, name: str, module: nn.Module, output: Any) -> None:
         self._depth += 1  # what is done here is no part of the forward
         try:
-            call = Call(name, module, output, self._batch_size)
+            call = Call(name, module, output)
+            for i, x in enumerate(tree_leaves(output)):
+                if isinstance(x, Tensor):
+                    self._mark(x, Taint({("call", len(self.calls), i)}))
+                    if x.dim() and len(x) == self._batch_size:
+                        self.ends[len(self.calls), i] = torch.cat([x[:1], x[-1:]])
+            self.calls.append(call)
         except Refused as reason:
             self._refuse(str(reason))
-            return
         finally:
             self._depth -= 1
-        for i, leaf in enumerate(tree_leaves(output)):
-            if isinstance(leaf, Tensor):
-                shared = given & self._before.get(address_of(leaf), NONE)
-                self._mark(leaf, shared | {("call", len(self.calls), i)})
-        self.calls.append(call)
 
     def _run(self, original: Callable, args: tuple, kwargs: dict, taint: Taint) -> Any:
         self._depth += 1
@@ -239,9 +239,8 @@ class Watch(TorchDispatchMode):
         if drawn is not None and device_states(tensors) != drawn:
             taint |= {RANDOM}
         for x in written:
-            storage = address_of(x)
-            if storage in self._own_storages:
-                self.needed |= real
+            if address_of(x) in self._own_storages:
+                self._is_active(real)
             self.mutated |= _real(self._of([x]))
             self._mark(x, self._of([x]) | taint)
         for x in tensors_in((output,), {}):
@@ -254,7 +253,7 @@ class Watch(TorchDispatchMode):
             self.active_from = len(self.calls)
 
     def _refuse(self, reason: str) -> None:
-        self.refusals.append(reason)
+        self._refusals.append(reason)
 
     def _mark(self, x: Tensor, taint: Taint) -> None:
         storage = storage_of(x)

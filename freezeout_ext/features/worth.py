@@ -37,18 +37,18 @@ class Left:
 
 
 class Pace:
-    """samples: of a step, the most that forwards have brought between two steps: several where gradients add up."""
+    """samples: of a step, the most that its forwards have brought, several where gradients add up; 0: not known yet."""
 
     def __init__(self) -> None:
         self.samples = self._here = 0
         self._step: int | None = None
 
-    def count(self, step: int, samples: int) -> bool:
-        """Notes a forward. Returns whether steps turn out to be larger than was known."""
-        self._here = samples if step != self._step else self._here + samples
-        self._step, before = step, self.samples
-        self.samples = max(before, self._here)
-        return self.samples > before
+    def count(self, step: int, samples: int) -> None:
+        """Notes a forward. A step is known once the next one has begun."""
+        if step != self._step:
+            self.samples = max(self.samples, self._here)
+            self._step, self._here = step, 0
+        self._here += samples
 
 
 @dataclass(frozen=True)
