@@ -67,7 +67,7 @@ def compiled_conv(
 ) -> Compiled:  # fmt: skip
     constants = {
         "KERNEL": size, "STRIDE": 1, "RELU": True, "PRECISION": precision, "UPCAST": False,
-        "VEC_IN": min(config.max_vector, vec_in), "VEC_OUT": vec_out,
+        "VEC_IN": vec_in, "VEC_OUT": vec_out,
         "BLOCK_P": config.block_p, "BLOCK_K": config.block_k, "BLOCK_C": config.block_c,
     }  # fmt: skip
     pointers = given | {"p_x", "p_weight", "p_y"}
@@ -86,7 +86,6 @@ def main() -> None:
         for config in conv.configs(n_in, n_out, size, torch.bfloat16, False):
             found = compiled_conv(config, given, size=size, arch=90, vec_in=vec_in, vec_out=vec_out)
             blocks = f"{config.block_p}x{config.block_k}x{config.block_c}, {config.num_stages}"
-            blocks += ", through L1" * (config.max_vector < vec_in)
             print(row(name, blocks, found))
     pointers = {"p_x", "p_y", "p_scale", "p_shift", "p_residual", "p_sum"}
     constants = {"RELU": True, "VEC": 16, "BLOCK_P": 64, "BLOCK_C": 64}

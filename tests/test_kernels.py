@@ -118,19 +118,6 @@ def test_relu_keeps_nan() -> None:
     assert conv.isnan().sum() == 16 and conv[0, :, 2, 1].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "c", "h", "w"), [(1, 1, 2, 2), (3, 24, 8, 8), (2, 12, 7, 5), (1, 65, 4, 6)])
-def test_affine_relu_avg_pool2x2(dtype: torch.dtype, n: int, c: int, h: int, w: int) -> None:
-    x = slice_of(n, c, h, w, dtype, 12, 4)
-    scale, shift = vectors(c, c)
-    out = slice_of(n, c, h // 2, w // 2, dtype, 4, 8).fill_(torch.nan)
-    wanted = torch.empty_like(out)
-    assert kernels.affine_relu_avg_pool2x2(x, scale, shift, out=out) is out
-    kernels.affine_relu_avg_pool2x2_reference(x, scale, shift, out=wanted)
-    assert_close(out, wanted, TOLERANCE[dtype])
-    assert_slice_only(out, 4, 8)
-
-
 # One block of most images here: the interpreter's time goes by blocks.
 CONFIG = Config(256, 32, 32) if INTERPRETED else Config(64, 16, 16)
 
@@ -207,35 +194,6 @@ def test_every_candidate(dtype: torch.dtype | str) -> None:
                 check_conv(x, weight_of(k, c, size, dtype), config, adds, tf32=tf32, **given)
 
 
-def test_candidates() -> None:
-    """Through the L1 where a 3x3 convolution could read 16 bytes at a time, and only there; few in all."""
-    for n_in, n_out, size, narrow in [(48, 12, 3, 2), (64, 64, 3, 1), (3, 16, 3, 0), (36, 48, 1, 0), (96, 48, 1, 0)]:
-        found = configs(n_in, n_out, size, torch.bfloat16, False)
-        assert sum(config.max_vector == 4 for config in found) == narrow
-        assert len(set(found)) == len(found) <= 5
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("max_vector", [1, 4])
-def test_narrower_accesses(dtype: torch.dtype, max_vector: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cap on elements an access: of x and the weight, between channels that are NaN."""
-    widths = []
-    variables = kernels.conv2d.__globals__  # of the module that launches
-    launch = variables["_conv_kernel"]
-
-    class Noting:
-        def __getitem__(self, grid: tuple) -> object:
-            return lambda *args, **given: (widths.append(given["VEC_IN"]), launch[grid](*args, **given))
-
-    monkeypatch.setitem(variables, "_conv_kernel", Noting())
-    config = CONFIG._replace(max_vector=max_vector)
-    x = slice_of(2, 24, 8, 7, dtype, 8, 16)
-    check_conv(x, weight_of(12, 24, 3, dtype), config, "residual", relu=True)
-    check_conv(x, weight_of(12, 24, 1, dtype), config, "plain", prologue=vectors(24, 24))
-    check_conv(x[:, :22], weight_of(12, 22, 3, dtype), config, "plain")
-    assert widths == [max_vector, max_vector, min(max_vector, 2)]
-
-
 @pytest.mark.parametrize("size", [1, 3])
 def test_slices_of_one_buffer(size: int) -> None:
     """DenseNet: read the first channels of the block's buffer, write the next ones; the rest is not read."""
@@ -267,8 +225,6 @@ def test_nothing_to_do() -> None:
     assert (
         kernels.conv2d(x, weight_of(16, 16, 3, torch.float32), out=torch.empty_like(x), config=CONFIG).shape == x.shape
     )
-    pooled = slice_of(2, 16, 0, 4, torch.float32)
-    assert kernels.affine_relu_avg_pool2x2(slice_of(2, 16, 1, 8, torch.float32), ones, ones, out=pooled) is pooled
 
 
 def test_choose() -> None:
@@ -302,7 +258,7 @@ def test_a_candidate_that_leaves_its_own_memory_unwritten(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     right = torch.randn(64, 1024, device=DEVICE)
     candidates = {"right": lambda: [right.clone()], "silent": lambda: [torch.empty_like(right)]}
-    given = {"outputs": [], "expected": lambda: [right], "tolerance": 1e-3, "scratch": [right]}
+    given = {"outputs": [], "expected": lambda: [right], "tolerance": 1e-3, "scratch": lambda: [right]}
     assert kernels.choose("test unwritten", candidates, **given) == "right"
     assert "off by nan" in kernels.choices()["test unwritten"].rejected["silent"]
 
@@ -315,7 +271,6 @@ def test_a_candidate_that_leaves_its_own_memory_unwritten(monkeypatch: pytest.Mo
         ("affine_relu", {"x": (1, 8, 4, 4), "dtype": torch.float64}, "x must be .* in bfloat16"),
         ("affine_relu", {"x": (1, 8, 4, 4), "vectors": 7}, "affine scale must have shape \\(8,\\)"),
         ("affine_relu", {"x": (1, 8, 4, 4), "out": (1, 8, 4, 5)}, "out must have shape \\(1, 8, 4, 4\\)"),
-        ("affine_relu_avg_pool2x2", {"x": (1, 8, 4, 4), "out": (1, 8, 4, 4)}, "out must have shape \\(1, 8, 2, 2\\)"),
     ],
 )
 def test_errors(name: str, given: dict, message: str) -> None:
@@ -351,16 +306,14 @@ def test_errors_of_conv() -> None:
 
 @pytest.mark.parametrize("net", [DenseNet(10, 12), WideResNet(10, 1)], ids=["densenet", "wrn"])
 def test_a_net_by_the_kernels(net: torch.nn.Module) -> None:
-    """The plan of a whole prefix, each convolution the last way: slices, prologues, second outputs, pooling."""
+    """The plan of a whole prefix, each convolution the last way: slices, prologues, second outputs."""
     units = [net.stem, *net.blocks]
     for module in net.eval().requires_grad_(False).to(DEVICE).modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.5, 0.5)
             module.running_var.uniform_(0.5, 2.0)
     names = {name: getattr(kernels, name) for name in kernels.__all__}
-    ops = SimpleNamespace(
-        **{**names, "choose": lambda key, candidates, **_: list(candidates)[-1], "chosen": lambda key: None}
-    )
+    ops = SimpleNamespace(**{**names, "choose": lambda key, candidates, **_: list(candidates)[-1]})
     engine = CudaEngine(
         lower_units(*units), dtype=torch.float32, output_dtype=torch.float32, channels_last=False,
         ops=ops,

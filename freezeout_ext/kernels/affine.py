@@ -1,7 +1,5 @@
-"""BatchNorm with constant statistics, add and ReLU in one pass over channels-last images; and with 2x2 pooling."""
+"""BatchNorm with constant statistics, add and ReLU in one pass over channels-last images."""
 
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -109,71 +107,3 @@ def affine_relu_reference(
     if out_sum is not None:
         out_sum.copy_(total)
     return out.copy_(y.relu() if relu else y)
-
-
-@triton.jit(do_not_specialize=["n_pixels", "n_channels", "height", "width", "skip_x", "stride_x", "skip_y", "stride_y"])
-def _affine_relu_avg_pool2x2_kernel(
-    p_x,  # [N * height * width, n_channels], rows of stride_x
-    p_scale,  # [n_channels] float32
-    p_shift,  # [n_channels] float32
-    p_y,  # [n_pixels, n_channels], n_pixels = N * (height // 2) * (width // 2)
-    n_pixels, n_channels, height, width, skip_x, stride_x, skip_y, stride_y,
-    VEC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    i_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    i_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = i_c < multiple(n_channels, VEC)
-    inside = (i_p < n_pixels)[:, None] & in_c[None, :]
-    b_scale = tl.load(p_scale + i_c, mask=in_c)
-    b_shift = tl.load(p_shift + i_c, mask=in_c)
-    i_row = i_p // (width // 2)  # over all images' output rows
-    i_h = i_row // (height // 2) * height + i_row % (height // 2) * 2
-    i_w = i_p % (width // 2) * 2
-    b_y = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for i_corner in tl.static_range(4):
-        i_pixel = (i_h + i_corner // 2) * width + i_w + i_corner % 2
-        at_x = multiple(skip_x, VEC) + i_pixel * multiple(stride_x, VEC)
-        b_x = tl.load(p_x + at_x[:, None] + i_c[None, :], mask=inside).to(tl.float32)
-        b_y += relu(b_x * b_scale[None, :] + b_shift[None, :])
-    at_y = multiple(skip_y, VEC) + i_p * multiple(stride_y, VEC)
-    tl.store(p_y + at_y[:, None] + i_c[None, :], (b_y * 0.25).to(p_y.dtype.element_ty), mask=inside)
-
-
-def affine_relu_avg_pool2x2(
-    x: Tensor,  # [N, C, H, W]
-    scale: Tensor,  # [C] float32
-    shift: Tensor,  # [C] float32
-    *,
-    out: Tensor,  # [N, C, H // 2, W // 2]
-) -> Tensor:
-    """out = avg_pool2x2(relu(scale[c] * x + shift[c])); one pass, float32 inside.
-
-    An odd last row or column is left out. A 1x1 conv and the pooling commute: DenseNet's transition then multiplies a
-    quarter of the pixels.
-
-    Raises:
-        ValueError: a shape, dtype, device or layout that is not as stated.
-    """
-    check_input(x)
-    n, c, h, w = x.shape
-    check_affine("affine", (scale, shift), c, x.device)
-    check_tensor("out", out, (n, c, h // 2, w // 2), x.dtype, x.device)
-    if out.numel() == 0:
-        return out
-    r_x, r_y = Rows.of("x", x), Rows.of("out", out)
-    block_c = min(64, triton.next_power_of_2(c))
-    block_p = BLOCK // 2 // block_c
-    grid = (triton.cdiv(n * (h // 2) * (w // 2), block_p), triton.cdiv(c, block_c))
-    _affine_relu_avg_pool2x2_kernel[grid](
-        r_x.base, scale, shift, r_y.base, n * (h // 2) * (w // 2), c, h, w, *r_x[1:], *r_y[1:],
-        VEC=vector_width(c, r_x, r_y), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-def affine_relu_avg_pool2x2_reference(x: Tensor, scale: Tensor, shift: Tensor, *, out: Tensor) -> Tensor:
-    """out = avg_pool2x2(relu(scale[c] * x + shift[c])); float64 inside."""
-    y = torch.relu(x.double() * scale.double()[:, None, None] + shift.double()[:, None, None])
-    return out.copy_(F.avg_pool2d(y, 2))

@@ -50,19 +50,6 @@ def choices() -> dict[Hashable, Choice]:
     return dict(_choices)
 
 
-def chosen(key: Hashable) -> Any:
-    """-> what an earlier `choose` with this key returned, or None. Ask before operands for a measurement are made.
-
-    Raises:
-        RuntimeError: there was none, and the current stream is being captured.
-    """
-    if key in _choices:
-        return _choices[key].chosen
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{key} must be run once before a CUDA graph is captured: its candidates are unmeasured")
-    return None
-
-
 def tolerance(dtype: torch.dtype, tf32: bool = False) -> float:
     """The largest error that `choose` should allow for results in `dtype`."""
     return TF32_TOLERANCE if tf32 and dtype == torch.float32 else TOLERANCES[dtype]
@@ -75,7 +62,7 @@ def choose(
     outputs: Sequence[Tensor],
     expected: Callable[[], Sequence[Tensor]],
     tolerance: float,
-    scratch: Sequence[Tensor] = (),
+    scratch: Callable[[], Sequence[Tensor]] = tuple,
 ) -> T:
     """argmin over candidates of the median device time, among those that give `expected()`; cached by key.
 
@@ -89,20 +76,22 @@ def choose(
         outputs: memory that candidates write if they do not return their own. It is filled with NaN before each run.
         expected: gives what a candidate must return.
         tolerance: the largest error allowed, over the largest value.
-        scratch: tensors of the sizes that candidates allocate. Memory of these sizes is filled with NaN and freed
+        scratch: gives tensors of the sizes that candidates allocate. Memory of these sizes is filled with NaN and freed
             before each run, which then gets that memory: a result that nobody wrote, or that depends on unwritten
             memory, is NaN.
 
     Raises:
         RuntimeError: none agrees, or the current stream is being captured and the key is new.
     """
-    if (known := chosen(key)) is not None:
-        return known
+    if key in _choices:
+        return _choices[key].chosen
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{key} must be run once before a CUDA graph is captured: its candidates are unmeasured")
     wanted = expected()
     choice = Choice()
     agreed: dict[T, Run] = {}
     for name, run in candidates.items():
-        problem = _disagreement(run, outputs, wanted, tolerance, scratch)
+        problem = _disagreement(run, outputs, wanted, tolerance, scratch())
         if problem:
             choice.rejected[name] = problem
             logger.warning("%s: candidate %s rejected: %s", key, name, problem)

@@ -23,18 +23,13 @@ Second = tuple[Tensor, Tensor, Tensor]  # scale, shift, the image to write
 
 
 class Config(NamedTuple):
-    """The block shapes of one launch: pixels, output channels, input channels a step.
-
-    `max_vector` is the most elements of x and the weight in one access: one of 16 bytes bypasses the L1, which holds
-    what a 3x3 convolution reads again at its next tap; a narrower one goes through it.
-    """
+    """The block shapes of one launch: pixels, output channels, input channels a step."""
 
     block_p: int
     block_k: int
     block_c: int
     num_stages: int = 3
     num_warps: int = 4
-    max_vector: int = 16
 
 
 @triton.jit(
@@ -170,7 +165,7 @@ def conv2d(
         *r_x[1:], *(r_residual or none)[1:], *r_y[1:], *(r_second or none)[1:],
         KERNEL=size, STRIDE=stride, RELU=relu, PRECISION="tf32" if tf32 else "ieee",
         UPCAST=triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
-        VEC_IN=min(config.max_vector, vector_width(c, r_x)), VEC_OUT=vector_width(k, r_y, r_residual, r_second),
+        VEC_IN=vector_width(c, r_x), VEC_OUT=vector_width(k, r_y, r_residual, r_second),
         BLOCK_P=config.block_p, BLOCK_K=config.block_k, BLOCK_C=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -252,16 +247,8 @@ def configs(n_in: int, n_out: int, size: int, dtype: torch.dtype, tf32: bool) ->
     found = [Config(128, block_k, block_c, 4), Config(64, block_k, block_c, 4)]
     if n_out > 64:
         found.append(Config(64, 128, 32, 4))
-    if size == 1:
-        # Bound by memory: half of a last block may be spared; twice the channels a step would only cost registers.
-        if 0 < n_in % 32 <= 16 < n_in:
-            found.append(Config(128, block_k, 16, 4))
-        return found
-    if n_in > 32 and block_k > 16:  # few output channels leave the tensor cores idle anyway
+    if size == 1 and 0 < n_in % 32 <= 16 < n_in:
+        found.append(Config(128, block_k, 16, 4))  # spares half of a last block
+    if size == 3 and n_in > 32 and block_k > 16:  # few output channels leave the tensor cores idle anyway
         found.append(Config(128, block_k, 64, 3))
-    if n_in % 8 == 0:  # else an access is narrow by itself
-        # Three stages: up to 48 KiB of shared memory a block leave the L1 its share.
-        found.append(Config(128, block_k, block_c, 3, max_vector=4))
-        if block_k == 16:  # small accumulators: more rows of an image in one block, which share their taps
-            found.append(Config(256, block_k, 16, 4, max_vector=4))
     return found

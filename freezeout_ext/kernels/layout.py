@@ -32,22 +32,6 @@ class Rows(NamedTuple):
         return cls(x.as_strided((1,), (1,), 0), x.storage_offset(), stride)
 
 
-def look_alike(x: Tensor) -> Tensor:
-    """A new random image, in a buffer of as many channels as x's, at the same channel; always the same numbers."""
-    rows = Rows.of("x", x)
-    first = rows.skip % rows.stride
-    buffer = torch.empty(
-        x.shape[0], max(rows.stride, first + x.shape[1]), *x.shape[2:],
-        dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
-    )  # fmt: skip
-    return buffer[:, first : first + x.shape[1]].normal_(generator=own_generator(x.device))
-
-
-def own_generator(device: torch.device) -> torch.Generator:
-    """A seeded generator: a measurement must not change the caller's random numbers."""
-    return torch.Generator(device).manual_seed(0)
-
-
 def vector_width(channels: int, *rows: Rows | None) -> int:
     """gcd of 16, the channels, the skips and the strides: so many elements move in one access."""
     return math.gcd(16, channels, *(n for r in rows if r is not None for n in (r.skip, r.stride)))

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from .engine import CHANNELS_LAST, Engine, Run, is_rows, pixel_stride
-from .program import Affine, Call, Conv, Program
+from .engine import CHANNELS_LAST, Engine, Run, pixel_stride
+from .program import Add, Affine, Call, Conv, Program
 
 # Each layer reads or writes a dense block's whole buffer. A buffer of this many images stays in the cache
 # (DenseNet-76-12, half its layers, batch 64, one thread: 0.8 of the time in one go).
@@ -55,6 +55,13 @@ class CpuEngine(Engine):
         self._fused = missing is None
         if missing is not None and any(isinstance(op, Conv) for op in program.ops):
             self.notes.append(f"convolutions run unfused: {missing}")
+        # A convolution writes its sum into what it adds, if that is needed no more and no stranger has a view of it.
+        made = {op.out for op in self.ops if isinstance(op, Add | Conv)} - self.places.keys()
+        made -= {value for op in self.ops if isinstance(op, Call) for value in op.inputs()}
+        last = zip(self.ops, self.dead_after, strict=True)
+        self._sums_in_place = {
+            op.out for op, dead in last if isinstance(op, Conv) and op.add in made.intersection(dead) - {op.x}
+        }
         # Whether each image of y depends on one image alone.
         apart = all(not isinstance(op, Call) or op.any_layout for op in program.ops) and len(program.inputs) == 1
         self._in_parts = bool(self.joined) and apart
@@ -66,13 +73,14 @@ class CpuEngine(Engine):
 
     def whole(self, *inputs: Tensor) -> Tensor:
         """-> y for a batch in one go."""
-        return self.finish(*self.run(inputs))
+        return self.finish(self.run(inputs))
 
     # Ops
 
     def affine(self, op: Affine, state: Run) -> tuple[Tensor]:
         x = self.image(state.values[op.x])
-        if self._affine_op is None or x.dtype not in (torch.float32, torch.bfloat16) or x.dim() != 4 or not is_rows(x):
+        images = x.dim() == 4 and pixel_stride(x) and x.dtype in (torch.float32, torch.bfloat16)
+        if self._affine_op is None or not images:
             return super().affine(op, state)
         scale, shift = self.affine_constants(op)
         y = self.target(op.out, x.shape, state)
@@ -87,25 +95,22 @@ class CpuEngine(Engine):
     def conv(self, op: Conv, state: Run) -> tuple[Tensor]:
         x = self.image(state.values[op.x])
         conv: Any = op.module
-        state.fresh.add(op.out)
-        other = None if op.add is None else self.image(state.values[op.add])
         if not self._fused or x.dim() != 4:
             weight, bias = self._packed(op, x, packed=False)
             y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-            return (_add_relu(y, other, op.relu),)
+            y = y if op.add is None else y + self.image(state.values[op.add])
+            return (y.relu_() if op.relu else y,)
         weight, bias = self._packed(op, x, packed=True)
         geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        relu, ops = "relu" if op.relu else None, torch.ops.mkldnn
-        if other is None:
-            return (ops._convolution_pointwise(x, weight, bias, *geometry, relu or "none", [], ""),)
-        if tuple(other.shape) != op.shape(x):
-            y = ops._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")
-            return (_add_relu(y, other, op.relu),)
-        mine = op.add in state.dead and op.add in state.fresh and _storage(other) != _storage(x)
-        if mine and other.is_contiguous(memory_format=CHANNELS_LAST):
-            return (ops._convolution_pointwise_.binary(other, x, weight, bias, *geometry, "add", 1.0, relu, [], None),)
-        other = other.contiguous(memory_format=CHANNELS_LAST)
-        return (ops._convolution_pointwise.binary(x, other, weight, bias, *geometry, "add", 1.0, relu, [], None),)
+        relu, run = "relu" if op.relu else None, torch.ops.mkldnn._convolution_pointwise
+        added = self.residual(op, op.shape(x), state)
+        if added is None:
+            return (run(x, weight, bias, *geometry, relu or "none", [], ""),)
+        added = added.contiguous(memory_format=CHANNELS_LAST)
+        if op.out in self._sums_in_place:
+            run = torch.ops.mkldnn._convolution_pointwise_
+            return (run.binary(added, x, weight, bias, *geometry, "add", 1.0, relu, [], None),)
+        return (run.binary(x, added, weight, bias, *geometry, "add", 1.0, relu, [], None),)
 
     def _packed(self, op: Conv, x: Tensor, *, packed: bool) -> tuple[Tensor, Tensor | None]:
         key = op.out, x.dtype, tuple(x.shape[2:]) if packed else None
@@ -119,12 +124,3 @@ class CpuEngine(Engine):
                 weight = reorder(weight.contiguous().to_mkldnn(), *geometry, list(x.shape))
             self.weights[key] = (weight, bias)
         return self.weights[key]
-
-
-def _add_relu(y: Tensor, other: Tensor | None, relu: bool) -> Tensor:
-    y = y if other is None else y + other
-    return y.relu_() if relu else y
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

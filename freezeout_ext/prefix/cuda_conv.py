@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ class ConvCall:
 
     Args:
         ops: the kernels, `freezeout_ext.kernels` or what has its names.
-        shape: of the result.
+        shape: of the result, and of the residual.
         out: where the result must lie (a slice of a block), None: in new memory.
     """
 
@@ -75,53 +75,44 @@ class ConvCall:
         return self._triton(way)
 
     def way(self) -> Hashable:
-        """-> the fastest way for this shape, layout and fusion, measured once in the process."""
+        """-> the fastest way for this shape, layout and fusion, measured once in the process. Writes `out`."""
         ways = self.ways()
         if len(ways) == 1:
             return PLAIN
-        key = self._key(ways)
-        if (known := self.ops.chosen(key)) is not None:
-            return known
-        twin = self._twin()
         ends = slice(None, None, max(self.x.shape[0] - 1, 1))  # the first and the last image
 
         def run(way: Hashable) -> list[Tensor]:
-            return [result[ends] for result in twin.run(way)]
+            return [result[ends] for result in self.run(way)]
 
         return self.ops.choose(
-            key,
+            self._key(ways),
             {way: partial(run, way) for way in ways},
-            outputs=[] if twin.out is None else [twin.out],
-            expected=lambda: twin.expected(ends),
+            outputs=[] if self.out is None else [self.out],
+            expected=lambda: self.expected(ends),
             tolerance=self.ops.tolerance(self.x.dtype, self.tf32),
-            scratch=[twin._new(shape) for shape in {tuple(self.shape), tuple(self.x.shape)}],
+            scratch=lambda: [self._new(shape) for shape in {tuple(self.shape), tuple(self.x.shape)}],
         )
 
     def ways(self) -> list[Hashable]:
-        found: list[Hashable] = [PLAIN]
-        if self._has_cudnn():
-            found.append(CUDNN)
-        if is_triton_conv(self.module) and self._adds_evenly():
-            k, c = self.constants.weight.shape[:2]
-            found += self.ops.configs(c, k, self.module.kernel_size[0], self.x.dtype, self.tf32)
-        return found
+        if not is_triton_conv(self.module):
+            return [PLAIN]
+        fused = ("cudnn_convolution_relu", "cudnn_convolution_add_relu")
+        by_cudnn = self.relu and self.x.is_cuda and all(hasattr(torch, name) for name in fused)
+        k, c = self.constants.weight.shape[:2]
+        by_triton = self.ops.configs(c, k, self.module.kernel_size[0], self.x.dtype, self.tf32)
+        return [PLAIN, *([CUDNN] if by_cudnn else []), *by_triton]
 
     def expected(self, images: slice) -> list[Tensor]:
-        """The results for some of the images by the reference, or by plain torch where there is none."""
-        x = self.x[images].contiguous(memory_format=torch.channels_last)
-        residual = self.residual
-        if residual is not None:
-            residual = residual[images].contiguous(memory_format=torch.channels_last)
-        few = replace(self, x=x, shape=(len(x), *self.shape[1:]), residual=residual, out=None)
-        if not is_triton_conv(self.module):
-            return list(few._plain())
-        wanted = [torch.empty(few.shape, dtype=torch.float64, device=self.x.device) for _ in self._results()]
-        second = None if self.second is None else (*self.second, wanted[1])
+        """The results for some of the images by the reference of the Triton kernel."""
+        x = self.x[images]
+        wanted = torch.empty((len(x), *self.shape[1:]), dtype=torch.float64, device=x.device)
+        second = None if self.second is None else (*self.second, torch.empty_like(wanted))
         self.ops.conv2d_reference(
-            few.x, self.constants.weight, stride=self.module.stride[0], prologue=self.prologue,
-            bias=self.constants.bias, residual=few.residual, relu=self.relu, out=wanted[0], second=second,
+            x, self.constants.weight, stride=self.module.stride[0], prologue=self.prologue, bias=self.constants.bias,
+            residual=None if self.residual is None else self.residual[images],
+            relu=self.relu, out=wanted, second=second,
         )  # fmt: skip
-        return wanted
+        return [wanted] if second is None else [wanted, second[2]]
 
     def _plain(self) -> tuple[Tensor, ...]:
         """cuDNN without a bias (torch adds it in a pass of its own), then one pass for all that is left."""
@@ -130,17 +121,14 @@ class ConvCall:
             self._operand(), self.constants.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups
         )
         y = y.contiguous(memory_format=torch.channels_last)
-        residual = self.residual
-        if residual is not None and not self._adds_evenly():
-            y, residual = (y + residual).contiguous(memory_format=torch.channels_last), None
         out = y if self.out is None else self.out
         if self.second is not None and bias is None and not self.relu:
             second = torch.empty_like(y, memory_format=torch.channels_last)
-            ops.affine_relu(y, *self.second, residual=residual, out=second, out_sum=out)
+            ops.affine_relu(y, *self.second, residual=self.residual, out=second, out_sum=out)
             return out, second
-        if bias is not None or residual is not None or self.relu:
+        if bias is not None or self.residual is not None or self.relu:
             shift = self.constants.zeros if bias is None else bias
-            ops.affine_relu(y, self.constants.ones, shift, residual=residual, relu=self.relu, out=out)
+            ops.affine_relu(y, self.constants.ones, shift, residual=self.residual, relu=self.relu, out=out)
         elif out is not y:
             out.copy_(y)
         return self._with_second(out)
@@ -150,25 +138,20 @@ class ConvCall:
         geometry: tuple[Any, ...] = (self.constants.bias_like, conv.stride, conv.padding, conv.dilation, conv.groups)
         if self.residual is not None:
             y = torch.cudnn_convolution_add_relu(operand, self.constants.weight, self.residual, 1.0, *geometry)
-        elif tuple(operand.shape) == tuple(self.shape):
-            # 0 times any image of the result's shape: written ones only, unlike below, and no image of zeros to hold.
-            y = torch.cudnn_convolution_add_relu(operand, self.constants.weight, operand, 0.0, *geometry)
         else:
             # It adds 0 times its own unwritten result (ATen/native/cudnn/ConvShared.cpp), NaN where cuDNN reads that:
-            # `choose` then rejects it. An image of zeros would have to be held for one pass less than plain.
+            # `choose` then rejects it.
             y = torch.cudnn_convolution_relu(operand, self.constants.weight, *geometry)
         return self._with_second(y if self.out is None else self.out.copy_(y))
 
     def _triton(self, config: Any) -> tuple[Tensor, ...]:
         out = self._new(self.shape) if self.out is None else self.out
         second = None if self.second is None else (*self.second, self._new(self.shape))
-        given: dict[str, Any] = {
-            "stride": self.module.stride[0],
-            "bias": self.constants.bias,
-            "residual": self.residual,
-        }
-        given |= {"relu": self.relu, "second": second, "tf32": self.tf32, "config": config, "out": out}
-        self.ops.conv2d(self.x, self.constants.weight, prologue=self.prologue, **given)
+        self.ops.conv2d(
+            self.x, self.constants.weight, stride=self.module.stride[0], prologue=self.prologue,
+            bias=self.constants.bias, residual=self.residual, relu=self.relu, second=second, tf32=self.tf32,
+            config=config, out=out,
+        )  # fmt: skip
         return (out,) if second is None else (out, second[2])
 
     def _operand(self) -> Tensor:
@@ -184,34 +167,14 @@ class ConvCall:
     def _new(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last)
 
-    def _results(self) -> range:
-        return range(1 if self.second is None else 2)
-
-    def _adds_evenly(self) -> bool:
-        return self.residual is None or tuple(self.residual.shape) == tuple(self.shape)
-
-    def _has_cudnn(self) -> bool:
-        ops = ("cudnn_convolution_relu", "cudnn_convolution_add_relu")
-        return self.relu and self.x.is_cuda and self._adds_evenly() and all(hasattr(torch, name) for name in ops)
-
     def _key(self, ways: list[Hashable]) -> Hashable:
-        conv = self.module
-        layouts = tuple(None if t is None else _layout_class(t) for t in self._images())
+        images = (self.x, self.residual, self.out)
+        layouts = tuple(None if t is None else _layout_class(t) for t in images)
         given = (self.prologue is not None, self.constants.bias is not None, self.relu, self.second is not None)
-        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
         return (
-            "fused conv", tuple(self.x.shape), conv.out_channels, geometry, self.x.dtype, self.tf32, str(self.x.device),
-            layouts, given, tuple(ways),
+            "fused conv", tuple(self.x.shape), tuple(self.constants.weight.shape), self.module.stride, self.x.dtype,
+            self.tf32, str(self.x.device), layouts, given, tuple(ways),
         )  # fmt: skip
-
-    def _images(self) -> tuple[Tensor | None, ...]:
-        return self.x, self.residual, self.out
-
-    def _twin(self) -> "ConvCall":
-        """The same call on random operands, laid out as this one's, so that nothing is written that counts."""
-        twins: list[Any] = [None if t is None else self.ops.look_alike(t) for t in self._images()]
-        x, residual, out = twins
-        return replace(self, x=x, residual=residual, out=out)
 
 
 def _layout_class(image: Tensor) -> tuple:

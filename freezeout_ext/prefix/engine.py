@@ -1,8 +1,9 @@
 """The interpreter of Programs: y = program(*inputs). cpu.py and cuda.py are the two tables of ops."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,16 +27,12 @@ class Run:
 
     Attributes:
         values: by number, each until its last use.
-        dead: values that the op at hand is the last to use.
-        fresh: values in memory of their own, that nothing else refers to.
         blocks: their buffers.
         way: how convolutions run, where there is more than one way.
     """
 
     values: dict[int, Any]
     device: torch.device
-    dead: list[int] = field(default_factory=list)
-    fresh: set[int] = field(default_factory=set)
     blocks: dict[Block, Tensor] = field(default_factory=dict)
     way: Callable[[Any], Hashable] | None = None
 
@@ -53,9 +50,6 @@ class Engine:
         channels_last: whether y is wanted channels-last, as eager gives it.
     """
 
-    OPS: ClassVar[dict[type[Op], str]] = {
-        Affine: "affine", Conv: "conv", Add: "add", Relu: "relu", Cat: "cat", Call: "call",
-    }  # fmt: skip
     padding = 1  # channels of a block's buffer are a multiple
     tolerance = 0.0  # the error against eager that the precision explains, 0 where the mode's own does
 
@@ -84,37 +78,34 @@ class Engine:
 
     def fused(self) -> dict[str, int]:
         """How many ops of each kind there are."""
-        counts: dict[str, int] = {}
-        for op in self.ops:
-            name = self.name(op)
-            counts[name] = counts.get(name, 0) + 1
-        return counts
+        return dict(Counter(map(self.name, self.ops)))
 
     def name(self, op: Op) -> str:
         relu = "+relu" * (getattr(op, "relu", False) is True)
         if isinstance(op, Conv):
-            return "conv" + "+bn" * (op.scale is not None) + "+add" * (op.add is not None) + relu
+            name = "affine+relu+" * (op.before is not None) + "conv"
+            name += "+bn" * (op.scale is not None) + "+add" * (op.add is not None) + relu
+            return name + " and affine+relu" * (op.after is not None)
         if isinstance(op, Cat):
             return "cat in a block buffer" if op.out in self.joined else "cat"
         return type(op).__name__.lower() + relu
 
-    def run(self, inputs: tuple[Tensor, ...], way: Callable | None = None) -> tuple[Tensor, bool]:
-        """-> y as the last op left it, and whether it is in memory of its own."""
+    def run(self, inputs: tuple[Tensor, ...], way: Callable | None = None) -> Tensor:
+        """-> y as the last op left it."""
         state = Run(dict(zip(self.program.inputs, inputs, strict=True)), inputs[0].device, way=way)
         with torch.autocast(state.device.type, enabled=False):
-            for op, state.dead in zip(self.ops, self.dead_after, strict=True):
-                results = getattr(self, self.OPS[type(op)])(op, state)
+            for op, dead in zip(self.ops, self.dead_after, strict=True):
+                results = getattr(self, type(op).__name__.lower())(op, state)
                 for value, result in zip(op.outs(), results, strict=True):
                     state.values[value] = self._placed(value, result, state)
-                for value in state.dead:
+                for value in dead:
                     state.values.pop(value, None)
-        output = self.program.output
-        return state.values[output], output in state.fresh
+        return state.values[self.program.output]
 
-    def finish(self, y: Tensor, fresh: bool = False) -> Tensor:
+    def finish(self, y: Tensor) -> Tensor:
         """-> y as eager gives it, in memory that the next call leaves alone."""
         last = CHANNELS_LAST if self.channels_last and y.dim() == 4 else torch.contiguous_format
-        return y.to(self.output_dtype, copy=not fresh, memory_format=last)
+        return y.to(self.output_dtype, copy=True, memory_format=last)
 
     # Memory
 
@@ -141,7 +132,6 @@ class Engine:
         place = self.place_of(value, result.shape, state) if isinstance(result, Tensor) else None
         if place is None:
             return result
-        state.fresh.discard(value)
         if result.data_ptr() != place.data_ptr() or result.stride() != place.stride():
             place.copy_(result)
         return place
@@ -151,7 +141,14 @@ class Engine:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         x = x.to(self.dtype)
-        return x if x.dim() != 4 or is_rows(x) else x.contiguous(memory_format=CHANNELS_LAST)
+        return x if x.dim() != 4 or pixel_stride(x) else x.contiguous(memory_format=CHANNELS_LAST)
+
+    def residual(self, op: Conv, shape: tuple[int, ...], state: Run) -> Tensor | None:
+        """-> what a convolution with results of this shape adds."""
+        if op.add is None:
+            return None
+        added = self.image(state.values[op.add])
+        return added if added.shape == shape else added.expand(shape).contiguous(memory_format=CHANNELS_LAST)
 
     # Ops: each returns one result for each of its values
 
@@ -161,11 +158,9 @@ class Engine:
 
     def add(self, op: Add, state: Run) -> tuple[Tensor]:
         y = torch.add(self.image(state.values[op.a]), self.image(state.values[op.b]))
-        state.fresh.add(op.out)
         return (y.relu_() if op.relu else y,)
 
     def relu(self, op: Relu, state: Run) -> tuple[Tensor]:
-        state.fresh.add(op.out)
         return (torch.relu(self.image(state.values[op.x])),)
 
     def cat(self, op: Cat, state: Run) -> tuple[Tensor]:
@@ -174,7 +169,6 @@ class Engine:
             place = self.place_of(op.out, pieces[0].shape, state)
             assert place is not None  # what is joined is a block
             return (place,)
-        state.fresh.add(op.out)
         return (torch.cat(pieces, 1),)
 
     def call(self, op: Call, state: Run) -> tuple[Any]:
@@ -187,10 +181,7 @@ class Engine:
             return value if op.any_layout else value.contiguous()
 
         args, kwargs = map_tree(given, (op.args, op.kwargs))
-        result = op.run(args, kwargs, state.device, self.dtype)
-        # The result may be a view of what it was given.
-        state.fresh.difference_update(op.inputs())
-        return (result,)
+        return (op.run(args, kwargs, state.device, self.dtype),)
 
     def affine_constants(self, op: Affine) -> tuple[Tensor, Tensor]:
         """-> scale, shift in float32 also for half precision, in float64 where the modules are."""
@@ -262,22 +253,10 @@ def channels_of(program: Program) -> dict[int, int]:
     return found
 
 
-def pixel_stride(x: Tensor) -> int:
-    """-> elements from one pixel of channels-last images to the next."""
-    return x.stride(3) if x.shape[3] > 1 else x.stride(2) if x.shape[2] > 1 else x.stride(0)
-
-
-def is_rows(x: Tensor) -> bool:
-    """Whether x [N, C, H, W] has one stride from pixel to pixel and channels side by side, as a slice of channels."""
+def pixel_stride(x: Tensor) -> int | None:
+    """-> elements from one pixel of channels-last images to the next, None where x is no slice of channels of such."""
     n, c, h, w = x.shape
-    stride = pixel_stride(x)
-    if c > 1 and x.stride(1) != 1:
-        return False
-    if n * h * w == 1:
-        return True
-    return (
-        stride >= c
-        and (w == 1 or x.stride(3) == stride)
-        and (h == 1 or x.stride(2) == w * stride)
-        and (n == 1 or x.stride(0) == h * w * stride)
-    )
+    steps = [(w, x.stride(3), 1), (h, x.stride(2), w), (n, x.stride(0), h * w)]
+    stride = next((step // pixels for size, step, pixels in steps if size > 1), c)
+    even = all(size == 1 or step == stride * pixels for size, step, pixels in steps)
+    return stride if even and stride >= c and (c == 1 or x.stride(1) == 1) else None

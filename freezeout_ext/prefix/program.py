@@ -50,7 +50,12 @@ class Affine(Op):
 
 @dataclass
 class Conv(Op):
-    """y = relu?(conv(x) * scale[c] + shift[c] + add), the convolution padded with zeros."""
+    """y = relu?(conv(x) * scale[c] + shift[c] + add), the convolution padded with zeros.
+
+    Attributes:
+        before: an affine that x passes first.
+        after: an affine of y, which is a second value, `after.out`.
+    """
 
     READS = ("x", "add")
     x: int
@@ -59,6 +64,11 @@ class Conv(Op):
     shift: Tensor | None = None
     add: int | None = None
     relu: bool = False
+    before: Affine | None = None
+    after: Affine | None = None
+
+    def outs(self) -> list[int]:
+        return [self.out] if self.after is None else [self.out, self.after.out]
 
     def shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """-> that of the result for images x."""

@@ -18,7 +18,6 @@ def replace() -> None:
     """Puts the twins in the kernels' places, for the rest of the process."""
     conv._conv_kernel = _Kernel(conv._conv_kernel, _conv)
     affine._affine_relu_kernel = _Kernel(affine._affine_relu_kernel, _affine_relu)
-    affine._affine_relu_avg_pool2x2_kernel = _Kernel(affine._affine_relu_avg_pool2x2_kernel, _affine_relu_avg_pool2x2)
     choice.LAUNCHES = choice.ROUNDS = 1  # nothing is timed here
     host_module.kernel().freezeout_record(_record_update)
 
@@ -71,15 +70,6 @@ def _affine_relu(given: dict[str, Any]) -> None:
     affine.affine_relu_reference(
         x, given["p_scale"], given["p_shift"], out=y, residual=residual, out_sum=total, relu=given["RELU"]
     )
-
-
-def _affine_relu_avg_pool2x2(given: dict[str, Any]) -> None:
-    h, w, c = given["height"], given["width"], given["n_channels"]
-    n = given["n_pixels"] // (h // 2 * (w // 2))
-    affine.affine_relu_avg_pool2x2_reference(
-        _image(given, "x", n, c, h, w), given["p_scale"], given["p_shift"],
-        out=_image(given, "y", n, c, h // 2, w // 2),
-    )  # fmt: skip
 
 
 fails_next = False  # a test's wish
