@@ -224,40 +224,6 @@ def test_thawed_layers_train_again_from_no_momentum_at_the_frontiers_rate():
     assert freezeout.schedule.num_frozen(15) == 2 == freezeout.num_frozen
 
 
-@pytest.mark.parametrize("name", ["freeze_to", "thaw_to"])
-def test_a_move_by_hand_that_raises_has_done_nothing(name):
-    model, optimizer, freezeout = controlled(start_frozen=2)
-    train(model, optimizer, freezeout, range(4))
-    F.cross_entropy(model(batch(4)[0]), batch(4)[1]).backward()
-
-    def picture():
-        return str(
-            [
-                [(p.requires_grad, p.grad, optimizer.state.get(p)) for p in model.parameters()],
-                [m.training for m in model.modules()],
-                [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
-                freezeout.state_dict(),
-                freezeout.prefix_report().num_frozen,
-            ]
-        )
-
-    def refuse(*_):
-        raise RuntimeError("not now")
-
-    before = picture()
-    remove = freezeout.register_transition_hook(refuse)
-    with pytest.raises(RuntimeError, match="not now"):
-        getattr(freezeout, name)(3 if name == "freeze_to" else 0)
-    assert picture() == before
-    remove()
-    getattr(freezeout, name)(3 if name == "freeze_to" else 0)
-    assert freezeout.num_frozen == (3 if name == "freeze_to" else 0)
-    model.train()
-    assert [m.training for layer in freezeout.layers for m in layer.submodules] == [
-        i >= freezeout.num_frozen for i, layer in enumerate(freezeout.layers) for _ in layer.submodules
-    ]
-
-
 def test_bad_moves_by_hand_are_named():
     _, _, freezeout = controlled(start_frozen=2)
     for move, n, message in (
