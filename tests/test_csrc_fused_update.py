@@ -314,21 +314,16 @@ def test_plans_read_tensors_with_and_without_the_exchange(exchange, monkeypatch)
     reader = native.C.TensorReader(torch.Tensor, nn.Parameter, compiled.DLPACK_DTYPES, increment, exchange=exchange)
     assert reader.exchanges == (exchange and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"))
     monkeypatch.setattr(compiled, "tensor_reader", lambda: reader)
-    shapes = [(), (0,), (1, 1), (4, 3)]
-    ours, theirs = ([nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
-    a = FusedSGD(ours, lr=0.1, momentum=0.9)
-    b = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, foreach=False)
+    ours, theirs = twins(FusedSGD, [(), (0,), (1, 1), (4, 3)])
     for step in range(5):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn_like(p)
-            if step == 3 and p.dim() == 2:
-                p.grad = torch.randn(p.shape[::-1]).t()
-            q.grad = p.grad.clone()
         if step == 4:
-            ours[3].data = ours[3].data.clone()
-        a.step()
-        b.step()
-        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+            params_of(ours)[3].data = params_of(ours)[3].data.clone()
+        step_both(ours, theirs)
+        if step == 2:
+            for optimizer in (ours, theirs):
+                params_of(optimizer)[3].grad = torch.ones(3, 4).t()
+                optimizer.step()
+            assert_equal(ours, theirs)
 
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from freezeout_ext.freezeout import FreezeOut
+from freezeout_ext.fused import FusedAdamW
 from freezeout_ext.layers import find_layers
 from freezeout_ext.models import build_model
 
@@ -20,6 +21,7 @@ OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
     "sgd-plain": lambda p: torch.optim.SGD(p, lr=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "fused-adamw": lambda p: FusedAdamW(p, lr=1e-2),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, weight_decay=1e-2),
 }
 
@@ -71,6 +73,7 @@ def test_frozen_parameters_and_buffers_stay_bit_identical(optimizer, set_to_none
     train(model, optimizer, freezeout, range(14), set_to_none=set_to_none)
     assert 0 < freezeout.num_frozen < len(freezeout.layers) - 1
     frozen = frozen_tensors(freezeout)
+    assert not set(optimizer.state).intersection(frozen)
     before = [tensor.clone() for tensor in frozen]
     active = next(iter(freezeout.layers[-1].parameters.values()))
     active_before = active.clone()
@@ -181,6 +184,7 @@ def test_scaled_by_default_but_not_for_the_adam_family():
     assert controlled("sgd")[2].schedule.scale_lr is True
     assert controlled("rmsprop")[2].schedule.scale_lr is True
     assert controlled("adamw")[2].schedule.scale_lr is False
+    assert controlled("fused-adamw")[2].schedule.scale_lr is False
     assert controlled("adamw", scale_lr=True)[2].schedule.scale_lr is True
 
 

@@ -11,8 +11,7 @@ from fused_cases import ADAM_GRID, assert_within_one_rounding, params_of, step_b
 from timm_models import MISSING, importable_timm
 from torch import nn
 
-from freezeout_ext import FreezeOut, FusedAdam, FusedAdamW, GraphedStep, native
-from freezeout_ext.models import build_model
+from freezeout_ext import FusedAdam, FusedAdamW, native
 
 pytestmark = pytest.mark.skipif(native.C is None, reason=f"no compiled half: {native.import_error}")
 
@@ -139,47 +138,6 @@ def test_float64_counters_go_through_torch_and_are_reported():
     step_both(ours, theirs, steps=2)
     assert list(ours.native_report()) == ["group 0, parameter 0"]
     assert "step must be one float32" in ours.native_report()["group 0, parameter 0"]
-
-
-@pytest.mark.parametrize("warmup_steps", [0, 3])
-def test_freezeout_trains_with_it_and_frees_its_moments(warmup_steps):
-    torch.manual_seed(1)
-    model = build_model("wrn-10-1", 4, image_size=8)
-    optimizer = FusedAdamW(model.parameters(), lr=1e-3)
-    freezeout = FreezeOut(model, optimizer, total_steps=30, t_0=0.3, how_scale="linear", warmup_steps=warmup_steps)
-    assert not freezeout.schedule.scale_lr, "the Adam family's rates are not scaled unless asked for"
-    batches = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,))) for _ in range(30)]
-    frozen = {}
-    for inputs, targets in batches:
-        nn.functional.cross_entropy(model(inputs), targets).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        freezeout.step()
-        for group in optimizer.param_groups:
-            if group.get("frozen"):
-                for p in group["params"]:
-                    assert p not in optimizer.state
-                    assert torch.equal(frozen.setdefault(p, p.detach().clone()), p)
-    assert freezeout.num_frozen == len(freezeout.layers) - 1 and frozen
-    assert optimizer.native_report() == {}
-
-
-@pytest.mark.native_cuda
-def test_graphed_steps_equal_eager_ones():
-    runs = []
-    for graph in (False, True):
-        torch.manual_seed(1)
-        model = build_model("wrn-10-1", 4, image_size=8).cuda()
-        optimizer = FusedAdamW(model.parameters(), lr=1e-3)
-        freezeout = FreezeOut(model, optimizer, total_steps=40, t_0=0.3, how_scale="linear", measure_prefix=False)
-        step = GraphedStep(model, nn.functional.cross_entropy, optimizer, freezeout, graph=graph)
-        torch.manual_seed(2)
-        for _ in range(40):
-            step(torch.randn(8, 3, 8, 8).cuda(), torch.randint(4, (8,)).cuda())
-        assert (step.captures > 0) == graph and freezeout.num_frozen > 0
-        runs.append([p.detach().cpu() for p in model.parameters()])
-    # The device's cosine differs in its last bits from the host's.
-    torch.testing.assert_close(*runs, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

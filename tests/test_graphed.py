@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from freezeout_ext import FreezeOut, FusedSGD, Schedule, graphed, native
+from freezeout_ext import FreezeOut, FusedAdamW, FusedSGD, Schedule, graphed, native
 from freezeout_ext.cuda_graphs import STREAMS, StepGraphs, own_stream
 from freezeout_ext.graphed import MAX_SHAPES, MOST_UNSETTLED_STEPS, WARM_UP_STEPS, GraphedStep
 from freezeout_ext.models import build_model
@@ -274,15 +274,16 @@ def test_close_leaves_all_to_others():
 
 
 @pytest.mark.native_cuda
-@pytest.mark.parametrize("prefix", ["off", "exact"])
-def test_replays_equal_eager_steps_bit_for_bit(prefix, monkeypatch):
+@pytest.mark.parametrize(("kind", "prefix"), [(FusedAdamW, "off"), (FusedSGD, "exact")])
+def test_replays_equal_eager_steps_bit_for_bit(kind, prefix, monkeypatch):
     """Across every transition of a run, an odd batch among the others; rates come from the counter in both."""
     runs, steps = [], 160
     for graphs in (False, True):
         monkeypatch.setattr(graphed, "MAX_SHAPES", MAX_SHAPES if graphs else 0)
         torch.manual_seed(1)
         model = build_model("wrn-10-1", 4, image_size=8).cuda()
-        optimizer = FusedSGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+        options = {"lr": 0.05, "momentum": 0.9, "nesterov": True} if kind is FusedSGD else {"lr": 1e-3}
+        optimizer = kind(model.parameters(), weight_decay=1e-3, **options)
         freezeout = FreezeOut(model, optimizer, total_steps=steps, t_0=0.3, how_scale="linear", prefix=prefix)
         step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout)
         losses = [step(*batch)[0] for batch in batches(steps, odd=7, device="cuda")]
