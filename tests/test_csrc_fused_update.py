@@ -11,6 +11,7 @@ from pathlib import Path
 import host_module
 import pytest
 import torch
+from fused_cases import assert_equal, params_of, step_both, twins
 from torch import nn
 
 from freezeout_ext import FusedSGD, native
