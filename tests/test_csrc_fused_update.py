@@ -299,16 +299,6 @@ def test_bad_arguments_of_the_raw_module_are_errors():
             native.C.affine_relu(*(0 if i == null else 64 for i in range(4)), **sizes)
 
 
-def test_a_launch_that_fails_says_so():
-    # A device that is nowhere: on one that is there the kernel would run, over null.
-    batch = native.C.TensorBatch(
-        formula=0, dtype=0, device_type=2, device_index=torch.cuda.device_count(), groups=[(*GROUP[:5], 0)],
-        work=[(64, (0, 0, 0), 128, 0, 1, 0)],
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match="fused_update_cuda: "):
-        batch.run(num_threads=1, schedule_step=0, grad_scale=0, found_inf=0)
-
-
 @pytest.mark.parametrize("exchange", [True, False])
 def test_plans_read_tensors_with_and_without_the_exchange(exchange, monkeypatch):
     increment = torch.autograd.graph.increment_version

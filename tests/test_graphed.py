@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_freezeout import assert_same
 from torch import nn
 from torch.nn import functional
 
@@ -63,11 +64,6 @@ def plain_loop(model, optimizer, freezeout, data):
     return losses
 
 
-def assert_equal_weights(a, b):
-    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        assert torch.equal(x, y), name
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 def test_equals_the_plain_loop(device):
     expected, *rest = make(device=device)
@@ -82,7 +78,7 @@ def test_equals_the_plain_loop(device):
         torch.testing.assert_close(found, torch.tensor(losses), rtol=1e-4, atol=0)
     else:
         assert [loss.item() for loss, _ in results] == losses
-        assert_equal_weights(model, expected)
+        assert_same(model.state_dict(), expected.state_dict())
     assert not results[-1][0].requires_grad and not results[-1][1].requires_grad
     assert all(p.grad is None for p in model.parameters())
     assert (step.captures > 0, step.eager_steps + step.replays) == (device == "cuda", STEPS)
@@ -188,7 +184,7 @@ def test_a_loaded_state_is_captured_anew():
     for batch in data[20:]:
         step(*batch)
     assert all(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
-    assert_equal_weights(again, model)
+    assert_same(again.state_dict(), model.state_dict())
 
 
 @cuda
@@ -292,7 +288,7 @@ def test_replays_equal_eager_steps_bit_for_bit(kind, prefix, monkeypatch):
         assert step.eager_steps + step.replays == steps
         runs.append((torch.stack(losses), model))
     assert torch.equal(runs[0][0], runs[1][0])
-    assert_equal_weights(runs[1][1], runs[0][1])
+    assert_same(runs[1][1].state_dict(), runs[0][1].state_dict())
 
 
 @cuda
