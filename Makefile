@@ -39,10 +39,11 @@ lint: .venv/test-ready
 
 # The native tests under AddressSanitizer and UBSan; without what needs nvcc, a clean process or torch.compile.
 sanitize: .venv/test-ready
-	sh scripts/sanitize.sh -q tests/test_csrc_fused_update.py tests/test_fused_sgd.py tests/test_fused_adamw.py tests/test_fused_random.py \
+	sh scripts/sanitize.sh -q tests/test_csrc_fused_update.py tests/test_fused_optimizer.py tests/test_fused_sgd.py \
+	  tests/test_fused_adamw.py tests/test_fused_random.py \
 	  tests/test_prefix_folding.py::test_affine_relu_reads_and_writes_slices \
 	  tests/test_prefix_folding.py::test_affine_relu_over_several_threads \
-	  -k "not cuda and not on_the_host and not timm and not option_grid and not freezeout_trains"
+	  -k "not cuda and not on_the_host and not timm and not option_grid"
 
 clean:
 	rm -rf .venv build dist demo-run finetune-run *.egg-info freezeout_ext/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,3 +1,4 @@
+// affine_relu on the host: rows shared among threads, a loop for each width of vector.
 #include "affine_relu.h"
 
 #include <algorithm>

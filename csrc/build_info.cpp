@@ -1,3 +1,4 @@
+// build_info and the CUDA versions, as the compilers state them.
 #include "build_info.h"
 
 #include <string>

@@ -1,3 +1,4 @@
+// What nvcc and the CUDA runtime say of themselves.
 #include "build_info_cuda.h"
 
 #include <cuda_runtime_api.h>

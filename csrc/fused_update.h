@@ -5,11 +5,24 @@
 #include <string>
 #include <vector>
 
+#include "adamw_update.h"
+#include "half_types.h"
+#include "sgd_update.h"
 #include "tensor_table.h"
 
 namespace freezeout {
 
 enum class Formula : int { kSgd, kAdamW };
+
+// visit(F{}), F being the formula's type.
+template <class Visit>
+auto visit_formula(Formula formula, const Visit& visit) {
+  return formula == Formula::kSgd ? visit(Sgd{}) : visit(AdamW{});
+}
+
+// The rates of formula F for elements of type T.
+template <class F, class T>
+using RatesOf = typename F::template Rates<typename Compute<T>::type>;
 
 // One tensor of one step; param, states and grad have the same dense layout.
 struct TensorWork {
@@ -31,6 +44,23 @@ struct Batch {
   std::vector<TensorWork> work;
   std::vector<ParamGroup> groups;
 };
+
+// visit(F{}, T{}), F being the type of the batch's formula, T that of its elements.
+template <class Visit>
+void visit_types(const Batch& batch, const Visit& visit) {
+  visit_formula(batch.formula, [&](auto formula) {
+    switch (batch.dtype) {
+      case Dtype::kFloat:
+        return visit(formula, float{});
+      case Dtype::kDouble:
+        return visit(formula, double{});
+      case Dtype::kHalf:
+        return visit(formula, Half{});
+      case Dtype::kBFloat16:
+        return visit(formula, BFloat16{});
+    }
+  });
+}
 
 // Addresses of the numbers that all tensors of a step share: on the batch's device.
 struct SharedInputs {

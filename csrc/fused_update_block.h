@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "fused_update.h"
-#include "half_types.h"
 
 namespace freezeout {
 
@@ -63,9 +62,6 @@ struct Chunk {
 FREEZEOUT_HOST_DEVICE bool is_aligned(const void* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
 }
-
-template <class F, class T>
-using RatesOf = typename F::template Rates<typename Compute<T>::type>;
 
 template <class F, class T>
 FREEZEOUT_HOST_DEVICE void update_element(T& param, T* (&states)[F::kStates], T& grad, const RatesOf<F, T>& rates,

@@ -6,10 +6,8 @@
 #include <omp.h>
 #endif
 
-#include "adamw_update.h"
 #include "fused_update.h"
 #include "fused_update_loop.h"
-#include "sgd_update.h"
 
 namespace freezeout {
 
@@ -147,30 +145,13 @@ void run(const Batch& batch, const SharedInputs& inputs, int num_threads) {
   update_range(0, total);
 }
 
-template <class F>
-void run_formula(const Batch& batch, const SharedInputs& inputs, int num_threads) {
-  switch (batch.dtype) {
-    case Dtype::kFloat:
-      return run<F, float>(batch, inputs, num_threads);
-    case Dtype::kDouble:
-      return run<F, double>(batch, inputs, num_threads);
-    case Dtype::kHalf:
-      return run<F, Half>(batch, inputs, num_threads);
-    case Dtype::kBFloat16:
-      return run<F, BFloat16>(batch, inputs, num_threads);
-  }
-}
-
 }  // namespace
 
 void fused_update_cpu(const Batch& batch, const SharedInputs& inputs, int num_threads) {
   if (inputs.found_inf && *inputs.found_inf != 0.0f) return;
-  switch (batch.formula) {
-    case Formula::kSgd:
-      return run_formula<Sgd>(batch, inputs, num_threads);
-    case Formula::kAdamW:
-      return run_formula<AdamW>(batch, inputs, num_threads);
-  }
+  visit_types(batch, [&](auto formula, auto element) {
+    run<decltype(formula), decltype(element)>(batch, inputs, num_threads);
+  });
 }
 
 std::vector<std::string> cpu_isas() {

@@ -4,9 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "adamw_update.h"
 #include "fused_update_block.h"
-#include "sgd_update.h"
 
 namespace freezeout {
 
@@ -64,20 +62,6 @@ void run(const Batch& batch, TensorEntry* table, const SharedInputs& inputs, int
   });
 }
 
-template <class F>
-void run_formula(const Batch& batch, TensorEntry* table, const SharedInputs& inputs, int device, cudaStream_t stream) {
-  switch (batch.dtype) {
-    case Dtype::kFloat:
-      return run<F, float>(batch, table, inputs, device, stream);
-    case Dtype::kDouble:
-      return run<F, double>(batch, table, inputs, device, stream);
-    case Dtype::kHalf:
-      return run<F, Half>(batch, table, inputs, device, stream);
-    case Dtype::kBFloat16:
-      return run<F, BFloat16>(batch, table, inputs, device, stream);
-  }
-}
-
 }  // namespace
 
 bool fused_update_cuda(const Batch& batch, TensorEntry* table, const SharedInputs& inputs, int device,
@@ -86,14 +70,9 @@ bool fused_update_cuda(const Batch& batch, TensorEntry* table, const SharedInput
   const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing", device);
-  switch (batch.formula) {
-    case Formula::kSgd:
-      run_formula<Sgd>(batch, table, inputs, device, stream);
-      break;
-    case Formula::kAdamW:
-      run_formula<AdamW>(batch, table, inputs, device, stream);
-      break;
-  }
+  visit_types(batch, [&](auto formula, auto element) {
+    run<decltype(formula), decltype(element)>(batch, table, inputs, device, stream);
+  });
   return status == cudaStreamCaptureStatusActive;
 }
 

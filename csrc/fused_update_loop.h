@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "fused_update.h"
-#include "half_types.h"
 
 namespace freezeout {
 
@@ -101,9 +100,6 @@ FREEZEOUT_HOST_DEVICE void unscale(const Slice<T>& slice, float inverse_scale) {
     slice.grad[i] = store<T, R>(load(slice.grad[i]) * static_cast<R>(inverse_scale));
   }
 }
-
-template <class F, class T>
-using RatesOf = typename F::template Rates<typename Compute<T>::type>;
 
 template <class F, class T>
 FREEZEOUT_HOST_DEVICE void update(const Slice<T>& slice, const RatesOf<F, T>& rates, unsigned options,

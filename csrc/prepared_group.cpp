@@ -1,7 +1,5 @@
+// Which keys of a param group each formula reads, and the reading of their values.
 #include "prepared_group.h"
-
-#include "adamw_update.h"
-#include "sgd_update.h"
 
 namespace py = pybind11;
 

@@ -1,3 +1,4 @@
+// PreparedState: the items of the state in the order of its dicts.
 #include "prepared_state.h"
 
 namespace freezeout {

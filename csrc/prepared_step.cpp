@@ -1,3 +1,4 @@
+// PreparedStep's making: which tensors there are, where they lie, what of them is compared later.
 #include "prepared_step.h"
 
 #include <pybind11/stl.h>

@@ -1,11 +1,10 @@
+// What a TensorBatch refuses, its table, and its update on the host or on CUDA.
 #include "tensor_batch.h"
 
 #include <stdexcept>
 #include <string>
 
-#include "adamw_update.h"
 #include "memory_spans.h"
-#include "sgd_update.h"
 #include "torch_tensor.h"
 
 namespace py = pybind11;
@@ -21,7 +20,7 @@ T* pointer(std::uintptr_t address) {
 
 bool is_valid(Formula formula, std::uint64_t options) {
   const auto bits = static_cast<unsigned>(options);
-  return options < kOptionSets && (formula == Formula::kSgd ? Sgd::is_valid(bits) : AdamW::is_valid(bits));
+  return options < kOptionSets && visit_formula(formula, [&](auto f) { return f.is_valid(bits); });
 }
 
 void check_work(const TensorWork& work, const Batch& batch) {
@@ -55,14 +54,11 @@ Formula checked_formula(int formula) {
 }
 
 unsigned states_of(Formula formula, std::uint64_t options) {
-  const auto bits = static_cast<unsigned>(options);
-  unsigned states = 0;
-  for (int k = 0; k < kMaxStates; ++k) {
-    const bool uses =
-        formula == Formula::kSgd ? k < Sgd::kStates && Sgd::uses_state(k, bits) : AdamW::uses_state(k, bits);
-    states |= uses ? 1u << k : 0u;
-  }
-  return states;
+  return visit_formula(formula, [&](auto f) {
+    unsigned states = 0;
+    for (int k = 0; k < f.kStates; ++k) states |= f.uses_state(k, static_cast<unsigned>(options)) ? 1u << k : 0u;
+    return states;
+  });
 }
 
 TensorBatch make_tensor_batch(int formula, int dtype, int device_type, int device_index,

@@ -1,3 +1,4 @@
+// TensorReader: what it asks of torch once, and the slow way to read a tensor.
 #include "torch_tensor.h"
 
 #include <string>

@@ -7,10 +7,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "../csrc/adamw_update.h"
 #include "../csrc/build_info_cuda.h"
 #include "../csrc/fused_update_block.h"
-#include "../csrc/sgd_update.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -44,22 +42,8 @@ void run(const Launch& launch) {
       });
 }
 
-template <class F>
-void run_formula(const Launch& launch) {
-  switch (launch.batch.dtype) {
-    case Dtype::kFloat:
-      return run<F, float>(launch);
-    case Dtype::kDouble:
-      return run<F, double>(launch);
-    case Dtype::kHalf:
-      return run<F, Half>(launch);
-    case Dtype::kBFloat16:
-      return run<F, BFloat16>(launch);
-  }
-}
-
 void run(const Launch& launch) {
-  launch.batch.formula == Formula::kSgd ? run_formula<Sgd>(launch) : run_formula<AdamW>(launch);
+  visit_types(launch.batch, [&](auto formula, auto element) { run<decltype(formula), decltype(element)>(launch); });
 }
 
 }  // namespace

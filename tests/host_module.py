@@ -30,16 +30,8 @@ def library() -> Path:
         unity.write_text("".join(f'#include "{path}"\n' for path in sources if "fused_update_cpu" not in path.name))
         includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
         # A namespace of its own: the module's classes beside those of the installed one, in one process.
-        flags = [
-            "-std=c++17",
-            "-O1",
-            "-ffp-contract=off",
-            "-fno-math-errno",
-            "-fopenmp",
-            "-fPIC",
-            "-shared",
-            "-fvisibility=hidden",
-        ]
+        flags = ["-std=c++17", "-O1", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden"]
+        flags += ["-ffp-contract=off", "-fno-math-errno"]
         defines = ["-Dfreezeout=freezeout_on_the_host", "-DFREEZEOUT_WITH_CUDA", '-DFREEZEOUT_VERSION="0"']
         defines += ['-DFREEZEOUT_BUILD_TYPE="Tests"']
         built = folder / f"_C.{os.getpid()}.so"

@@ -3,22 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_freezeout import batch, frozen_tensors, small_net
 
 from freezeout_ext.freezeout import FreezeOut
 from freezeout_ext.fused import FusedSGD
-from freezeout_ext.models import build_model
 
 TOTAL_STEPS = 16
-
-
-def small_net():
-    torch.manual_seed(0)
-    return build_model("wrn-10-1", in_channels=1, image_size=8)
-
-
-def batch(step):
-    generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randn(8, 1, 8, 8, generator=generator), torch.randint(0, 10, (8,), generator=generator)
 
 
 def sgd(parameters, kind=torch.optim.SGD):
@@ -48,13 +38,6 @@ def train(model, optimizers, freezeout, steps, dtype=None, scaler=None, unscale=
             scaler.update()
         freezeout.step()
     return loss
-
-
-def frozen_tensors(freezeout):
-    frozen = freezeout.layers[: freezeout.num_frozen]
-    return [p for layer in frozen for p in layer.parameters.values()] + [
-        b for layer in frozen for m in layer.submodules for b in m.buffers(recurse=False)
-    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,9 +11,10 @@ from pathlib import Path
 import host_module
 import pytest
 import torch
+from fused_cases import assert_equal, params_of, step_both, twins
 from torch import nn
 
-from freezeout_ext import FusedAdam, FusedAdamW, FusedSGD, native
+from freezeout_ext import FusedSGD, native
 from freezeout_ext.fused import compiled, fused_adamw_reference_, fused_sgd_reference_
 
 pytestmark = [
@@ -298,50 +299,41 @@ def test_bad_arguments_of_the_raw_module_are_errors():
             native.C.affine_relu(*(0 if i == null else 64 for i in range(4)), **sizes)
 
 
-def test_a_launch_that_fails_says_so():
-    # A device that is nowhere: on one that is there the kernel would run, over null.
-    batch = native.C.TensorBatch(
-        formula=0, dtype=0, device_type=2, device_index=torch.cuda.device_count(), groups=[(*GROUP[:5], 0)],
-        work=[(64, (0, 0, 0), 128, 0, 1, 0)],
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match="fused_update_cuda: "):
-        batch.run(num_threads=1, schedule_step=0, grad_scale=0, found_inf=0)
-
-
 @pytest.mark.parametrize("exchange", [True, False])
 def test_plans_read_tensors_with_and_without_the_exchange(exchange, monkeypatch):
     increment = torch.autograd.graph.increment_version
     reader = native.C.TensorReader(torch.Tensor, nn.Parameter, compiled.DLPACK_DTYPES, increment, exchange=exchange)
     assert reader.exchanges == (exchange and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"))
     monkeypatch.setattr(compiled, "tensor_reader", lambda: reader)
-    shapes = [(), (0,), (1, 1), (4, 3)]
-    ours, theirs = ([nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
-    a = FusedSGD(ours, lr=0.1, momentum=0.9)
-    b = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, foreach=False)
+    ours, theirs = twins(FusedSGD, [(), (0,), (1, 1), (4, 3)])
     for step in range(5):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn_like(p)
-            if step == 3 and p.dim() == 2:
-                p.grad = torch.randn(p.shape[::-1]).t()
-            q.grad = p.grad.clone()
         if step == 4:
-            ours[3].data = ours[3].data.clone()
-        a.step()
-        b.step()
-        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+            params_of(ours)[3].data = params_of(ours)[3].data.clone()
+        step_both(ours, theirs)
+        if step == 2:
+            for optimizer in (ours, theirs):
+                params_of(optimizer)[3].grad = torch.ones(3, 4).t()
+                optimizer.step()
+            assert_equal(ours, theirs)
 
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH or in /usr/local/cuda")
 # Registers a thread of 256: 64 leave room for four blocks on an SM, 80 for three, 128 for two.
 REGISTERS = {"f": 80, "d": 104, "Half": 112, "BFloat16": 112}
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH or in /usr/local/cuda")
+def compile_cuda(architecture, out):
+    """The kernels' machine code in the file `out`; returns what ptxas says of it."""
+    command = [NVCC, "-O3", "-std=c++17", "-fmad=false", "-Xptxas", "-v", f"-arch={architecture}"]
+    command += ["-DFREEZEOUT_WITH_CUDA", "-cubin", str(CSRC / "fused_update_cuda.cu"), "-o", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+@needs_nvcc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_the_cuda_source_compiles_without_spills(architecture, tmp_path):
-    command = [NVCC, "-O3", "-std=c++17", "-fmad=false", "-Xptxas", "-v", f"-arch={architecture}"]
-    command += ["-DFREEZEOUT_WITH_CUDA", "-cubin", str(CSRC / "fused_update_cuda.cu"), "-o", str(tmp_path / "o.cubin")]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    report = compile_cuda(architecture, tmp_path / "o.cubin")
     kernels = re.findall(
         r"Function properties for \S*fused_update_kernelINS_\d+(Sgd|AdamW)E(?:NS_\d+)?(f|d|Half|BFloat16)E?\S*\s+"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+.*Used (\d+) registers",
@@ -355,77 +347,21 @@ def test_the_cuda_source_compiles_without_spills(architecture, tmp_path):
         assert int(registers) <= (64 if (formula, dtype) == ("Sgd", "f") else REGISTERS[dtype]), report
 
 
-@pytest.mark.native_cuda
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("formula", "options"), OPTIONS, ids=str)
-def test_cuda_equals_the_host_blocks(dtype, formula, options):
-    options = dict(options)
-    if formula == "adamw":
-        options["betas"] = options.pop("beta1", 0.9), options.pop("beta2", 0.999)
-    adamw = FusedAdamW if options.pop("decoupled", True) else FusedAdam
-    sizes = [n for n in SIZES if n]
-    params = [torch.randn(n).to(dtype) for n in sizes]
-    grads = [[torch.randn(n).to(dtype) for n in sizes] for _ in range(3)]
-    results = []
-    for device in ("cpu", "cuda"):
-        ours = [nn.Parameter(p.to(device, copy=True)) for p in params]
-        optimizer_class = FusedSGD if formula == "sgd" else adamw
-        optimizer = optimizer_class([{"params": [p], "lr": 0.01 * i} for i, p in enumerate(ours)], **options)
-        for step_grads in grads:
-            for p, g in zip(ours, step_grads, strict=True):
-                p.grad = g.to(device)
-            optimizer.step()
-        assert optimizer.native_report() == {}
-        results.append([p.detach().cpu() for p in ours])
-    for a, b in zip(*results, strict=True):
-        if formula == "sgd":
-            assert torch.equal(a, b)
-        else:
-            # The device's pow and the host's may differ in the last place of a double.
-            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
-
-
-@pytest.mark.native_cuda
-def test_a_captured_graph_follows_the_device_schedule():
-    results = []
-    for device in ("cpu", "cuda"):
-        torch.manual_seed(0)
-        p = nn.Parameter(torch.randn(1000).to(device))
-        p.grad = torch.randn(1000).to(device)
-        optimizer = FusedSGD([p], lr=1.0, momentum=0.9)
-        step = torch.zeros((), dtype=torch.int64, device=device)
-        optimizer.set_device_schedule(step, [(0.1, 10.0, 2.0)])
-        for _ in range(3):
-            optimizer.step()
-            step += 1
-        if device == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                optimizer.step()
-                step += 1
-        for _ in range(4):
-            if device == "cuda":
-                graph.replay()
-            else:
-                optimizer.step()
-                step += 1
-        results.append(p.detach().cpu())
-    # The device's cospi and the host's cos may differ in the last place of a double.
-    torch.testing.assert_close(*results, rtol=2e-7, atol=1e-7)
-
-
-@pytest.mark.native_cuda
-@pytest.mark.parametrize("after", [0, 2])
-def test_cuda_overflow_changes_nothing(after):
-    p = nn.Parameter(torch.ones(100, device="cuda"))
-    optimizer = FusedSGD([p], lr=0.1, momentum=0.9, dampening=0.5)
-    for _ in range(after):
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-    before = p.detach().clone()
-    scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
-    optimizer.zero_grad()
-    scaler.scale((p * torch.inf).sum()).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert torch.equal(p, before) and len(optimizer.state) == (after > 0)
+@needs_nvcc
+def test_the_machine_code_moves_16_bytes_an_access(tmp_path):
+    """Two vectors of each operand in flight, by loads that know their memory is global; nothing in local memory."""
+    triton = pytest.importorskip("triton", reason="Triton's package carries the disassembler")
+    compile_cuda("sm_90", tmp_path / "o.cubin")
+    disassembler = triton.knobs.nvidia.cuobjdump.path
+    sass = subprocess.run(
+        [disassembler, "--dump-sass", str(tmp_path / "o.cubin")], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = [part for part in sass.split("Function : ")[1:] if "fused_update_kernel" in part.split()[0]]
+    assert len(kernels) == 24
+    for kernel in kernels:
+        name = kernel.split()[0]
+        # Parameter, states and gradient; SGD's one state by two vectors in flight, AdamW's three by one.
+        accesses = 3 * 2 if "3Sgd" in name else 5
+        assert len(re.findall(r"\bLDG\.E\.128\b(?!\.CONSTANT)", kernel)) == accesses, name
+        assert len(re.findall(r"\bSTG\.E\.128\b", kernel)) == accesses, name
+        assert not re.search(r"\b(LDL|STL|LD\.E|ST\.E)\b", kernel), name

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from test_freezeout import assert_same, small_net
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from freezeout_ext.freezeout import FreezeOut
 from freezeout_ext.fused import FusedSGD
-from freezeout_ext.models import build_model
 
 WORLD, TOTAL_STEPS = 2, 16
 SCHEDULE = {"total_steps": TOTAL_STEPS, "t_0": 0.3, "how_scale": "linear"}
@@ -47,11 +47,6 @@ def group_norm_net():
     blocks = [Block(4) for _ in range(4)]
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *blocks, head).double()
-
-
-def batch_norm_net():
-    torch.manual_seed(0)
-    return build_model("wrn-10-1", in_channels=1, image_size=8)
 
 
 def batch(step, dtype=torch.float64, size=8):
@@ -138,7 +133,7 @@ def scenario_counted_bytes(folder):
 def scenario_batch_norm(folder):
     from freezeout_ext.integrations.distributed import DDPFollower
 
-    model = batch_norm_net()
+    model = small_net()
     optimizer = sgd(model)
     freezeout = FreezeOut(model, optimizer, **SCHEDULE)
     ddp = DDP(model)
@@ -340,12 +335,6 @@ def assert_close(mine, theirs):
     assert mine.keys() == theirs.keys()
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-9, atol=1e-12, msg=name)
-
-
-def assert_same(mine, theirs):
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        assert torch.equal(mine[name], theirs[name]), name
 
 
 @pytest.mark.parametrize(

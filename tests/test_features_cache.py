@@ -9,12 +9,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from feature_cases import Pictures, small_net, train
-from host_graphs import HostGraphs, graphed_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from freezeout_ext import FeatureCache, FreezeOut, FusedSGD
+from freezeout_ext import FeatureCache, FreezeOut
 from freezeout_ext.models import build_model
 
 # The order of summation in a convolution or a product may differ with the number of samples.
@@ -333,30 +332,6 @@ def test_an_input_that_is_needed_again_after_a_thaw_is_read_again():
                     freezeout.thaw_to(1)
         found.append(losses)
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), **CLOSE)
-
-
-def test_a_graphed_step_takes_kept_rows_as_its_input():
-    dataset, found = Pictures(16), []
-    for graphs in (HostGraphs(), None):
-        torch.manual_seed(0)
-        model = small_net()
-        cache = FeatureCache(dataset, views=1, measure=False)
-        loader = cache.loader(8)
-        optimizer = FusedSGD(model.parameters(), lr=0.05, momentum=0.9)
-        freezeout = FreezeOut(
-            model, optimizer, total_steps=40, start_frozen=1, t_0=0.5, scale_lr=False, max_transitions=2, cache=cache
-        )
-        step = graphed_step(model, nn.functional.cross_entropy, optimizer, freezeout, graphs=graphs)
-        losses = []
-        for _ in range(20):
-            for inputs, targets, keys in loader:
-                with cache.samples(keys):
-                    losses.append(step(inputs, targets)[0].item())
-        found.append((losses, {k: v.clone() for k, v in model.state_dict().items()}))
-        assert cache.report().hits + cache.report().pushed > 200
-        if graphs is not None:
-            assert step.captures >= 2 and step.replays > 10
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_copy_made_inside_samples_is_a_plain_model():

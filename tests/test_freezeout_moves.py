@@ -16,46 +16,6 @@ from freezeout_ext import FreezeOut, Schedule, find_layers
 NAMES = [layer.name for layer in find_layers(small_net())]
 
 
-def test_the_rule_counts_the_layers_that_are_left():
-    left, whole = Schedule(4, 40, t_0=0.4), Schedule(7, 40, t_0=0.4, start_frozen=3)
-    assert [whole.t(i) for i in range(7)] == [0, 0, 0, *(left.t(i) for i in range(4))]
-    for step in range(41):
-        assert whole.num_frozen(step) == 3 + left.num_frozen(step)
-        assert [whole.lr_factor(i, step) for i in range(3, 7)] == [left.lr_factor(i, step) for i in range(4)]
-        assert [whole.lr_factor(i, step) for i in range(3)] == [0, 0, 0]
-    snapped = Schedule(7, 40, t_0=0.4, start_frozen=3, max_transitions=2)
-    assert [snapped.t(i) for i in range(3)] == [0, 0, 0] and len({snapped.t(i) for i in range(3, 6)}) == 2
-
-
-def test_milestones_stand_in_place_of_the_rule():
-    schedule = Schedule(5, 40, milestones=[0, 0.25, 0.25, 0.9, 1])
-    assert [schedule.milestone(i) for i in range(5)] == [0, 10, 10, 36, 40]
-    assert [schedule.num_frozen(step) for step in (0, 9, 10, 35, 36, 40)] == [1, 1, 3, 3, 4, 4]
-    assert Schedule(5, 40, milestones=[1] * 5).num_frozen(10**6) == 0
-    behind = Schedule(5, 40, start_frozen=2, milestones=(0.5, 0.75, 1))
-    assert [behind.milestone(i) for i in range(5)] == [0, 0, 20, 30, 40]
-    assert Schedule(5, 40, milestones=[0.1, 0.3, 0.5, 0.9, 1], max_transitions=2).milestone(0) == 8
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"milestones": [0.5, 1]}, "one entry for each of the 3 layers, got 2"),
-        ({"milestones": [0.5, 1], "start_frozen": 2}, "each of the 1 layers behind the 2 of start_frozen, got 2"),
-        ({"milestones": [0.5, 0.4, 1]}, "must not fall, got 0.5 and then 0.4 for layer 1"),
-        ({"milestones": [0.5, 0.6, 0.9]}, r"must end with 1 \(the last layer never freezes\), got 0.9"),
-        ({"milestones": [0.5, 1.5, 1]}, r"fractions in \[0, 1\], got 1.5 for layer 1"),
-        ({"milestones": [float("nan"), 1, 1]}, r"fractions in \[0, 1\], got nan for layer 0"),
-        ({"milestones": [0.5, 0.6, 1], "t_0": 0.5}, "t_0 has no meaning beside them"),
-        ({"start_frozen": 3}, "must leave a layer to train, got 3 of 3 layers"),
-        ({"start_frozen": 1, "t_0": 0.1, "warmup_steps": 5}, "first layer freezes at step 0.04, got 5"),
-    ],
-)
-def test_bad_schedules_are_named(arguments, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        Schedule(3, 40, **arguments)
-
-
 def frozen_by_hand(layers, optimizer, num_frozen, rates):
     """A plain loop's way: gradients off, modules in eval mode at every step, one rate a layer."""
     for layer in layers[:num_frozen]:
@@ -222,40 +182,6 @@ def test_thawed_layers_train_again_from_no_momentum_at_the_frontiers_rate():
     # They freeze with the layer whose rate they had.
     train(model, optimizer, freezeout, [14])
     assert freezeout.schedule.num_frozen(15) == 2 == freezeout.num_frozen
-
-
-@pytest.mark.parametrize("name", ["freeze_to", "thaw_to"])
-def test_a_move_by_hand_that_raises_has_done_nothing(name):
-    model, optimizer, freezeout = controlled(start_frozen=2)
-    train(model, optimizer, freezeout, range(4))
-    F.cross_entropy(model(batch(4)[0]), batch(4)[1]).backward()
-
-    def picture():
-        return str(
-            [
-                [(p.requires_grad, p.grad, optimizer.state.get(p)) for p in model.parameters()],
-                [m.training for m in model.modules()],
-                [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
-                freezeout.state_dict(),
-                freezeout.prefix_report().num_frozen,
-            ]
-        )
-
-    def refuse(*_):
-        raise RuntimeError("not now")
-
-    before = picture()
-    remove = freezeout.register_transition_hook(refuse)
-    with pytest.raises(RuntimeError, match="not now"):
-        getattr(freezeout, name)(3 if name == "freeze_to" else 0)
-    assert picture() == before
-    remove()
-    getattr(freezeout, name)(3 if name == "freeze_to" else 0)
-    assert freezeout.num_frozen == (3 if name == "freeze_to" else 0)
-    model.train()
-    assert [m.training for layer in freezeout.layers for m in layer.submodules] == [
-        i >= freezeout.num_frozen for i, layer in enumerate(freezeout.layers) for _ in layer.submodules
-    ]
 
 
 def test_bad_moves_by_hand_are_named():

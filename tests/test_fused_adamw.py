@@ -1,76 +1,34 @@
 """FusedAdamW and FusedAdam against torch's for-loop: equal bit for bit in float32 and float64, but for MKL's roots."""
 
-import copy
-import itertools
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fused_cases import ADAM_GRID, assert_within_one_rounding, params_of, step_both, twins
 from timm_models import MISSING, importable_timm
 from torch import nn
 
-from freezeout_ext import FreezeOut, FusedAdam, FusedAdamW, GraphedStep, native
-from freezeout_ext.models import build_model
+from freezeout_ext import FusedAdam, FusedAdamW, native
 
 pytestmark = pytest.mark.skipif(native.C is None, reason=f"no compiled half: {native.import_error}")
 
-TORCHS = {FusedAdamW: torch.optim.AdamW, FusedAdam: torch.optim.Adam}
+KINDS = [FusedAdamW, FusedAdam]
 # Around vectors of 4, 8 and 16, the unscaling block of 1024 and two threads' least of 2 * 16384.
 SIZES = [(), (0,), (1,), (3,), (7, 3), (16,), (17,), (1025,), (40000,)]
-NAMES = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
-GRID = [
-    dict(zip(NAMES, values, strict=True))
-    for values in itertools.product(
-        [(0.9, 0.999), (0.5, 0.6), (0.0, 0.9)], [1e-8, 1e-2], [0, 0.1], [False, True], [False, True]
-    )
-]
-
-
-def twins(cls, shapes=((5,), (6,)), dtype=torch.float32, **options):
-    """The same parameters twice, under ours and under torch's for-loop, a group for each."""
-    ours = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    options = {"lr": 0.1, **options}
-    judge = TORCHS[cls]([{"params": [q]} for q in theirs], foreach=False, **options)
-    return cls([{"params": [p]} for p in ours], **options), judge
-
-
-def params_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def step_both(ours, theirs, steps=1, which=lambda i: True):
-    for _ in range(steps):
-        for i, (p, q) in enumerate(zip(params_of(ours), params_of(theirs), strict=True)):
-            p.grad = torch.randn_like(p) if which(i) else None
-            q.grad = None if p.grad is None else p.grad.clone()
-        ours.step()
-        theirs.step()
-        assert_equal(ours, theirs)
-
-
-def assert_equal(ours, theirs):
-    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
-        assert torch.equal(p, q)
-        assert (p in ours.state) == (q in theirs.state)
-        a, b = ours.state.get(p, {}), theirs.state.get(q, {})
-        assert list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
-        assert all(a[name].dtype == b[name].dtype for name in a)
 
 
 @pytest.mark.usefixtures("exact_square_roots")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("cls", TORCHS)
+@pytest.mark.parametrize("cls", KINDS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_option_grid_is_equal_bit_for_bit_where_square_roots_are(cls, dtype, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for options in GRID if threads == 1 else GRID[:2]:
+        for options in ADAM_GRID if threads == 1 else ADAM_GRID[:2]:
             ours, theirs = twins(cls, SIZES, dtype, **options)
             step_both(ours, theirs, steps=3)
             assert ours.native_report() == {}
@@ -79,9 +37,9 @@ def test_the_option_grid_is_equal_bit_for_bit_where_square_roots_are(cls, dtype,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("cls", TORCHS)
+@pytest.mark.parametrize("cls", KINDS)
 def test_with_torch_s_own_square_roots_a_step_is_three_ulp_off_at_most(cls, dtype):
-    for options in GRID:
+    for options in ADAM_GRID:
         ours, theirs = twins(cls, [(5000,)], dtype, **options)
         (p,), (q,) = params_of(ours), params_of(theirs)
         for _ in range(4):
@@ -102,12 +60,13 @@ WITHOUT_AVX512 = """
 import sys
 import numpy as np, torch
 sys.path.insert(0, {tests!r})
-import test_fused_adamw as cases
+import fused_cases as cases
+from freezeout_ext import FusedAdamW
 x = torch.rand(1 << 20)
 if not np.array_equal(x.sqrt().numpy(), np.sqrt(x.numpy())):
     sys.exit("inexact roots")
-for options in cases.GRID[::5]:
-    cases.step_both(*cases.twins(cases.FusedAdamW, [(70001,)], **options), steps=5)
+for options in cases.ADAM_GRID[::5]:
+    cases.step_both(*cases.twins(FusedAdamW, [(70001,)], **options), steps=5)
 """
 
 
@@ -122,10 +81,9 @@ def test_where_mkl_s_square_roots_are_exact_torch_s_own_loop_is_equal_bit_for_bi
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("cls", TORCHS)
+@pytest.mark.parametrize("cls", KINDS)
 def test_half_types_are_rounded_once(cls, dtype):
-    info = torch.finfo(dtype)
-    for options in GRID[:8]:
+    for options in ADAM_GRID[:8]:
         beta1, beta2 = options["betas"]
         ours = cls([nn.Parameter(torch.randn(2001).to(dtype))], lr=0.1, **options)
         (p,) = params_of(ours)
@@ -146,58 +104,9 @@ def test_half_types_are_rounded_once(cls, dtype):
             largest = torch.maximum(v, state.get("max_exp_avg_sq", zero)) if options["amsgrad"] else v
             root = (largest / (1 - beta2**step)).sqrt()
             ours.step()
-            expected = {"exp_avg": m, "exp_avg_sq": v}
-            pairs = [(ours.state[p][name], value) for name, value in expected.items()]
-            pairs.append((p, p0 - 0.1 / (1 - beta1**step) * m / (root + options["eps"])))
-            for found, value in pairs:
-                # Half a unit in the last place, of subnormals half the smallest one; float's roundings may tip a tie.
-                allowed = value.abs() * info.eps / 2 + info.smallest_normal * info.eps / 2 + 8 * 2**-22
-                assert ((found.double() - value).abs() <= allowed).all()
-
-
-@pytest.mark.usefixtures("exact_square_roots")
-def test_tensors_at_different_steps_are_updated_in_one_call():
-    ours, theirs = twins(FusedAdamW, [(5,)] * 4)
-    for step in range(8):
-        step_both(ours, theirs, which=lambda i, step=step: i <= step and (i + step) % 3)
-    assert len({float(ours.state[p]["step"]) for p in params_of(ours)}) > 1
-    assert len(ours._prepared.step.batches) == 1 and not ours.native_report()
-
-
-@pytest.mark.usefixtures("exact_square_roots")
-@pytest.mark.parametrize("cls", TORCHS)
-def test_state_dict_and_copies_go_on(cls):
-    ours, theirs = twins(cls, amsgrad=True)
-    step_both(ours, theirs, steps=2)
-    a, b = copy.deepcopy(ours.state_dict()), copy.deepcopy(theirs.state_dict())
-    assert [g.keys() for g in a["param_groups"]] == [g.keys() for g in b["param_groups"]]
-    ours.load_state_dict(b)
-    theirs.load_state_dict(a)
-    step_both(ours, theirs, steps=2)
-    for copied in (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))):
-        one, other = copied(ours), copied(theirs)
-        step_both(one, other, steps=2)
-        assert one._step_supports_amp_scaling and one.native_report() == {}
-
-
-@pytest.mark.usefixtures("exact_square_roots")
-def test_hyperparameters_may_change_at_any_time():
-    ours, theirs = twins(FusedAdamW, [(999,)] * 3)
-    step_both(ours, theirs)
-    for key, value in (("lr", 0.2), ("betas", (0.5, 0.6)), ("eps", 0.1), ("weight_decay", 0.0), ("maximize", True)):
-        for optimizer in (ours, theirs):
-            optimizer.param_groups[1][key] = value
-        step_both(ours, theirs)
-    value = torch.randn(7)
-    for optimizer in (ours, theirs):
-        optimizer.add_param_group({"params": [nn.Parameter(value.clone())], "lr": 0.3, "amsgrad": True})
-    step_both(ours, theirs, steps=2)
-    for optimizer in (ours, theirs):
-        optimizer.param_groups[0]["lr"] = torch.tensor(0.05)  # torch computes with it in float
-        optimizer.param_groups[2]["lr"] = torch.tensor(0.07, dtype=torch.float64)
-        optimizer.param_groups[1]["betas"] = [0.8, 0.9]
-    step_both(ours, theirs, steps=2)
-    assert ours.native_report() == {}
+            assert_within_one_rounding(ours.state[p]["exp_avg"], m)
+            assert_within_one_rounding(ours.state[p]["exp_avg_sq"], v)
+            assert_within_one_rounding(p, p0 - 0.1 / (1 - beta1**step) * m / (root + options["eps"]))
 
 
 def test_what_torch_refuses_is_refused():
@@ -206,8 +115,9 @@ def test_what_torch_refuses_is_refused():
         ({"amsgrad": True}, KeyError, "max_exp_avg_sq"),
     ):
         ours, theirs = twins(FusedAdamW, [(3,)])
-        step_both_raw(ours, theirs)
         for optimizer in (ours, theirs):
+            params_of(optimizer)[0].grad = torch.ones(3)
+            optimizer.step()
             optimizer.param_groups[0].update(change)
             with pytest.raises(error, match=match):
                 optimizer.step()
@@ -216,13 +126,6 @@ def test_what_torch_refuses_is_refused():
     params_of(ours)[0].grad = torch.ones(4, 3).to_sparse()
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         ours.step()
-
-
-def step_both_raw(ours, theirs):
-    for optimizer in (ours, theirs):
-        for p in params_of(optimizer):
-            p.grad = torch.ones_like(p)
-        optimizer.step()
 
 
 @pytest.mark.usefixtures("exact_square_roots")
@@ -235,112 +138,6 @@ def test_float64_counters_go_through_torch_and_are_reported():
     step_both(ours, theirs, steps=2)
     assert list(ours.native_report()) == ["group 0, parameter 0"]
     assert "step must be one float32" in ours.native_report()["group 0, parameter 0"]
-
-
-@pytest.mark.parametrize("cls", TORCHS)
-def test_an_overflow_changes_nothing_and_scaled_gradients_are_unscaled(cls):
-    ours, _ = twins(cls, [(5,)])
-    again = copy.deepcopy(ours)
-    (p,), (q,) = params_of(ours), params_of(again)
-    before = p.detach().clone()
-    p.grad = torch.full((5,), 8.0)
-    ours.grad_scale, ours.found_inf = torch.tensor(4.0), torch.tensor(2.0)
-    ours.step()
-    assert torch.equal(p, before) and not ours.state
-    ours.found_inf = torch.tensor(0.0)
-    q.grad = torch.full((5,), 2.0)
-    for _ in range(2):
-        ours.step()
-        again.step()
-        assert torch.equal(p, q) and torch.equal(p.grad, q.grad)
-        p.grad.mul_(4)
-    assert float(ours.state[p]["step"]) == 2
-
-
-@pytest.mark.parametrize("warmup_steps", [0, 3])
-def test_freezeout_trains_with_it_and_frees_its_moments(warmup_steps):
-    torch.manual_seed(1)
-    model = build_model("wrn-10-1", 4, image_size=8)
-    optimizer = FusedAdamW(model.parameters(), lr=1e-3)
-    freezeout = FreezeOut(model, optimizer, total_steps=30, t_0=0.3, how_scale="linear", warmup_steps=warmup_steps)
-    assert not freezeout.schedule.scale_lr, "the Adam family's rates are not scaled unless asked for"
-    batches = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,))) for _ in range(30)]
-    frozen = {}
-    for inputs, targets in batches:
-        nn.functional.cross_entropy(model(inputs), targets).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        freezeout.step()
-        for group in optimizer.param_groups:
-            if group.get("frozen"):
-                for p in group["params"]:
-                    assert p not in optimizer.state
-                    assert torch.equal(frozen.setdefault(p, p.detach().clone()), p)
-    assert freezeout.num_frozen == len(freezeout.layers) - 1 and frozen
-    assert optimizer.native_report() == {}
-
-
-def test_the_device_schedule_sets_its_rates():
-    ours, theirs = twins(FusedAdamW)
-    step = torch.zeros((), dtype=torch.int64)
-    ours.set_device_schedule(step, [(0.1, 4.0, 0.0), (0.2, float("inf"), 2.0)])
-    for i in range(6):
-        theirs.param_groups[0]["lr"] = 0.1 * torch.cos(torch.tensor(i / 8 * torch.pi)).item() ** 2 if i < 4 else 0.0
-        theirs.param_groups[1]["lr"] = 0.2 * min(i + 1, 3) / 3
-        step_both_raw(ours, theirs)
-        step += 1
-        for p, q in zip(params_of(ours), params_of(theirs), strict=True):
-            # The cosine's and the root's last bits.
-            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.native_cuda
-@pytest.mark.parametrize("cls", TORCHS)
-def test_cuda_keeps_counters_on_the_device_and_equals_the_cpu(cls):
-    sizes = [0, 1, 8193, 5]
-    start = [torch.randn(n) for n in sizes]
-    runs = []
-    for device in ("cpu", "cuda"):
-        params = [nn.Parameter(t.to(device, copy=True)) for t in start]
-        optimizer = cls([{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(params)], amsgrad=True)
-        torch.manual_seed(2)
-        for step in range(4):
-            for i, p in enumerate(params):
-                p.grad = None if i == 3 and step < 2 else torch.randn(sizes[i]).to(device)
-            optimizer.step()
-        assert optimizer.native_report() == {}
-        assert all(optimizer.state[p]["step"].device.type == device for p in params)
-        assert [float(optimizer.state[p]["step"]) for p in params] == [4, 4, 4, 2]
-        runs.append([p.detach().cpu() for p in params])
-        if device == "cpu":
-            host = copy.deepcopy(optimizer.state_dict())
-    # The device's pow and the host's may differ in the last place of a double.
-    torch.testing.assert_close(runs[0], runs[1], rtol=1e-6, atol=1e-6)
-    for state in host["state"].values():
-        state["step"] = state["step"].cpu()
-    optimizer.load_state_dict(host)  # counters on the host are moved
-    for p in params:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert all(optimizer.state[p]["step"].is_cuda for p in params) and optimizer.native_report() == {}
-
-
-@pytest.mark.native_cuda
-def test_graphed_steps_equal_eager_ones():
-    runs = []
-    for graph in (False, True):
-        torch.manual_seed(1)
-        model = build_model("wrn-10-1", 4, image_size=8).cuda()
-        optimizer = FusedAdamW(model.parameters(), lr=1e-3)
-        freezeout = FreezeOut(model, optimizer, total_steps=40, t_0=0.3, how_scale="linear", measure_prefix=False)
-        step = GraphedStep(model, nn.functional.cross_entropy, optimizer, freezeout, graph=graph)
-        torch.manual_seed(2)
-        for _ in range(40):
-            step(torch.randn(8, 3, 8, 8).cuda(), torch.randint(4, (8,)).cuda())
-        assert (step.captures > 0) == graph and freezeout.num_frozen > 0
-        runs.append([p.detach().cpu() for p in model.parameters()])
-    # The device's cosine differs in its last bits from the host's.
-    torch.testing.assert_close(*runs, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

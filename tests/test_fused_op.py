@@ -12,45 +12,79 @@ from freezeout_ext.fused import fused_adamw_, fused_adamw_reference_, fused_sgd_
 
 pytestmark = pytest.mark.skipif(native.C is None, reason=f"no compiled half: {native.import_error}")
 
+OPS = {"sgd": (fused_sgd_, fused_sgd_reference_), "adamw": (fused_adamw_, fused_adamw_reference_)}
 OPTIONS = [
-    {},
-    {"momentum": 0.9},
-    {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
-    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
+    ("sgd", {}),
+    ("sgd", {"momentum": 0.9}),
+    ("sgd", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True}),
+    ("adamw", {}),
+    ("adamw", {"amsgrad": True, "maximize": True, "weight_decay": 0.1}),
+    ("adamw", {"decoupled": False, "weight_decay": 0.1, "beta1": 0.3, "beta2": 0.5, "eps": 1e-3}),
 ]
+LISTS = {"sgd": 3, "adamw": 6}
 
 
-def arguments(dtype=torch.float32, device="cpu"):
+def arguments(formula="sgd", dtype=torch.float32, amsgrad=True):
+    """Lists of parameters, gradients, states and steps, layer_of, lrs."""
     shapes = [(5,), (0,), (33, 40)]
-    params, grads, buffers = ([torch.randn(s, dtype=dtype, device=device) for s in shapes] for _ in range(3))
-    return params, grads, buffers, [0, 1, 1], [0.1, 0.2]
+    params, grads, first = ([torch.randn(s, dtype=dtype) for s in shapes] for _ in range(3))
+    if formula == "sgd":
+        return params, grads, first, [0, 1, 1], [0.1, 0.2]
+    squares, largest = ([torch.rand_like(p) for p in params] for _ in range(2))
+    steps = [torch.tensor(float(i)) for i in range(len(params))]
+    return params, grads, first, squares, largest if amsgrad else [], steps, [0, 1, 1], [0.1, 0.2]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def copied(given, formula):
+    return [[t.clone() for t in tensors] for tensors in given[: LISTS[formula]]] + list(given[LISTS[formula] :])
+
+
+def assert_equal(a, b, formula):
+    for ours, theirs in zip(a[: LISTS[formula]], b[: LISTS[formula]], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.usefixtures("exact_square_roots")
+@pytest.mark.parametrize(("formula", "options"), OPTIONS, ids=str)
 @pytest.mark.parametrize("scale", [None, 4.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_equals_the_reference(dtype, scale, options):
-    ours = arguments(dtype)
-    theirs = [[t.clone() for t in tensors] for tensors in ours[:3]] + list(ours[3:])
+def test_equals_the_reference(dtype, scale, formula, options):
+    ours = arguments(formula, dtype, options.get("amsgrad", False))
+    theirs = copied(ours, formula)
     scales = (None if scale is None else torch.tensor(scale), torch.tensor(0.0))
-    fused_sgd_(*ours, *scales, **options)
-    fused_sgd_reference_(*theirs, *scales, **options)
-    for a, b in zip(ours[:3], theirs[:3], strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    op, reference = OPS[formula]
+    op(*ours, *scales, **options)
+    reference(*theirs, *scales, **options)
+    assert_equal(ours, theirs, formula)
 
 
-def test_found_inf_leaves_everything():
-    ours = arguments()
-    before = [[t.clone() for t in tensors] for tensors in ours[:3]]
-    fused_sgd_(*ours, torch.tensor(2.0), torch.tensor(2.0), momentum=0.9)
-    for a, b in zip(ours[:3], before, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+@pytest.mark.parametrize("formula", OPS)
+def test_found_inf_leaves_everything(formula):
+    ours = arguments(formula)
+    before = copied(ours, formula)
+    options = {"momentum": 0.9} if formula == "sgd" else {"amsgrad": True}
+    OPS[formula][0](*ours, torch.tensor(2.0), torch.tensor(2.0), **options)
+    assert_equal(ours, before, formula)
+
+
+@pytest.mark.parametrize("formula", OPS)
+def test_rates_in_one_tensor_take_the_place_of_numbers(formula):
+    one = arguments(formula, amsgrad=False)
+    other = copied(one, formula)
+    OPS[formula][0](*one)
+    OPS[formula][0](*other[:-1], [9.0, 9.0], None, None, torch.tensor(one[-1], dtype=torch.float64))
+    assert_equal(one, other, formula)
 
 
 def test_opcheck():
+    scales = torch.tensor(2.0), torch.tensor(0.0)
+    rates = torch.tensor([0.1, 0.2], dtype=torch.float64)
     torch.library.opcheck(fused_sgd_, arguments(), {"momentum": 0.9, "nesterov": True})
-    params, grads, _, layer_of, lrs = arguments()
-    torch.library.opcheck(fused_sgd_, (params, grads, [], layer_of, lrs, torch.tensor(2.0), torch.tensor(0.0)))
+    params, grads, _, *rest = arguments()
+    torch.library.opcheck(fused_sgd_, (params, grads, [], *rest, *scales))
+    torch.library.opcheck(fused_adamw_, arguments("adamw"), {"amsgrad": True})
+    torch.library.opcheck(fused_adamw_, (*arguments("adamw", amsgrad=False), *scales, rates))
 
 
 def test_an_empty_list():
@@ -91,54 +125,8 @@ def test_errors_say_what_and_where(message):
     assert message in str(caught.value)
 
 
-ADAMW_OPTIONS = [
-    {},
-    {"amsgrad": True, "maximize": True, "weight_decay": 0.1},
-    {"decoupled": False, "weight_decay": 0.1, "beta1": 0.3, "beta2": 0.5, "eps": 1e-3},
-]
-
-
-def adamw_arguments(dtype=torch.float32, amsgrad=True):
-    params, grads, exp_avgs, layer_of, lrs = arguments(dtype)
-    squares = [[torch.rand_like(p) for p in params] for _ in range(2)]
-    steps = [torch.tensor(float(i)) for i in range(len(params))]
-    return params, grads, exp_avgs, squares[0], squares[1] if amsgrad else [], steps, layer_of, lrs
-
-
-@pytest.mark.usefixtures("exact_square_roots")
-@pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
-@pytest.mark.parametrize("scale", [None, 4.0, 3.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_fused_adamw_equals_the_reference(dtype, scale, options):
-    ours = adamw_arguments(dtype, options.get("amsgrad", False))
-    theirs = [[t.clone() for t in tensors] for tensors in ours[:6]] + list(ours[6:])
-    scales = (None if scale is None else torch.tensor(scale), torch.tensor(0.0))
-    fused_adamw_(*ours, *scales, **options)
-    fused_adamw_reference_(*theirs, *scales, **options)
-    for a, b in zip(ours[:6], theirs[:6], strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-@pytest.mark.usefixtures("exact_square_roots")
-def test_rates_in_one_tensor_take_the_place_of_numbers():
-    one, other = adamw_arguments(), adamw_arguments()
-    for a, b in zip(one[:6], other[:6], strict=True):
-        for x, y in zip(a, b, strict=True):
-            y.copy_(x)
-    fused_adamw_(*one, amsgrad=True)
-    fused_adamw_(*other[:7], [9.0, 9.0], None, None, torch.tensor(one[7], dtype=torch.float64), amsgrad=True)
-    assert all(map(torch.equal, one[0], other[0]))
-
-
-def test_opcheck_of_fused_adamw():
-    torch.library.opcheck(fused_adamw_, adamw_arguments(), {"amsgrad": True})
-    rates = torch.tensor([0.1, 0.2], dtype=torch.float64)
-    given = (*adamw_arguments(amsgrad=False), torch.tensor(2.0), torch.tensor(0.0), rates)
-    torch.library.opcheck(fused_adamw_, given)
-
-
 def test_counters_elsewhere_are_errors():
-    given = list(adamw_arguments())
+    given = list(arguments("adamw"))
     given[5] = [step.double() for step in given[5]]
     with pytest.raises(ValueError, match=r"steps must be one float32 each on cpu, got torch\.float64"):
         fused_adamw_(*given, amsgrad=True)

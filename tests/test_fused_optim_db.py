@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from fused_cases import TORCHS
 from torch import nn
 
 from freezeout_ext import FusedAdam, FusedAdamW, FusedSGD
@@ -16,7 +17,6 @@ pytest.importorskip("expecttest", reason="torch's test helpers import it")
 with mock.patch.object(torch.backends, "disable_global_flags"):
     from torch.testing._internal.common_optimizers import optim_db
 
-TORCHS = {FusedSGD: torch.optim.SGD, FusedAdamW: torch.optim.AdamW, FusedAdam: torch.optim.Adam}
 INFOS = {ours: next(info for info in optim_db if info.optim_cls is theirs) for ours, theirs in TORCHS.items()}
 INPUTS = {
     (ours, given.desc): given.kwargs
@@ -127,40 +127,6 @@ def test_the_same_errors(cls, desc):
         warnings.simplefilter("error", UserWarning)
         with pytest.raises(error.error_type, match=error.error_regex):
             cls(params, **error.optimizer_error_input.kwargs)
-
-
-BAD_VALUES = {
-    FusedSGD: [
-        {"lr": -0.1},
-        {"weight_decay": -1},
-        {"nesterov": True},
-        {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
-        {"fused": True, "foreach": True},
-        {"fused": True, "differentiable": True},
-    ],
-    FusedAdamW: [
-        {"lr": -0.1},
-        {"eps": -1.0},
-        {"betas": (1.0, 0.9)},
-        {"betas": (0.9, -0.1)},
-        {"weight_decay": -1},
-        {"lr": torch.tensor(0.1), "foreach": True},
-        {"lr": torch.ones(2)},
-        {"fused": True, "foreach": True},
-        {"fused": True, "differentiable": True},
-    ],
-}
-BAD_VALUES[FusedAdam] = BAD_VALUES[FusedAdamW]
-
-
-@pytest.mark.parametrize(("cls", "kwargs"), [(c, k) for c, all_ in BAD_VALUES.items() for k in all_], ids=name_of)
-def test_the_same_errors_for_bad_values(cls, kwargs):
-    def message_of(cls):
-        with pytest.raises((ValueError, RuntimeError)) as caught:
-            cls([nn.Parameter(torch.ones(3))], **kwargs)
-        return caught.type, str(caught.value)
-
-    assert message_of(cls) == message_of(TORCHS[cls])
 
 
 @pytest.mark.parametrize("cls", TORCHS, ids=name_of)

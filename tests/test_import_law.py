@@ -62,24 +62,24 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path):
-    """-> (parts of this package, top names of other packages) that the file imports anywhere."""
-    inside, outside = set(), set()
-    folder = ("freezeout_ext", *path.relative_to(PACKAGE).parts[:-1])
+def targets(path: Path) -> list[list[str]]:
+    """What the file imports anywhere: dotted names, split."""
+    found = []
+    folder = path.relative_to(PACKAGE.parent).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        targets = []
         if isinstance(node, ast.Import):
-            targets = [alias.name.split(".") for alias in node.names]
+            found += [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = list(folder[: len(folder) - node.level + 1]) if node.level else []
             base += node.module.split(".") if node.module else []
-            targets = [[*base, alias.name] for alias in node.names]
-        for target in targets:
-            if target[0] == "freezeout_ext":
-                inside.add(target[1])
-            else:
-                outside.add(target[0])
-    return inside - {part_of(path)}, outside
+            found += [[*base, alias.name] for alias in node.names]
+    return found
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """-> (parts of this package, top names of other packages) that the file imports anywhere."""
+    inside = {target[1] for target in targets(path) if target[0] == PACKAGE.name}
+    return inside - {part_of(path)}, {target[0] for target in targets(path)} - {PACKAGE.name}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -103,15 +103,12 @@ def test_the_law_allows_nothing_that_is_not_used():
 
 @pytest.mark.parametrize("package", sorted({path.parent for path in sources()} - {PACKAGE}), ids=lambda path: path.name)
 def test_there_is_no_circle_inside_a_package(package):
-    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
-    graph = {}
-    for name in sorted(modules):
-        found = set()
-        for node in ast.walk(ast.parse((package / f"{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                targets = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-                found |= modules.intersection(targets)
-        graph[name] = found - {name}
+    modules = {path.stem: path for path in package.glob("*.py") if path.stem != "__init__"}
+    here = [PACKAGE.name, package.name]
+    graph = {
+        name: {target[2] for target in targets(path) if target[:2] == here}.intersection(modules) - {name}
+        for name, path in modules.items()
+    }
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them
 
 
@@ -121,17 +118,7 @@ def test_benchmarks_and_tests_do_not_import_each_other():
     names = {folder: {path.stem for path in folder.rglob("*.py")} for folder in (tests, bench)}
     for folder, others in ((tests, names[bench]), (bench, names[tests])):
         for path in folder.rglob("*.py"):
-            assert not imports_of_a_file(path) & (others - names[folder]), path
-
-
-def imports_of_a_file(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
+            assert not {target[0] for target in targets(path)} & (others - names[folder]), path
 
 
 def test_the_law_sees_lazy_and_relative_imports(tmp_path):

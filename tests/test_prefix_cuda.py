@@ -464,7 +464,7 @@ def test_exact_engine_off_the_gpu_is_the_originals() -> None:
 @pytest.mark.parametrize("name", ["densenet", "wrn", "vgg", "resnet"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_engine_on_gpu(name: str, dtype: torch.dtype) -> None:
-    net, x = prefix_of(name).cuda(), images(32, 32 if name != "vgg" else 8, "cuda")
+    net, x = prefix_of(name).cuda(), images(8, 16 if name != "vgg" else 8, "cuda")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         wanted = net(x)
         engine = engine_of(net, dtype=dtype)
@@ -483,7 +483,7 @@ def test_engine_on_gpu(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["densenet", "wrn"])
 def test_exact_engine_on_gpu_is_bit_equal(name: str) -> None:
-    net, x = prefix_of(name).cuda(), images(32, 32, "cuda")
+    net, x = prefix_of(name).cuda(), images(8, 16, "cuda")
     engine = graphs.ExactEngine(lambda x: (net(x),))
     with torch.no_grad():
         for i in range(4):
@@ -503,7 +503,7 @@ def test_a_prefix_that_waits_is_not_captured() -> None:
 
 @pytest.mark.cuda
 def test_inside_a_graph_of_the_whole_step() -> None:
-    net, x = prefix_of("densenet").cuda(), images(16, 32, "cuda")
+    net, x = prefix_of("densenet").cuda(), images(8, 16, "cuda")
     engine = engine_of(net, dtype=torch.bfloat16)
     for _ in range(3):
         engine(x)
@@ -516,6 +516,7 @@ def test_inside_a_graph_of_the_whole_step() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.hardware
 def test_ways_agree_on_gpu() -> None:
     """Every way of a few fused convolutions against the reference, cuDNN's fused forms among them."""
     torch.manual_seed(0)

@@ -90,6 +90,27 @@ def test_snapping_keeps_the_summed_active_time():
     assert Schedule(21, 10_000, max_transitions=20).t(7) == free.t(7)
 
 
+def test_the_rule_counts_the_layers_that_are_left():
+    left, whole = Schedule(4, 40, t_0=0.4), Schedule(7, 40, t_0=0.4, start_frozen=3)
+    assert [whole.t(i) for i in range(7)] == [0, 0, 0, *(left.t(i) for i in range(4))]
+    for step in range(41):
+        assert whole.num_frozen(step) == 3 + left.num_frozen(step)
+        assert [whole.lr_factor(i, step) for i in range(3, 7)] == [left.lr_factor(i, step) for i in range(4)]
+        assert [whole.lr_factor(i, step) for i in range(3)] == [0, 0, 0]
+    snapped = Schedule(7, 40, t_0=0.4, start_frozen=3, max_transitions=2)
+    assert [snapped.t(i) for i in range(3)] == [0, 0, 0] and len({snapped.t(i) for i in range(3, 6)}) == 2
+
+
+def test_milestones_stand_in_place_of_the_rule():
+    schedule = Schedule(5, 40, milestones=[0, 0.25, 0.25, 0.9, 1])
+    assert [schedule.milestone(i) for i in range(5)] == [0, 10, 10, 36, 40]
+    assert [schedule.num_frozen(step) for step in (0, 9, 10, 35, 36, 40)] == [1, 1, 3, 3, 4, 4]
+    assert Schedule(5, 40, milestones=[1] * 5).num_frozen(10**6) == 0
+    behind = Schedule(5, 40, start_frozen=2, milestones=(0.5, 0.75, 1))
+    assert [behind.milestone(i) for i in range(5)] == [0, 0, 20, 30, 40]
+    assert Schedule(5, 40, milestones=[0.1, 0.3, 0.5, 0.9, 1], max_transitions=2).milestone(0) == 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -107,11 +128,41 @@ def test_snapping_keeps_the_summed_active_time():
         ({"max_transitions": 0}, "max_transitions must be >= 1, got 0"),
         ({"warmup_steps": -1}, "warmup_steps must be >= 0, got -1"),
         ({"warmup_steps": 52}, "warmup_steps must end before the first layer freezes at step 51.2, got 52"),
+        ({"milestones": [0.5, 1]}, "one entry for each of the 3 layers, got 2"),
+        (
+            {"milestones": [0.5, 1], "start_frozen": 2},
+            "each of the 1 layers behind the 2 of start_frozen, got 2",
+        ),
+        (
+            {"milestones": [0.5, 0.4, 1]},
+            "must not fall, got 0.5 and then 0.4 for layer 1",
+        ),
+        (
+            {"milestones": [0.5, 0.6, 0.9]},
+            r"must end with 1 \(the last layer never freezes\), got 0.9",
+        ),
+        (
+            {"milestones": [0.5, 1.5, 1]},
+            r"fractions in \[0, 1\], got 1.5 for layer 1",
+        ),
+        (
+            {"milestones": [float("nan"), 1, 1]},
+            r"fractions in \[0, 1\], got nan for layer 0",
+        ),
+        (
+            {"milestones": [0.5, 0.6, 1], "t_0": 0.5},
+            "t_0 has no meaning beside them",
+        ),
+        ({"start_frozen": 3}, "must leave a layer to train, got 3 of 3 layers"),
+        (
+            {"start_frozen": 1, "t_0": 0.1, "warmup_steps": 5},
+            "first layer freezes at step 0.1, got 5",
+        ),
     ],
 )
 def test_bad_values_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Schedule(**{"num_layers": 4, "total_steps": 100, **arguments})
+        Schedule(**{"num_layers": 3, "total_steps": 100, **arguments})
 
 
 schedules = st.builds(

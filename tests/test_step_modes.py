@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_freezeout import assert_same
 
 from freezeout_ext.tasks.images import image_task, load_data
 from freezeout_ext.training.config import TrainConfig
@@ -29,12 +30,6 @@ def weights(trainer):
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
-
-
 def test_a_graphed_step_is_the_same_step_on_a_cpu(digits, tmp_path):
     runs = []
     for graph in (False, True):
@@ -42,7 +37,7 @@ def test_a_graphed_step_is_the_same_step_on_a_cpu(digits, tmp_path):
         result = run.train(Reporter())
         runs.append((weights(run.trainer), [phase["num_frozen"] for phase in result["phases"]], result["test_loss"]))
     assert runs[1][1:] == runs[0][1:] and len(runs[0][1]) > 1
-    assert_equal(runs[1][0], runs[0][0])
+    assert_same(runs[1][0], runs[0][0])
     assert run.trainer.train_step.eager_steps == 14
 
 
@@ -74,7 +69,7 @@ def test_compiled_runs_have_few_transitions_and_say_how_many_graphs(digits, tmp_
         result = run.train(Reporter())
         expected = Run.prepare(replace(config, compile=False), tmp_path / f"{method}-eager", task=task_of(digits))
         expected.train(Reporter())
-        assert_equal(weights(run.trainer), weights(expected.trainer))
+        assert_same(weights(run.trainer), weights(expected.trainer))
         graphs = json.loads((tmp_path / method / "result.json").read_text())["graphs_compiled"]
         assert sum(graphs.values()) > 0
         assert set(graphs) == {str(phase["num_frozen"]) for phase in result["phases"]}

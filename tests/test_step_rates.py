@@ -4,30 +4,34 @@ import copy
 
 import pytest
 import torch
-from host_graphs import HostGraphs, graphed_step
-from test_graphed import STEPS, batches, make, needs_native, plain_loop
+from test_graphed import STEPS, batches, make, plain_loop
 from torch.nn import functional
 
 from freezeout_ext import FreezeOut, FusedSGD, Schedule
-from freezeout_ext.graphed import WARM_UP_STEPS
+from freezeout_ext.graphed import WARM_UP_STEPS, GraphedStep
 from freezeout_ext.models import build_model
 
+native_cuda = pytest.mark.native_cuda
+# One that computes its rates from a counter, one that reads them from tensors.
+KINDS = [pytest.param(FusedSGD, marks=native_cuda), pytest.param(torch.optim.SGD, marks=pytest.mark.cuda)]
 
-@needs_native
+
+@native_cuda
 @pytest.mark.parametrize("warmup_steps", [0, 5])
 def test_fused_sgd_computes_its_rates_from_the_counter(warmup_steps):
     def train(graphed):
         torch.manual_seed(1)
-        model = build_model("wrn-10-1", 4, image_size=8)
+        model = build_model("wrn-10-1", 4, image_size=8).cuda()
         optimizer = FusedSGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
         freezeout = FreezeOut(
             model, optimizer, total_steps=STEPS, t_0=0.3, how_scale="linear", warmup_steps=warmup_steps
         )  # fmt: skip
+        data = batches(device="cuda")
         if not graphed:
-            return model, plain_loop(model, optimizer, freezeout, batches()), freezeout
-        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=HostGraphs())
+            return model, plain_loop(model, optimizer, freezeout, data), freezeout
+        step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout)
         losses = []
-        for batch in batches():
+        for batch in data:
             # What the host believes must not matter.
             for group in optimizer.param_groups:
                 group["lr"] = 1e9
@@ -40,17 +44,23 @@ def test_fused_sgd_computes_its_rates_from_the_counter(warmup_steps):
     assert freezeout.num_frozen > 0
     # cos^2 of half the angle instead of (1 + cos) / 2: the last bits of the rates differ, and the runs drift apart.
     torch.testing.assert_close(torch.tensor(graphed_losses), torch.tensor(losses), rtol=1e-3, atol=1e-4)
-    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+    assert_close(model, expected)
+
+
+def assert_close(a, b):
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
-@needs_native
+@native_cuda
 def test_fused_sgd_without_a_schedule_keeps_its_rate_and_refuses_another():
-    model, optimizer, _ = make(FusedSGD, freeze=False)
+    model, optimizer, _ = make(FusedSGD, freeze=False, device="cuda")
     expected = copy.deepcopy(model)
     reference = torch.optim.SGD(expected.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
-    step = graphed_step(model, functional.cross_entropy, optimizer, graphs=HostGraphs())
-    for inputs, targets in batches(6):
+    step = GraphedStep(model, functional.cross_entropy, optimizer)
+    data = batches(device="cuda")
+    for _ in range(6):
+        inputs, targets = next(data)
         step(inputs, targets)
         functional.cross_entropy(expected(inputs), targets).backward()
         reference.step()
@@ -59,35 +69,32 @@ def test_fused_sgd_without_a_schedule_keeps_its_rate_and_refuses_another():
         torch.testing.assert_close(p, q)
     optimizer.param_groups[0]["lr"] = 0.01
     with pytest.raises(RuntimeError, match="lr must not change"):
-        step(*next(batches()))
+        step(*next(data))
 
 
-@pytest.mark.parametrize("sgd", [torch.optim.SGD, pytest.param(FusedSGD, marks=needs_native)])
+@pytest.mark.parametrize("sgd", KINDS)
 @pytest.mark.parametrize("freeze", [False, True])
 def test_one_cosine_for_all_layers(sgd, freeze):
-    fused = {"fused": True} if sgd is torch.optim.SGD else {}
     cosine = Schedule(1, STEPS, t_0=1.0, warmup_steps=4)
     runs = []
-    for host in (None, HostGraphs()):
-        model, optimizer, freezeout = make(sgd, freeze=freeze, anneal=False, **fused)
-        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, cosine=cosine, graphs=host)
+    for graph in (False, True):
+        model, optimizer, freezeout = make(sgd, freeze=freeze, anneal=False, device="cuda")
+        step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, cosine=cosine, graph=graph)
         assert float(optimizer.param_groups[-1]["lr"]) == pytest.approx(0.05 / 5)
-        for batch in batches():
+        for batch in batches(device="cuda"):
             step(*batch)
         assert float(optimizer.param_groups[-1]["lr"]) == 0
         runs.append(model)
-    for p, q in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    assert_close(*runs)
 
 
-@needs_native
+@native_cuda
 def test_a_loaded_state_sets_the_counter():
     runs = []
-    data = list(batches())
-    for graphs in (False, True):
-        model, optimizer, freezeout = make(FusedSGD)
-        host = HostGraphs() if graphs else None
-        step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=host)
+    data = list(batches(device="cuda"))
+    for graph in (False, True):
+        model, optimizer, freezeout = make(FusedSGD, device="cuda")
+        step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout, graph=graph)
         for batch in data[:6]:
             step(*batch)
         state = freezeout.state_dict()
@@ -96,15 +103,13 @@ def test_a_loaded_state_sets_the_counter():
             step(*batch)
         runs.append(model)
     assert step._rates.counter.item() == 30
-    # cos^2 of half the angle: the last bits of the rates differ.
-    for p, q in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+    assert_close(*runs)
 
 
-@needs_native
+@native_cuda
 def test_a_transition_that_raises_leaves_the_devices_count_at_the_hosts():
-    model, optimizer, freezeout = make(FusedSGD)
-    step = graphed_step(model, functional.cross_entropy, optimizer, freezeout, graphs=HostGraphs())
+    model, optimizer, freezeout = make(FusedSGD, device="cuda")
+    step = GraphedStep(model, functional.cross_entropy, optimizer, freezeout)
     allowed = []
 
     def refuse(*_):
@@ -112,7 +117,7 @@ def test_a_transition_that_raises_leaves_the_devices_count_at_the_hosts():
             raise RuntimeError("not now")
 
     freezeout.register_transition_hook(refuse)
-    data = batches()
+    data = batches(device="cuda")
     with pytest.raises(RuntimeError, match="not now"):
         for batch in data:
             step(*batch)
@@ -123,9 +128,8 @@ def test_a_transition_that_raises_leaves_the_devices_count_at_the_hosts():
     assert step.step_count == freezeout.step_count == step._rates.counter.item() == done + 1
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.native_cuda)])
-@pytest.mark.parametrize("sgd", [pytest.param(FusedSGD, marks=needs_native), torch.optim.SGD])
-def test_overflows_in_all_warm_up_steps(sgd, device):
+@pytest.mark.parametrize("sgd", KINDS)
+def test_overflows_in_all_warm_up_steps(sgd):
     """The scale starts far too high: the first update that counts comes late, and as if nothing had been before."""
     large = 2.0**12  # of the loss; its inverse of the rate
     runs = []
@@ -133,36 +137,34 @@ def test_overflows_in_all_warm_up_steps(sgd, device):
     def criterion(outputs, targets):
         return large * functional.cross_entropy(outputs, targets)
 
-    for graphs in (False, True):
+    for graph in (False, True):
         torch.manual_seed(1)
-        model = build_model("wrn-10-1", 4, image_size=8).to(device)
+        model = build_model("wrn-10-1", 4, image_size=8).cuda()
         # Eagerly torch's fused step would take unwritten memory for momentum here.
-        options = {} if sgd is FusedSGD or not graphs else {"fused": True}
+        options = {} if sgd is FusedSGD or not graph else {"fused": True}
         optimizer = sgd(model.parameters(), lr=0.05 / large, momentum=0.9, **options)
-        scaler = torch.amp.GradScaler(device, init_scale=2.0**127)
-        step = graphed_step(
-            model, criterion, optimizer, scaler=scaler, cosine=Schedule(1, STEPS, t_0=1.0),
-            graphs=HostGraphs() if graphs and device == "cpu" else None, graph=graphs,
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**127)
+        step = GraphedStep(
+            model, criterion, optimizer, scaler=scaler, cosine=Schedule(1, STEPS, t_0=1.0), graph=graph
         )  # fmt: skip
         first = [p.detach().clone() for p in model.parameters()]
         skipped = 0
         losses = []
-        for inputs, targets in batches():
-            losses.append(step(inputs.to(device), targets.to(device))[0] / large)
+        for batch in batches(device="cuda"):
+            losses.append(step(*batch)[0] / large)
             skipped += all(map(torch.equal, first, model.parameters()))
         assert WARM_UP_STEPS < skipped < STEPS // 2
-        assert step.replays > STEPS // 3 or not graphs
+        assert step.replays > STEPS // 3 or not graph
         runs.append(torch.stack(losses))
     # Captured rates are computed anew on the device.
     torch.testing.assert_close(runs[1], runs[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.cuda
 def test_an_optimizer_that_asks_the_host_is_refused_with_a_scaler():
-    model, _, _ = make(freeze=False)
+    model, _, _ = make(freeze=False, device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), capturable=True)
     with pytest.raises(
         ValueError, match=r"optimizer must be a FusedOptimizer, or made with fused=True, .* got AdamW without"
     ):
-        graphed_step(
-            model, functional.cross_entropy, optimizer, scaler=torch.amp.GradScaler("cpu"), graphs=HostGraphs()
-        )  # fmt: skip
+        GraphedStep(model, functional.cross_entropy, optimizer, scaler=torch.amp.GradScaler("cuda"))

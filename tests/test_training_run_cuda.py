@@ -1,13 +1,9 @@
 """Training runs on a GPU as the command line makes them: eager, graphed, prefixes, precisions, a stop and a resume."""
 
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
-from host_graphs import HostGraphs
-
-from freezeout_ext import graphed
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -19,11 +15,7 @@ from freezeout_ext.training.measure import CUDA_MEMORY
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run import Run
 
-
-def on_gpu(*values):
-    return pytest.param("cuda", *values, marks=pytest.mark.cuda)
-
-
+pytestmark = pytest.mark.cuda
 # 14 steps an epoch; 4 of the 5 layers freeze on the way.
 CONFIG = TrainConfig(
     model="wrn-10-1", epochs=6, batch_size=96, lr=0.05, t_0=0.5, how_scale="cubic", amp="off", threads=1,
@@ -41,21 +33,14 @@ def settings():
 
 @pytest.fixture(scope="module")
 def digits():
-    return {}
-
-
-def data_on(device, digits):
-    if device not in digits:
-        digits[device] = load_data("digits", device=device)
-    return digits[device]
+    return load_data("digits", device="cuda")
 
 
 def train(config, out, digits, *, resume=False, reporter=None):
-    task = image_task(data_on(config.device, digits), config.model)
+    task = image_task(digits, config.model)
     return Run.prepare(config, out, resume=resume, task=task).train(reporter or Reporter())
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize(
     ("graph", "prefix"), [(False, "off"), (False, "exact"), (False, "bf16"), (True, "exact"), (True, "bf16")]
 )
@@ -71,17 +56,14 @@ def test_a_run_learns_the_digits(graph, prefix, digits, tmp_path):
     assert result["conditions"]["device"] == torch.cuda.get_device_name()
 
 
-@pytest.mark.parametrize(("device", "store"), [("cpu", "host"), on_gpu("device"), on_gpu("host")])
-def test_a_captured_step_takes_kept_features_and_learns_what_the_eager_one_does(device, store, digits, tmp_path):
-    config = replace(CONFIG, device=device, method="no-anneal", start_frozen=2, t_0=0.9, how_scale="linear")
-    config, task = replace(config, cache=store, views=2), image_task(data_on(device, digits), config.model)
+@pytest.mark.parametrize("store", ["device", "host"])
+def test_a_captured_step_takes_kept_features_and_learns_what_the_eager_one_does(store, digits, tmp_path):
+    config = replace(CONFIG, device="cuda", method="no-anneal", start_frozen=2, t_0=0.9, how_scale="linear")
+    config, task = replace(config, cache=store, views=2), image_task(digits, config.model)
     found = []
     for graph in (False, True):
-        # Where there is no GPU a step is recorded on the host, and runs in each replay.
-        graphs = (lambda device: HostGraphs()) if device == "cpu" else graphed._graphs_of
-        with mock.patch.object(graphed, "_graphs_of", graphs):
-            run = Run.prepare(replace(config, graph=graph), tmp_path / str(graph), task=task)
-            result = run.train(Reporter())
+        run = Run.prepare(replace(config, graph=graph), tmp_path / str(graph), task=task)
+        result = run.train(Reporter())
         features, step = result["features"], run.trainer.train_step
         assert features["hits"] > features["misses"] and features["pushed"]
         assert (step.replays > 20 and step.captures > 0) == graph
@@ -91,7 +73,6 @@ def test_a_captured_step_takes_kept_features_and_learns_what_the_eager_one_does(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.cuda
 # SGD without a scaler is in test_graphed.py.
 @pytest.mark.parametrize(
     ("amp", "optimizer"), [("bf16", "adamw"), ("fp16", "fused-sgd"), ("fp16", "sgd"), ("fp16", "adamw")]
@@ -110,7 +91,6 @@ class Stop(Reporter):
             raise KeyboardInterrupt
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("graph", [False, True])
 def test_a_stopped_run_ends_in_the_same_weights(graph, digits, tmp_path):
     config = replace(CONFIG, device="cuda", graph=graph, prefix="exact")
@@ -126,11 +106,10 @@ def test_a_stopped_run_ends_in_the_same_weights(graph, digits, tmp_path):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.cuda
-def test_compare_on_a_gpu(tmp_path):
+def test_compare_on_a_gpu(digits, tmp_path):
     base = replace(CONFIG, device="cuda", epochs=3)
     arms = make_arms(["full", "freezeout", "short"], [0.5], ["cubic"])
-    task = image_task(load_data("digits", device="cuda"), base.model)
+    task = image_task(digits, base.model)
     summary = Comparison(base, tmp_path / "out", arms=arms, seeds=[0], task=task).run(
         lambda title: Reporter(), say=lambda text: None
     )

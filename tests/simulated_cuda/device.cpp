@@ -18,8 +18,6 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <cmath>
-#include <limits>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -33,8 +31,6 @@ namespace {
 
 const c10::Device kDevice(c10::DeviceType::CUDA, 0);
 
-std::atomic<std::int64_t> allocated{0};
-std::atomic<std::int64_t> most_allocated{0};
 std::atomic<bool> capturing{false};
 std::atomic<bool> capture_failed{false};
 std::atomic<int> sync_debug_mode{0};  // 1 warns, 2 raises
@@ -42,84 +38,32 @@ std::atomic<std::uintptr_t> current_stream{0};
 
 // Memory
 
-struct Memory {
-  at::DataPtr host;
-  std::int64_t bytes;
-};
-
-void free_memory(void* context) {
-  auto* memory = static_cast<Memory*>(context);
-  allocated -= memory->bytes;
-  delete memory;
+// The storage's memory as `device`'s, which keeps the storage alive.
+at::DataPtr data_on(c10::Device device, const c10::Storage& storage) {
+  return {const_cast<void*>(storage.data()), new c10::Storage(storage),
+          [](void* context) { delete static_cast<c10::Storage*>(context); }, device};
 }
 
-at::DataPtr on_device(at::DataPtr host, std::size_t bytes) {
-  void* data = host.get();
-  auto* memory = new Memory{std::move(host), static_cast<std::int64_t>(bytes)};
-  const std::int64_t now = allocated += memory->bytes;
-  for (std::int64_t most = most_allocated; now > most && !most_allocated.compare_exchange_weak(most, now);) {
-  }
-  return {data, memory, &free_memory, kDevice};
-}
-
-// A host tensor's memory, from now on the device's.
-at::DataPtr on_device(const c10::Storage& storage) {
-  auto* kept = new c10::Storage(storage);
-  return on_device({const_cast<void*>(storage.data()), kept,
-                    [](void* context) { delete static_cast<c10::Storage*>(context); }, c10::kCPU},
-                   storage.nbytes());
-}
-
-struct DeviceAllocator final : c10::Allocator {
-  c10::DataPtr allocate(std::size_t bytes) override {
-    return on_device(c10::GetCPUAllocator()->allocate(bytes), bytes);
-  }
-  void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
-};
-DeviceAllocator device_allocator;
-
-const c10::DispatchKeySet kDeviceKeys(c10::DispatchKey::CUDA);
-
-at::Tensor filled(at::Tensor tensor) {
-  if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory()) {
-    if (tensor.is_floating_point()) tensor.fill_(std::numeric_limits<double>::quiet_NaN());
-  }
-  return tensor;
-}
-
-at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
-  return filled(at::detail::empty_generic(size, &device_allocator, kDeviceKeys, c10::dtype_or_default(dtype), format));
-}
-
-at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
-                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
-  return filled(
-      at::detail::empty_strided_generic(size, stride, &device_allocator, kDeviceKeys, c10::dtype_or_default(dtype)));
-}
-
-// The same memory as a tensor of `device`, which keeps it alive where `owned`.
-at::Tensor alias_of(const at::Tensor& tensor, c10::DispatchKey key, c10::Device device, bool owned = true) {
-  const c10::Storage& storage = tensor.storage();
-  const bool host = device.is_cpu();
-  auto* owner = owned ? new c10::Storage(storage) : nullptr;
-  at::DataPtr data(
-      const_cast<void*>(storage.data()), owner,
-      owned ? [](void* context) { delete static_cast<c10::Storage*>(context); } : &c10::detail::deleteNothing, device);
-  auto* allocator = host ? c10::GetCPUAllocator() : &device_allocator;
-  auto impl = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), storage.nbytes(),
-                                                    std::move(data), allocator, /*resizable=*/true);
+// The tensor's memory as a tensor of `device`.
+at::Tensor alias_of(const at::Tensor& tensor, c10::Device device, at::DataPtr data) {
+  auto impl = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), tensor.storage().nbytes(),
+                                                    std::move(data), c10::GetCPUAllocator(), /*resizable=*/true);
+  const c10::DispatchKey key = device.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
   at::Tensor alias =
       at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(impl)), c10::DispatchKeySet(key), tensor.dtype());
   alias.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
   return alias;
 }
 
+at::Tensor alias_of(const at::Tensor& tensor, c10::Device device) {
+  return alias_of(tensor, device, data_on(device, tensor.storage()));
+}
+
 // What became of an alias is the original's.
 void take_back(const at::Tensor& original, const at::Tensor& alias) {
   const c10::Storage& storage = alias.storage();
   if (storage.data() != original.storage().data() || storage.nbytes() != original.storage().nbytes()) {
-    original.storage().set_data_ptr(on_device(storage));
+    original.storage().set_data_ptr(data_on(kDevice, storage));
     original.storage().set_nbytes(storage.nbytes());
   }
   if (alias.sizes() != original.sizes() || alias.strides() != original.strides())
@@ -128,14 +72,9 @@ void take_back(const at::Tensor& original, const at::Tensor& alias) {
 
 // Capture
 
-void refuse_in_capture(const std::string& what) {
-  if (!capturing) return;
-  capture_failed = true;
-  TORCH_CHECK(false, "CUDA error: operation not permitted when stream is capturing (", what, ")");
-}
-
 void synchronizes(const std::string& what) {
-  refuse_in_capture(what);
+  if (capturing) capture_failed = true;
+  TORCH_CHECK(!capturing, "CUDA error: operation not permitted when stream is capturing (", what, ")");
   TORCH_CHECK(sync_debug_mode != 2, "called a synchronizing CUDA operation (", what, ")");
   if (sync_debug_mode == 1) TORCH_WARN("called a synchronizing CUDA operation (", what, ")");
 }
@@ -147,9 +86,6 @@ const std::unordered_set<std::string> kSynchronizing = {
     "aten::masked_select",       "aten::_unique2", "aten::unique_dim",
     "aten::unique_consecutive",
 };
-// An index may lie on the host.
-const std::unordered_set<std::string> kMixing = {"aten::index.Tensor", "aten::index.Tensor_out", "aten::index_put_",
-                                                 "aten::_index_put_impl_"};
 
 class HostCall {
  public:
@@ -159,48 +95,42 @@ class HostCall {
     const auto& schema = op_.schema();
     const std::string name = c10::toString(op_.operator_name());
     if (kSynchronizing.count(name)) synchronizes(name);
-    TORCH_CHECK_NOT_IMPLEMENTED(c10::Dispatcher::singleton()
-                                    .findSchema(op_.operator_name())
-                                    ->hasComputedKernelForDispatchKey(c10::DispatchKey::CPU),
-                                "the simulated CUDA device cannot run ", name, ": the CPU has no kernel for it");
-    mixes_ = kMixing.count(name) > 0;
-    const std::size_t begin = stack_->size() - schema.arguments().size();
-    for (std::size_t i = begin; i < stack_->size(); ++i) (*stack_)[i] = to_host((*stack_)[i]);
-    TORCH_CHECK(mixes_ || !stranger_.defined(), "Expected all tensors to be on the same device, but got a tensor on ",
+    // A GPU's convolutions of float16 sum in float32; the CPU's own take twenty times as long.
+    const bool may_widen = name.rfind("aten::convolution", 0) == 0;
+    bool is_wide = false;
+    const auto on_the_host = [&](const at::Tensor& tensor) {
+      const at::Tensor found = host(tensor);
+      if (!may_widen || !found.defined() || found.scalar_type() != at::kHalf) return found;
+      is_wide = true;
+      return found.to(at::kFloat);
+    };
+    for (std::size_t i = stack_->size() - schema.arguments().size(); i < stack_->size(); ++i)
+      (*stack_)[i] = mapped((*stack_)[i], on_the_host);
+    TORCH_CHECK(!stranger_.defined(), "Expected all tensors to be on the same device, but got a tensor on ",
                 stranger_.defined() ? stranger_.device().str() : "", " beside others on cuda:0 (", name, ")");
-    const bool wide = widens(name, begin);
     op_.callBoxed(stack_);
-    take_back_resized();
-    for (std::size_t i = stack_->size() - schema.returns().size(); i < stack_->size(); ++i) {
-      if (wide && (*stack_)[i].isTensor() && (*stack_)[i].toTensor().defined())
-        (*stack_)[i] = (*stack_)[i].toTensor().to(at::kHalf);
-      (*stack_)[i] = to_device((*stack_)[i]);
-    }
+    // An operator may have resized its output, or given it other memory.
+    for (const auto& [original, alias] : aliases_) take_back(original, alias);
+    for (std::size_t i = stack_->size() - schema.returns().size(); i < stack_->size(); ++i)
+      (*stack_)[i] = mapped((*stack_)[i], [&](const at::Tensor& tensor) {
+        return device(is_wide && tensor.defined() ? tensor.to(at::kHalf) : tensor);
+      });
   }
 
  private:
-  // Convolutions of float16 sum in float32, as a GPU's do; the CPU's own take twenty times as long.
-  bool widens(const std::string& name, std::size_t begin) {
-    if (name.rfind("aten::convolution", 0) != 0 || (*stack_)[begin].toTensor().scalar_type() != at::kHalf) return false;
-    for (std::size_t i = begin; i < stack_->size(); ++i) {
-      const c10::IValue& value = (*stack_)[i];
-      if (value.isTensor() && value.toTensor().defined()) (*stack_)[i] = value.toTensor().to(at::kFloat);
-    }
-    return true;
-  }
-
-  c10::IValue to_host(const c10::IValue& value) {
-    if (value.isTensor()) return host(value.toTensor());
+  template <class F>
+  static c10::IValue mapped(const c10::IValue& value, const F& of_tensor) {
+    if (value.isTensor()) return of_tensor(value.toTensor());
     if (value.isDevice()) return value.toDevice().is_cuda() ? c10::IValue(c10::Device(c10::kCPU)) : value;
     if (value.isTensorList()) {
       c10::List<at::Tensor> list;
-      for (const at::Tensor& tensor : value.toTensorVector()) list.push_back(host(tensor));
+      for (const at::Tensor& tensor : value.toTensorVector()) list.push_back(of_tensor(tensor));
       return list;
     }
     if (value.isOptionalTensorList()) {
       c10::List<std::optional<at::Tensor>> list;
       for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorList())
-        list.push_back(tensor ? std::optional<at::Tensor>(host(*tensor)) : std::nullopt);
+        list.push_back(tensor ? std::optional<at::Tensor>(of_tensor(*tensor)) : std::nullopt);
       return list;
     }
     return value;
@@ -214,23 +144,8 @@ class HostCall {
     }
     for (const auto& [original, alias] : aliases_)
       if (original.is_same(tensor)) return alias;
-    aliases_.emplace_back(tensor, alias_of(tensor, c10::DispatchKey::CPU, c10::kCPU));
+    aliases_.emplace_back(tensor, alias_of(tensor, c10::kCPU));
     return aliases_.back().second;
-  }
-
-  // An operator may have resized its output, or given it other memory.
-  void take_back_resized() {
-    for (auto& [original, alias] : aliases_) take_back(original, alias);
-  }
-
-  c10::IValue to_device(const c10::IValue& value) {
-    if (value.isTensor()) return device(value.toTensor());
-    if (value.isTensorList()) {
-      c10::List<at::Tensor> list;
-      for (const at::Tensor& tensor : value.toTensorVector()) list.push_back(device(tensor));
-      return list;
-    }
-    return value;
   }
 
   at::Tensor device(const at::Tensor& tensor) {
@@ -238,37 +153,21 @@ class HostCall {
     for (const auto& [original, alias] : aliases_) {
       if (alias.is_same(tensor)) return original;
     }
-    const c10::Storage& storage = tensor.storage();
-    auto impl = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), storage.nbytes(),
-                                                      on_device(storage), &device_allocator,
-                                                      /*resizable=*/true);
-    at::Tensor made =
-        at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(impl)), kDeviceKeys, tensor.dtype());
-    made.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
-    return made;
+    return alias_of(tensor, kDevice);
   }
 
   const c10::OperatorHandle& op_;
   torch::jit::Stack* stack_;
   std::vector<std::pair<at::Tensor, at::Tensor>> aliases_;
-  at::Tensor stranger_;
-  bool mixes_ = false;
+  at::Tensor stranger_;  // of another device
 };
 
 void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) { HostCall(op, stack).run(); }
 
-at::Tensor host_of(const at::Tensor& tensor) {
-  return tensor.is_cuda() ? alias_of(tensor, c10::DispatchKey::CPU, c10::kCPU) : tensor;
-}
+at::Tensor host_of(const at::Tensor& tensor) { return tensor.is_cuda() ? alias_of(tensor, c10::kCPU) : tensor; }
 
 at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
-  if (self.device() != source.device()) {
-    if (non_blocking) {
-      refuse_in_capture("copy_ between host and device");
-    } else {
-      synchronizes("copy_ between host and device");
-    }
-  }
+  if (self.device() != source.device() && !non_blocking) synchronizes("copy_ between host and device");
   at::Tensor target = host_of(self);
   target.copy_(host_of(source));
   return self;
@@ -281,28 +180,9 @@ at::Tensor& set_storage(at::Tensor& self, at::Storage source, std::int64_t offse
   return self;
 }
 
-// cuDNN's fused convolutions: relu(conv(x) + bias), relu(conv(x) + alpha * z + bias).
-at::Tensor conv_add_relu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& z,
-                         const std::optional<at::Scalar>& alpha, const std::optional<at::Tensor>& bias,
-                         c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
-                         std::int64_t groups) {
-  at::Tensor y = at::convolution(x, weight, bias, stride, padding, dilation, false, {0, 0}, groups);
-  return (y + z * alpha.value_or(1.0)).relu_();
-}
-
-at::Tensor conv_relu(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                     c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
-                     std::int64_t groups) {
-  // torch gives cuDNN the unwritten result as z, and 0 as its factor.
-  at::Tensor y = at::convolution(x, weight, bias, stride, padding, dilation, false, {0, 0}, groups);
-  return (y + at::full_like(y, NAN) * 0.0).relu_();
-}
-
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_host>()); }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
-  m.impl("empty.memory_format", empty);
-  m.impl("empty_strided", empty_strided);
   m.impl("as_strided", at::native::as_strided_tensorimpl);
   m.impl("view", at::native::view);
   m.impl("_reshape_alias", at::native::_reshape_alias);
@@ -314,11 +194,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     const auto elements = static_cast<std::int64_t>(source.nbytes() / self.itemsize());
     return set_storage(self, std::move(source), 0, {elements}, {1});
   });
-  m.impl("set_.source_Tensor", [](at::Tensor& self, const at::Tensor& source) -> at::Tensor& {
-    return set_storage(self, source.storage(), source.storage_offset(), source.sizes(), source.strides());
-  });
-  m.impl("cudnn_convolution_relu", conv_relu);
-  m.impl("cudnn_convolution_add_relu", conv_add_relu);
   // Chosen by the device elsewhere, among kernels that are not there.
   for (const char* name : {"convolution", "convolution_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_host>());
@@ -366,9 +241,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   // torch has made its own, which refuse everything, while it was imported: these take their place.
   static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
   new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks;
-  module.def("memory_allocated", [] { return allocated.load(); });
-  module.def("max_memory_allocated", [] { return most_allocated.load(); });
-  module.def("reset_peak_memory_stats", [] { most_allocated = allocated.load(); });
   module.def("set_sync_debug_mode", [](int mode) { sync_debug_mode = mode; });
   module.def("get_sync_debug_mode", [] { return sync_debug_mode.load(); });
   module.def("synchronizes", &synchronizes);
@@ -379,6 +251,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("take_capture_failure", [] { return capture_failed.exchange(false); });
   // The tensor's memory, which it does not keep alive.
   module.def("unowned", [](const at::Tensor& tensor) {
-    return alias_of(tensor, c10::DispatchKey::CUDA, kDevice, /*owned=*/false);
+    return alias_of(tensor, kDevice, {const_cast<void*>(tensor.storage().data()), kDevice});
   });
 }

@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 _pools = itertools.count(1)
 _recorders: list[Recorder] = []  # of the capture under way
-# Mutate arguments that their schemas do not name.
-_WRITES_UNSAID = {"aten::native_batch_norm", "aten::_batch_norm_impl_index", "aten::cudnn_batch_norm"}
+_WRITES_UNSAID = "aten::native_batch_norm"  # changes arguments, which its schema does not say
 _BY_CUBLAS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "aten::mv", "aten::dot")
 _live: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
 # Metadata only: done when captured, nothing to replay.
@@ -28,10 +27,10 @@ def pool_handle() -> tuple[int, int]:
     return 0, next(_pools)
 
 
-def record_launch(run: Callable[..., Any], args: tuple, kwargs: dict) -> bool:
-    """Whether a capture is under way, which then has recorded run(*args, **kwargs)."""
+def record_launch(run: Callable[[int], Any], number: int) -> bool:
+    """Whether a capture is under way, which then has recorded run(number)."""
     if _recorders:
-        _recorders[-1].add(run, args, kwargs)
+        _recorders[-1].add(run, (number,))
     return bool(_recorders)
 
 
@@ -62,7 +61,7 @@ class Recorder(TorchDispatchMode):
             self.add(func, args, kwargs)
             written = [bound[n] for n, w in zip(names, writes, strict=True) if w and n in bound]
             return None if not schema.returns else written[0] if len(schema.returns) == 1 else tuple(written)
-        if any(writes) or name in _WRITES_UNSAID:
+        if any(writes) or name == _WRITES_UNSAID:
             outputs = func(*tree_map_only(Tensor, Tensor.clone, args), **tree_map_only(Tensor, Tensor.clone, kwargs))
         else:
             outputs = func(*args, **kwargs)
