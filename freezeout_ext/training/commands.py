@@ -1,7 +1,6 @@
 """What the commands of the command line do, given its arguments."""
 
 import argparse
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -102,30 +101,17 @@ def tune(args: argparse.Namespace) -> None:
     out = args.out or Path("runs") / f"tune-{folder_name(base)}"
     tuning = Tuning(base, out, task=task, seconds=args.seconds, saving=args.want, seeds=args.seeds, resume=args.resume)
     print(*task.notes, sep="\n", flush=True)
+    kept = {"task": args.task, "data_dir": args.data_dir, "workers": args.workers, **given(args)}
+    kept = {name: value for name, value in kept.items() if name not in ("epochs", "steps", "seed")}
     try:
         tuning.run(run_reporter)
     except KeyboardInterrupt:
         if not tuning.rows:
             raise
         print("\ninterrupted: the best of what is done; --resume goes on", file=sys.stderr)
-        print(f"\n{tuning.text(_train_command(args))}")
+        print(f"\n{tuning.text(kept)}")
         raise
-    print(f"\n{tuning.text(_train_command(args))}\n\nwritten to {out}: tune.json")
-
-
-def _train_command(args: argparse.Namespace) -> str:
-    """The command that trains what `args` name, without what tune has chosen."""
-    words = ["freezeout", "train", *([args.task] if args.task else [])]
-    left_out = {"steps", "epochs", "method", "start_frozen", "t_0", "how_scale", "cache", "views", "seed"}
-    flags = {"data_dir": args.data_dir, "workers": args.workers, **given(args)}
-    for name, value in flags.items():
-        flag = name.replace("_", "-")
-        if value is None or name in left_out:
-            continue
-        words += (
-            ([f"--{flag}"] if value else [f"--no-{flag}"]) if isinstance(value, bool) else [f"--{flag}", str(value)]
-        )
-    return shlex.join(words)
+    print(f"\n{tuning.text(kept)}\n\nwritten to {out}: tune.json")
 
 
 def run_reporter(title: str) -> Reporter:
