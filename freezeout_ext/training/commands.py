@@ -12,7 +12,7 @@ from ..schedule import Schedule
 from ..tasks import Task
 from . import plot
 from .arms import default_kinds, make_arms
-from .chosen import base_config, folder_name, given, own_task, task_of
+from .chosen import config_of, folder_name, given, own_task, task_of
 from .compare import MOST_SEEDS, Comparison
 from .config import OWN_MODEL, TrainConfig, faults_of_input
 from .html import write_report
@@ -39,7 +39,7 @@ def _train_as(args: argparse.Namespace, ranks: Ranks) -> None:
         there = folder.load_config() if args.resume and folder.holds_run() else None
         if there is not None and there.model == OWN_MODEL and own is None:
             raise ValueError(f"the run in {out} is of {there.data}: name that file too")
-        config = replace(there or base_config(own, args), **given(args))
+        config = replace(there, **given(args)) if there else config_of(args, own)
         if own is not None:
             config = replace(config, data=own.name, fingerprint=own.fingerprint)
         reporters: list[Reporter] = []
@@ -70,14 +70,14 @@ def _train_folder(args: argparse.Namespace, own: Task | None) -> Path:
             raise ValueError(f"--resume and --out must name the same folder, got {args.resume} and {args.out}")
         RunFolder(args.resume).load_config()  # it must hold a run
         return args.resume
-    return args.out or Path("runs") / folder_name(replace(base_config(own, args), **given(args)))
+    return args.out or Path("runs") / folder_name(config_of(args, own))
 
 
 def compare(args: argparse.Namespace) -> None:
     with faults_of_input():
         check_count("seeds", args.seeds, 1, MOST_SEEDS)
         own = own_task(args)
-        base = replace(base_config(own, args), **given(args)).resolved()
+        base = config_of(args, own).resolved()
         kinds = [*(args.arms or default_kinds()), *args.const_time]
         arms = make_arms(kinds, args.t0s or [base.t_0], args.how_scales or [base.how_scale], args.shorter)
         task = own or task_of(args, base)
@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace) -> None:
 def tune(args: argparse.Namespace) -> None:
     with faults_of_input():
         own = own_task(args)
-        base = replace(base_config(own, args), **given(args)).resolved()
+        base = config_of(args, own).resolved()
         task = own or task_of(args, base)
     out = args.out or Path("runs") / f"tune-{folder_name(base)}"
     tuning = Tuning(base, out, task=task, seconds=args.seconds, saving=args.want, seeds=args.seeds, resume=args.resume)
