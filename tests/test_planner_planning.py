@@ -19,7 +19,6 @@ from freezeout_ext.planner import (
     measuring,
     plan,
     predict,
-    steps_within,
     suggest_t_0,
 )
 from freezeout_ext.planner.costs import Tail, phases
@@ -88,17 +87,6 @@ def test_a_tail_thaws_to_the_end_of_the_run_and_costs_what_its_layers_do():
     )
     with_tail = suggest_t_0(COSTS, 0.2, how_scale="linear", total_steps=100, tail=Tail(80, 0))
     assert with_tail.t_0 < suggest_t_0(COSTS, 0.2, how_scale="linear", total_steps=100).t_0
-
-
-def test_seconds_become_steps_by_what_a_step_costs():
-    costs = StepCosts(
-        layers=("a", "b", "c", "d"), forward=(1.0,) * 4, frozen_forward=(1.0,) * 4, backward=(2.0,) * 4,
-        backward_first=(2.0,) * 4, optimizer=(0.0,) * 4,
-    )  # fmt: skip
-    half = Schedule(4, 100, t_0=1.0, how_scale="linear", start_frozen=2)
-    assert steps_within(costs, Schedule(4, 100, t_0=1.0), 120.0) == 10  # 12 a step
-    assert steps_within(costs, half, 80.0) == 10  # two layers forward alone: 8 a step
-    assert steps_within(costs, half, 0.1) == 1
 
 
 def test_costs_and_schedule_must_be_of_equally_many_layers():

@@ -10,7 +10,7 @@ from test_tasks_kinds import classification
 
 from freezeout_ext import FeatureCache
 from freezeout_ext.features import spot
-from freezeout_ext.features.worth import Left, Times, reason_against
+from freezeout_ext.features.worth import CALLS, Left, Times, reason_against
 from freezeout_ext.planner import StepCosts
 from freezeout_ext.planner.planning import plan_from_costs
 from freezeout_ext.schedule import Schedule
@@ -39,7 +39,7 @@ class Known(Keeping):
 
 
 def rows_of(k):
-    return Rows(100.0 * k, fill=0.002, gather=0.001, calls=0.01)
+    return Rows(100.0 * k, fill=0.002, gather=0.001)
 
 
 def keeping(views, *, start, length, batch_size=8, deterministic=False):
@@ -51,7 +51,7 @@ def keeping(views, *, start, length, batch_size=8, deterministic=False):
 def added_up(schedule, views):
     """The run's seconds, step by step, where rows are kept behind each freeze. `views`: in steps."""
     total, filled, before, checks = 0.0, 0, 0, spot.Schedule()
-    fill, read = 8 * 0.002 + 0.01, 8 * 0.001 + 0.01
+    fill, read = 8 * 0.002 + CALLS, 8 * 0.001 + CALLS
     for step in range(schedule.total_steps):
         k = schedule.num_frozen(step)
         if k > before:
@@ -116,6 +116,14 @@ def test_seconds_become_the_steps_of_a_run_that_keeps_features(seconds):
     steps = KeptRun(COSTS, 8, rows_of, decides=False).steps_within(seconds, schedule, 20)
     assert steps == 1 or added_up(schedule(steps), 20) <= seconds
     assert added_up(schedule(steps + 1), 20) > seconds
+
+
+def test_seconds_become_steps_by_what_a_step_costs_where_nothing_is_kept():
+    run = KeptRun(COSTS, 8, lambda num_frozen: None)
+    for start in (0, 2):
+        seconds = 10.5 * COSTS.step(start)
+        assert run.steps_within(seconds, lambda n, k=start: Schedule(4, n, t_0=1.0, start_frozen=k), 9) == 10
+    assert run.steps_within(0.1, lambda n: Schedule(4, n, t_0=1.0), 9) == 1
 
 
 def test_auto_takes_none_where_none_would_be_read_again_and_some_where_they_would():

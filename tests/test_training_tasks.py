@@ -245,8 +245,9 @@ def test_several_freezing_arms_share_their_chance_of_an_accident():
 
 def test_settings_are_full_training_and_starts_at_quarters_of_the_layers():
     found = settings([f"blocks.{i}" for i in range(8)])
-    assert found[0].name == "full" and len({setting.name for setting in found}) == len(found) == 8
-    assert {dict(setting.changes)["start_frozen"] for setting in found} == {0, "blocks.1", "blocks.3", "blocks.5"}
+    assert next(iter(found)) == "full" and len(found) == 8
+    starts = {changes.get("start_frozen") for changes in found.values()}
+    assert starts == {None, "blocks.1", "blocks.3", "blocks.5"}
 
 
 def test_rounds_double_the_seconds_and_halve_the_settings_and_the_last_is_against_full_training():
@@ -257,7 +258,6 @@ def test_rounds_double_the_seconds_and_halve_the_settings_and_the_last_is_agains
         (2, 40.0, 2),
         (2, 80.0, 3),
     ]
-    assert sum(each.cost for each in rounds) == 70 + 80 + 160 + 480
     assert rounds_of(1, 80.0, seeds=2) == [Round(2, 80.0, 2)]
 
 
@@ -278,9 +278,9 @@ def test_tune_halves_what_is_left_and_prints_a_command_that_trains(tmp_path, mon
     # The last round: one setting and full training, each with both seeds.
     assert len(tried[last]) == 2 and "full" in tried[last] and best["name"] in tried[last]
     assert [len(row["values"]) for row in tuning.means(last)] == [2, 2]
-    text = tuning.text("freezeout train my_task.py")
-    assert "Trying took" in text and "  freezeout train my_task.py --" in text and "--steps " in text
-    assert "of training in all" in told[0] and "(mean and standard error, n = 2" in text
+    text = tuning.text({"task": "my_task.py", "batch_size": 10})
+    assert "Trying took" in text and "  freezeout train my_task.py --batch-size 10 --no-" in text and "--steps " in text
+    assert "of training in all" in told[0] and "(standard error " in text
     # Runs that are done are kept.
     again = Tuning(base, tmp_path / "out", task=task, seconds=0.4, seeds=2, resume=True)
     with monkeypatch.context() as patched:
@@ -305,14 +305,16 @@ def test_the_best_is_of_the_last_round_by_the_mean_over_its_seeds():
     tuning = tuned((1, "a", 0, 0.1), (2, "a", 0, 0.5), (2, "full", 0, 0.4), (2, "a", 1, 0.1), (2, "full", 1, 0.4))
     assert tuning.best()["name"] == "a" and tuning.best()["value"] == pytest.approx(0.3)
     # Means -0.1 and 0.3 over the seeds: 0.1, and a standard error of 0.2.
-    assert "Ahead of full in equal seconds by 0.1 of" in tuning._against_full(tuning.best())
-    assert "± 0.2 of RMSE, within the noise (mean and standard error, n = 2" in tuning._against_full(tuning.best())
+    found = tuning._against_full(tuning.best())
+    assert found.startswith("Nobody won: a ended 0.1 of RMSE ahead of full, within the noise (standard error 0.2 of")
 
 
 def test_a_round_that_was_interrupted_is_read_by_what_is_done():
     tuning = tuned((2, "a", 0, 0.5), (2, "full", 0, 0.4), (2, "a", 1, 0.1))
     assert tuning.best()["name"] == "a"  # both seeds are done
-    assert tuning._against_full(tuning.best()).startswith("One seed shows no winner over full: -0.1 of")
+    assert tuning._against_full(tuning.best()).startswith(
+        "Nobody won: one seed shows no winner. a ended 0.1 of RMSE behind full"
+    )
     early = tuned((1, "a", 0, 0.5))
     assert "not stood against full" in early._against_full(early.best())
 

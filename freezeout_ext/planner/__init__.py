@@ -1,6 +1,6 @@
 """What FreezeOut would save: the cost of each layer, measured or counted -> the saving of each schedule."""
 
-from .costs import Prediction, StepCosts, Suggestion, predict, steps_within, suggest_t_0
+from .costs import Prediction, StepCosts, Suggestion, predict, suggest_t_0
 from .flops import flop_costs
 from .measuring import measure_costs, measure_loader
 from .median_error import median_error
@@ -19,7 +19,6 @@ __all__ = [
     "plan",
     "plan_from_costs",
     "predict",
-    "steps_within",
     "suggest_t_0",
     "suggestions_text",
 ]

@@ -188,15 +188,6 @@ def predict(costs: StepCosts, schedule: Schedule, tail: Tail | None = None) -> P
     return Prediction(schedule.how_scale, schedule.t_0, 1 - cost / full, 1 - least / full, cost, full, memory, error)
 
 
-def steps_within(costs: StepCosts, schedule: Schedule, seconds: float) -> int:
-    """n, at least 1, so that a run of n steps by `schedule` costs `seconds`.
-
-    The length of a run only scales the schedule's milestones.
-    """
-    step = predict(costs, schedule).cost / schedule.total_steps
-    return max(1, int(seconds / step))
-
-
 def suggest_t_0(
     costs: StepCosts, wanted: float, *, how_scale: str | float = "cubic", tail: Tail | None = None, **schedule
 ) -> Suggestion:

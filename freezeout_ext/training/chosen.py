@@ -1,7 +1,7 @@
 """The task and the config that the arguments of a command name."""
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ..tasks import Task, built_in, load_task
@@ -45,12 +45,12 @@ def given(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name in names}
 
 
-def base_config(own: Task | None, args: argparse.Namespace) -> TrainConfig:
-    """The config that is changed by what is given."""
+def config_of(args: argparse.Namespace, own: Task | None) -> TrainConfig:
+    """The config of a task, changed by what is given."""
     if own is not None:
-        return TrainConfig.of_task(own)
+        return replace(TrainConfig.of_task(own), **given(args))
     fresh = getattr(args, "weights", None) is None and is_papers(getattr(args, "model", TrainConfig.model))
-    return TrainConfig(**({} if fresh else TUNED))
+    return TrainConfig(**(({} if fresh else TUNED) | given(args)))
 
 
 def folder_name(config: TrainConfig) -> str:

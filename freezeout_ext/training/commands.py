@@ -1,7 +1,6 @@
 """What the commands of the command line do, given its arguments."""
 
 import argparse
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..schedule import Schedule
 from ..tasks import Task
 from . import plot
 from .arms import default_kinds, make_arms
-from .chosen import base_config, folder_name, given, own_task, task_of
+from .chosen import config_of, folder_name, given, own_task, task_of
 from .compare import MOST_SEEDS, Comparison
 from .config import OWN_MODEL, TrainConfig, faults_of_input
 from .html import write_report
@@ -40,7 +39,7 @@ def _train_as(args: argparse.Namespace, ranks: Ranks) -> None:
         there = folder.load_config() if args.resume and folder.holds_run() else None
         if there is not None and there.model == OWN_MODEL and own is None:
             raise ValueError(f"the run in {out} is of {there.data}: name that file too")
-        config = replace(there or base_config(own, args), **given(args))
+        config = replace(there, **given(args)) if there else config_of(args, own)
         if own is not None:
             config = replace(config, data=own.name, fingerprint=own.fingerprint)
         reporters: list[Reporter] = []
@@ -71,14 +70,14 @@ def _train_folder(args: argparse.Namespace, own: Task | None) -> Path:
             raise ValueError(f"--resume and --out must name the same folder, got {args.resume} and {args.out}")
         RunFolder(args.resume).load_config()  # it must hold a run
         return args.resume
-    return args.out or Path("runs") / folder_name(replace(base_config(own, args), **given(args)))
+    return args.out or Path("runs") / folder_name(config_of(args, own))
 
 
 def compare(args: argparse.Namespace) -> None:
     with faults_of_input():
         check_count("seeds", args.seeds, 1, MOST_SEEDS)
         own = own_task(args)
-        base = replace(base_config(own, args), **given(args)).resolved()
+        base = config_of(args, own).resolved()
         kinds = [*(args.arms or default_kinds()), *args.const_time]
         arms = make_arms(kinds, args.t0s or [base.t_0], args.how_scales or [base.how_scale], args.shorter)
         task = own or task_of(args, base)
@@ -97,35 +96,22 @@ def compare(args: argparse.Namespace) -> None:
 def tune(args: argparse.Namespace) -> None:
     with faults_of_input():
         own = own_task(args)
-        base = replace(base_config(own, args), **given(args)).resolved()
+        base = config_of(args, own).resolved()
         task = own or task_of(args, base)
     out = args.out or Path("runs") / f"tune-{folder_name(base)}"
     tuning = Tuning(base, out, task=task, seconds=args.seconds, saving=args.want, seeds=args.seeds, resume=args.resume)
     print(*task.notes, sep="\n", flush=True)
+    kept = {"task": args.task, "data_dir": args.data_dir, "workers": args.workers, **given(args)}
+    kept = {name: value for name, value in kept.items() if name not in ("epochs", "steps", "seed")}
     try:
         tuning.run(run_reporter)
     except KeyboardInterrupt:
         if not tuning.rows:
             raise
         print("\ninterrupted: the best of what is done; --resume goes on", file=sys.stderr)
-        print(f"\n{tuning.text(_train_command(args))}")
+        print(f"\n{tuning.text(kept)}")
         raise
-    print(f"\n{tuning.text(_train_command(args))}\n\nwritten to {out}: tune.json")
-
-
-def _train_command(args: argparse.Namespace) -> str:
-    """The command that trains what `args` name, without what tune has chosen."""
-    words = ["freezeout", "train", *([args.task] if args.task else [])]
-    left_out = {"steps", "epochs", "method", "start_frozen", "t_0", "how_scale", "cache", "views", "seed"}
-    flags = {"data_dir": args.data_dir, "workers": args.workers, **given(args)}
-    for name, value in flags.items():
-        flag = name.replace("_", "-")
-        if value is None or name in left_out:
-            continue
-        words += (
-            ([f"--{flag}"] if value else [f"--no-{flag}"]) if isinstance(value, bool) else [f"--{flag}", str(value)]
-        )
-    return shlex.join(words)
+    print(f"\n{tuning.text(kept)}\n\nwritten to {out}: tune.json")
 
 
 def run_reporter(title: str) -> Reporter:

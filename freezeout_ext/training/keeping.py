@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ..batch import Batch, call, part, size
+from ..batch import call, part, size
 from ..features import FeatureCache
 from ..features.auto import Measured, best_views
 from ..features.moves import trial
 from ..features.room import room_for
-from ..features.timing import Stopwatch
-from ..features.worth import CALLS, kept_stretches
+from ..features.worth import kept_stretches
 from ..freezeout import FreezeOut
 from ..layers import find_layers
 from ..planner import Plan, StepCosts
@@ -28,7 +27,7 @@ from .kept_run import KeptRun, Rows
 from .trainer import Trainer
 
 SAMPLES = 2  # as few as show what is kept
-READS = 9
+READS = 3  # what shares memory shows in the second one
 MOST = 2**62
 
 
@@ -149,41 +148,22 @@ class Keeping:
         )  # fmt: skip
         amp = trainer.amp_dtype
         with torch.autocast(trainer.device.type, dtype=amp, enabled=amp is not None):
-            for _ in range(2):  # what shares memory shows in the second one
+            rows: tuple[torch.Tensor, ...] | None = None
+            for _ in range(READS):
                 with cache.samples(keys):
+                    rows = cache.rows() if rows is None else rows  # None where a spot check is due
                     call(model, some)
             report = cache.report()
-            rows, calls = self._read(cache, model, some) if report.rows else ((), None)
         freezeout.close()
         cache.close()
         if not report.rows:
             return None
         row, where = report.bytes / report.rows, trainer.device
-        outputs = [torch.cat([x] * -(-batch // len(x)))[:batch] for x in rows]
+        outputs = [torch.cat([x] * -(-batch // len(x)))[:batch] for x in rows or ()]
         if not outputs:  # of rows that differ in length
             outputs, dtype = [torch.zeros((batch, round(row)), dtype=torch.uint8, device=where)], None
         _, fill, gather = trial(outputs, dtype, where if self._config.cache == "device" else torch.device("cpu"))
-        return Rows(row, fill, gather, CALLS if calls is None else calls)
-
-    def _read(
-        self, cache: FeatureCache, model: torch.nn.Module, inputs: Batch
-    ) -> tuple[tuple[torch.Tensor, ...], float | None]:
-        """-> kept rows of the inputs, and seconds of a step on them but for its forward; (), None where they differ."""
-        watch, keys = Stopwatch(self._trainer.device, 1), range(size(inputs))
-        found: tuple[torch.Tensor, ...] = ()
-        for _ in range(READS):
-            watch.start()
-            with cache.samples(keys):
-                rows = cache.rows()
-                if rows is None:  # a spot check is due, or rows differ in length
-                    continue
-                found = rows
-                with cache.given(rows):
-                    watch.pause()
-                    call(model, inputs)
-                    watch.start()
-            watch.stop(1)
-        return found, watch.median()
+        return Rows(row, fill, gather)
 
 
 def kept_saving(config: TrainConfig, task: Task, costs: StepCosts, views: int, measured: float) -> dict:

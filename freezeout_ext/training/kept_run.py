@@ -19,13 +19,11 @@ class Rows:
         bytes: of a row.
         fill: seconds to write a row, in a batch.
         gather: seconds to read a row, in a batch.
-        calls: seconds of a step on kept rows that the calls around reading take.
     """
 
     bytes: float
     fill: float = 0.0
     gather: float = 0.0
-    calls: float = CALLS
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,10 @@ class KeptRun:
             if rows is None:
                 total += s.steps * costs.step(s.num_frozen)
                 continue
-            reads, fill = s.steps - s.fills, batch * rows.fill + rows.calls
+            reads, fill = s.steps - s.fills, batch * rows.fill + CALLS
             total += s.fills * (costs.step(s.num_frozen) + fill)
             beyond = sum(costs.frozen_forward[s.frontier : s.num_frozen])
-            step = reading.step(s.num_frozen, free_prefix=True) + beyond + batch * rows.gather + rows.calls
+            step = reading.step(s.num_frozen, free_prefix=True) + beyond + batch * rows.gather + CALLS
             total += reads * step
             if s.before is not None:
                 passed = sum(costs.frozen_forward[s.before : s.frontier])

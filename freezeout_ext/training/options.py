@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import shlex
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,27 @@ def saving(text: str) -> float:
 def add_fields(parser: Any, *names: str, **others: Any) -> None:
     """An option for each of these fields of TrainConfig; `others` are further arguments of add_argument."""
     for name in names:
-        flag = {"t_0": "t0"}.get(name, name.replace("_", "-"))
         given = {"dest": name, **FIELDS[name].metadata["option"], **others}
         if name == "optimizer":
             given["choices"] = [each for each in given["choices"] if each != "task"]
-        parser.add_argument(f"--{flag}", **given)
+        parser.add_argument(_flag(name), **given)
+
+
+def _flag(name: str, no: str = "") -> str:
+    return f"--{no}{'t0' if name == 't_0' else name.replace('_', '-')}"
+
+
+def command(part: str, given: Mapping[str, Any]) -> str:
+    """The command line that gives these fields of TrainConfig and other options; `task` is a position."""
+    words = ["freezeout", part, *([given["task"]] if given.get("task") else [])]
+    for name, value in given.items():
+        if name == "method":
+            words += {"full": ["--no-freezeout"], "no-anneal": ["--no-anneal"]}.get(value, [])
+        elif isinstance(value, bool):
+            words.append(_flag(name, "" if value else "no-"))
+        elif value is not None and name != "task":
+            words += [_flag(name), str(value)]
+    return shlex.join(words)
 
 
 def add_run_options(parser: argparse.ArgumentParser, *, out: bool = True) -> None:

@@ -49,13 +49,14 @@ def arm_summary(arm: Arm, results: dict[Arm, dict[int, dict]], judge: str, sign:
         summary["seconds_over_full"] = spread(ratios)
     if arm.rival is not None and (rival := results.get(arm.rival)) is not None:
         gains = [sign * (run[judge] - rival[seed][judge]) for seed, run in runs.items()]
-        summary["ahead_of_rival"] = {
-            "rival": arm.rival.name,
-            **spread(gains),
-            "test": paired_test(gains),
-            "seconds": fmean(run["train_seconds"] for run in rival.values()),
-        }
+        seconds = fmean(run["train_seconds"] for run in rival.values())
+        summary["ahead_of_rival"] = lead_over(arm.rival.name, gains, seconds)
     return summary
+
+
+def lead_over(rival: str, gains: Sequence[float], seconds: float) -> dict:
+    """How far something is ahead of its rival: the gains are over the rival's run of the same seed."""
+    return {"rival": rival, **spread(gains), "test": paired_test(gains), "seconds": seconds}
 
 
 def paired_test(differences: Sequence[float]) -> dict | None:

@@ -1,16 +1,15 @@
 """tune: which freezing gives the most within given seconds, tried on the task by successive halving."""
 
-import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..arguments import check_count
-from ..planner import StepCosts, steps_within
+from ..planner import StepCosts
 from ..schedule import Schedule
 from ..tasks import Task, faults_of
 from ..text import duration, table
@@ -18,13 +17,14 @@ from .compare import MOST_SEEDS
 from .config import BadInput, TrainConfig, faults_of_input
 from .costing import kept_costs, unfrozen
 from .kept_run import KeptRun, Rows
+from .options import command
 from .reporters import Reporter, say
 from .run import trained
 from .run_folder import RunFolder, check_empty, make_folder, write_json
-from .summary import paired_test, spread
+from .summary import lead_over
 from .trainer import Trainer
-from .values import metric_text, points_text
-from .verdict import CLEAR
+from .values import metric_text
+from .verdict import sentence
 
 # (part of the layers that never train, t_0, strategy of the others, views; 0 keeps no features).
 CANDIDATES = (
@@ -39,45 +39,30 @@ CANDIDATES = (
 FULL = "full"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a candidate changes of the base config, and its name."""
-
-    name: str
-    changes: tuple[tuple[str, Any], ...]
-
-    def config(self, base: TrainConfig, steps: int, seed: int) -> TrainConfig:
-        return replace(base, steps=steps, seed=base.seed + seed, thaw_to=None, **dict(self.changes))
-
-
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """One round of halving: each of `settings` settings trains for `seconds`, once for each of `seeds` seeds."""
 
     settings: int
     seconds: float
     seeds: int
 
-    @property
-    def cost(self) -> float:
-        return self.settings * self.seconds * self.seeds
 
-
-def settings(layers: Sequence[str]) -> list[Setting]:
-    """Full training, and the CANDIDATES of a net with these layers."""
-    found = [Setting(FULL, (("method", "full"), ("cache", None), ("start_frozen", 0)))]
+def settings(layers: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Full training, and the CANDIDATES of a net with these layers: by name, what each changes of the config."""
+    found: dict[str, dict[str, Any]] = {FULL: {"method": "full"}}
     for part, t_0, how_scale, views in CANDIDATES:
         count = round(part * len(layers))
         if part and not 0 < count < len(layers):
             continue
-        start = layers[count - 1] if count else 0
-        changes = {"method": "no-anneal", "start_frozen": start, "t_0": t_0, "how_scale": how_scale, "cache": None}
-        name = f"start {start}, " if count else ""
-        name += "no other freezes" if t_0 == 1 else f"{how_scale} {t_0:g}"
+        changes: dict[str, Any] = {"method": "no-anneal", "t_0": t_0, "how_scale": how_scale}
+        name = "no other freezes" if t_0 == 1 else f"{how_scale} {t_0:g}"
+        if count:
+            changes["start_frozen"] = layers[count - 1]
+            name = f"start {layers[count - 1]}, {name}"
         if views:
             changes |= {"cache": "device", "views": views}
             name += f", kept, {views} view{'s' * (views > 1)}"
-        found.append(Setting(name, tuple(changes.items())))
+        found[name] = changes
     return found
 
 
@@ -125,7 +110,8 @@ class Tuning:
         seeds: int = 3,
         resume: bool = False,
     ) -> None:
-        self.base, self.out, self.task, self.seeds = base.resolved(), Path(out), task, seeds
+        self.out, self.task, self.seeds = Path(out), task, seeds
+        self.base = replace(base.resolved(), start_frozen=0, thaw_to=None, cache=None)
         if (seconds is None) == (saving is None):
             raise ValueError("seconds or a saving must be given, and not both")
         if seconds is not None and not 0 < seconds < float("inf"):
@@ -154,23 +140,23 @@ class Tuning:
     def run(self, make_reporter: Callable[[str], Reporter], say: Callable[[str], None] = say) -> dict:
         """Tries the settings and returns what won, see `best`. KeyboardInterrupt leaves the rows that are done."""
         began = time.perf_counter()
-        full, *left = self._settings
+        _, *left = self._settings
         rounds = rounds_of(len(left), self.seconds, self.seeds)
         say(
             f"{len(left)} settings in {len(rounds)} rounds, for a run of {duration(self.seconds)}: about"
-            f" {duration(sum(each.cost for each in rounds))} of training in all"
+            f" {duration(sum(each.settings * each.seconds * each.seeds for each in rounds))} of training in all"
         )
         try:
             for number, each in enumerate(rounds, 1):
                 if number == len(rounds):
-                    left = [full, *left]
+                    left = [FULL, *left]
                 for seed in range(each.seeds):
                     left = [one for one in left if self._try(one, number, each.seconds, seed, make_reporter, say)]
                 if not left:
                     raise BadInput(f"no setting could be trained: {next(iter(self.refused.values()))}")
                 if number < len(rounds):
                     best = [row["name"] for row in self.means(number)[: (len(left) + 1) // 2]]
-                    left = [one for one in left if one.name in best]
+                    left = [one for one in left if one in best]
         finally:
             self._lock.unlock()
             if self.rows:
@@ -197,8 +183,12 @@ class Tuning:
         """The best setting of the last round of which a run is done, as in `means`."""
         return self.means(max(row["round"] for row in self.rows))[0]
 
-    def text(self, command: str) -> str:
-        """The table of what was tried, how far the best is from full training, what all cost, and its command."""
+    def text(self, given: dict[str, Any]) -> str:
+        """The table of what was tried, how far the best is from full training, what all cost, and its command.
+
+        Args:
+            given: the options with which the command trains, besides those of the setting.
+        """
         metric = self.task.metric_name
         cells = [("round", "setting", "seeds", "steps", "seconds", metric)]
         for number in sorted({row["round"] for row in self.rows}):
@@ -213,84 +203,61 @@ class Tuning:
             f" {duration(self.full_seconds)}. The {self._judge.partition('_')[0]} data judged, and chose too:"
             " compare says how much of it holds."
         ]
-        return "\n".join([*lines, "", f"  {command} {self._flags(best)}"])
+        changes = best["changes"]
+        chosen = {**changes, "steps": self._steps_within(changes, self.seconds)}
+        return "\n".join([*lines, "", f"  {command('train', given | chosen)}"])
 
     def _against_full(self, best: dict) -> str:
         rivals = [row for row in self.means(best["round"]) if (row["name"] == FULL) != (best["name"] == FULL)]
         if not rivals or FULL not in (best["name"], rivals[0]["name"]):
             return "It has not stood against full training yet."
-        rival, metric = rivals[0], self.task.metric_name
-        seeds = best["values"].keys() & rival["values"].keys()
-        sign = 1 if self.task.higher_is_better else -1
-        gains = [sign * (best["values"][seed] - rival["values"][seed]) for seed in sorted(seeds)]
-        times = f"{best['seconds']:.1f} s against {rival['seconds']:.1f} s"
-        if len(gains) < 2:
-            return f"One seed shows no winner over {rival['name']}: {points_text(metric, gains[0])} ({times})."
-        mean, test = spread(gains), paired_test(gains)
-        p = None if test is None else test["p"]
-        sure = "" if p is None else f", p = {p:.2g}"
-        noise = "" if p is not None and p < CLEAR else ", within the noise"
-        by = f"{points_text(metric, mean['mean'])} ± {points_text(metric, mean['sd'] / len(gains) ** 0.5)}"
-        return (
-            f"Ahead of {rival['name']} in equal seconds by {by}{noise}"
-            f" (mean and standard error, n = {len(gains)}{sure}; {times})."
-        )
+        rival, sign = rivals[0], 1 if self.task.higher_is_better else -1
+        seeds = sorted(best["values"].keys() & rival["values"].keys())
+        gains = [sign * (best["values"][seed] - rival["values"][seed]) for seed in seeds]
+        lead = lead_over(rival["name"], gains, rival["seconds"])
+        return sentence(best["name"], best["seconds"], lead, self.task.metric_name)
 
     @property
     def _judge(self) -> str:
         split = "test" if self.task.validation is None else "val"
         return f"{split}_{self.task.metric_name}"
 
-    def _try(self, setting: Setting, number: int, seconds: float, seed: int, make_reporter, say) -> bool:
+    def _try(self, name: str, number: int, seconds: float, seed: int, make_reporter, say) -> bool:
         """Trains a setting, or finds it trained, and adds its row. False where the setting cannot be trained."""
+        changes = self._settings[name]
         try:
-            steps = self._steps_within(setting, seconds)
-            config = setting.config(self.base, steps, seed).resolved()
-            place = f"{self._settings.index(setting)}-seed-{config.seed}"
+            steps = self._steps_within(changes, seconds)
+            config = replace(self.base, steps=steps, seed=self.base.seed + seed, **changes).resolved()
+            place = f"{list(self._settings).index(name)}-seed-{config.seed}"
             folder = RunFolder(self.out / f"round-{number}" / place)
-            result = trained(config, folder, self.task, partial(make_reporter, f"round {number}, {setting.name}"))
+            result = trained(config, folder, self.task, partial(make_reporter, f"round {number}, {name}"))
         except (BadInput, ValueError, TypeError) as error:
-            self.refused[setting.name] = " ".join(str(error).split())
-            say(f"not tried, {setting.name}: {self.refused[setting.name]}")
+            self.refused[name] = " ".join(str(error).split())
+            say(f"not tried, {name}: {self.refused[name]}")
             return False
         row = {
             "round": number,
-            "name": setting.name,
+            "name": name,
             "seed": config.seed,
-            "changes": dict(setting.changes),
+            "changes": changes,
             "steps": steps,
             "seconds": result["train_seconds"],
             "value": result[self._judge],
         }
         self.rows.append(row)
         value = metric_text(self.task.metric_name, row["value"])
-        say(f"round {number}, {setting.name}, seed {config.seed}: {value} in {row['seconds']:.1f} s")
+        say(f"round {number}, {name}, seed {config.seed}: {value} in {row['seconds']:.1f} s")
         return True
 
-    def _steps_within(self, setting: Setting, seconds: float) -> int:
-        changes = dict(setting.changes)
-        rule = {"t_0": changes.get("t_0", 1.0), "how_scale": changes.get("how_scale", "linear")}
-        start = changes["start_frozen"]
+    def _steps_within(self, changes: dict[str, Any], seconds: float) -> int:
+        start, full = changes.get("start_frozen"), changes["method"] == "full"
+        rule = {"t_0": 1.0, "how_scale": "linear"} if full else {name: changes[name] for name in ("t_0", "how_scale")}
         count = self._layers.index(start) + 1 if start else 0
 
         def schedule(steps: int) -> Schedule:
             return Schedule(len(self._layers), steps, start_frozen=count, **rule)
 
-        if not changes["cache"]:
-            return steps_within(self.costs, schedule(self._length.total_steps), seconds)
-        config = self.base
         # What rows take is not measured: a share of the seconds goes into runs, not into measuring.
-        run = KeptRun(self.costs, config.batch_size, lambda num_frozen: Rows(0.0), not config.deterministic)
-        return run.steps_within(seconds, schedule, changes["views"] * self._length.steps_per_epoch)
-
-    def _flags(self, row: dict) -> str:
-        changes = row["changes"]
-        steps = ["--steps", str(self._steps_within(Setting(row["name"], tuple(changes.items())), self.seconds))]
-        if changes["method"] == "full":
-            return shlex.join(["--no-freezeout", *steps])
-        flags = ["--no-anneal", "--t0", f"{changes['t_0']:g}", "--how-scale", str(changes["how_scale"])]
-        if changes["start_frozen"]:
-            flags += ["--start-frozen", str(changes["start_frozen"])]
-        if changes["cache"]:
-            flags += ["--cache", "--views", str(changes["views"])]
-        return shlex.join([*flags, *steps])
+        rows = Rows(0.0) if "cache" in changes else None
+        run = KeptRun(self.costs, self.base.batch_size, lambda num_frozen: rows, not self.base.deterministic)
+        return run.steps_within(seconds, schedule, changes.get("views", 1) * self._length.steps_per_epoch)

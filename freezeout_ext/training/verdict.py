@@ -16,37 +16,45 @@ def verdict(summary: dict) -> str:
     metric = judge.removeprefix("test_")
     rated = [arm for arm in summary["arms"] if "ahead_of_rival" in arm]
     if not rated:
-        best = _best(summary["arms"], judge, summary["metric"]["higher_is_better"] if "metric" in summary else True)
+        higher = summary["metric"]["higher_is_better"] if "metric" in summary else True
+        best = max(summary["arms"], key=lambda arm: arm[judge]["mean"] if higher else -arm[judge]["mean"])
         return (
             f"Nobody won: no arm stood against a cosine shortened to its own seconds. Best test {metric}:"
             f" {metric_text(metric, best[judge]['mean'])}, {best['name']}."
         )
     arm = max(rated, key=lambda each: each["ahead_of_rival"]["mean"])
-    lead = arm["ahead_of_rival"]
-    seconds = f"{arm['train_seconds']['mean']:.1f} s against {lead['seconds']:.1f} s"
+    return sentence(arm["name"], arm["train_seconds"]["mean"], arm["ahead_of_rival"], metric, len(rated))
+
+
+def sentence(name: str, seconds: float, lead: dict, metric: str, arms: int = 1) -> str:
+    """Who won, in one sentence.
+
+    Args:
+        name: of what is ahead, or behind.
+        seconds: that it took.
+        lead: over its rival, see `summary.lead_over`.
+        metric: its name.
+        arms: how many stood each against a rival of its own.
+    """
+    times, n = f"{seconds:.1f} s against {lead['seconds']:.1f} s", lead["n"]
     by = points_text(metric, abs(lead["mean"]))
-    n = lead["n"]
     if lead["sd"] is None:
         return (
-            f"Nobody won: one seed shows no winner. {arm['name']} ended {by} {_side(lead)} {lead['rival']} ({seconds});"
+            f"Nobody won: one seed shows no winner. {name} ended {by} {_side(lead)} {lead['rival']} ({times});"
             " take --seeds 5."
         )
     if lead["test"]["p"] is None:
-        return f"Nobody won: all {n} seeds show {arm['name']} {by} {_side(lead)} {lead['rival']}, without a scatter."
-    p = min(1.0, lead["test"]["p"] * len(rated))
-    several = f", p times {len(rated)} for as many arms" if len(rated) > 1 else ""
+        return f"Nobody won: all {n} seeds show {name} {by} {_side(lead)} {lead['rival']}, without a scatter."
+    p = min(1.0, lead["test"]["p"] * arms)
+    several = f", p times {arms} for as many arms" if arms > 1 else ""
     error = points_text(metric, lead["sd"] / n**0.5)
-    how_sure = f"(standard error {error}, p = {p:.2g}, n = {n}{several}; {seconds})"
+    how_sure = f"(standard error {error}, p = {p:.2g}, n = {n}{several}; {times})"
     if p >= CLEAR:
-        return f"Nobody won: {arm['name']} ended {by} {_side(lead)} {lead['rival']}, within the noise {how_sure}."
+        return f"Nobody won: {name} ended {by} {_side(lead)} {lead['rival']}, within the noise {how_sure}."
     if lead["mean"] > 0:
-        return f"{arm['name']} won: at equal seconds it is {by} ahead of {lead['rival']} {how_sure}."
-    return f"Full training won: shortened to equal seconds, {lead['rival']} is {by} ahead of {arm['name']} {how_sure}."
+        return f"{name} won: at equal seconds it is {by} ahead of {lead['rival']} {how_sure}."
+    return f"Full training won: shortened to equal seconds, {lead['rival']} is {by} ahead of {name} {how_sure}."
 
 
 def _side(lead: dict) -> str:
     return "ahead of" if lead["mean"] >= 0 else "behind"
-
-
-def _best(arms: list[dict], judge: str, higher_is_better: bool) -> dict:
-    return max(arms, key=lambda arm: arm[judge]["mean"] if higher_is_better else -arm[judge]["mean"])
