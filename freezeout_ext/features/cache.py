@@ -245,9 +245,8 @@ class FeatureCache:
 
     def detach(self) -> None:
         """FreezeOut was closed: nothing is frozen any more."""
-        self._kept.drop_all()
+        self._kept.detach()
         self._forwards.moved(0, {})
-        self._kept.freezeout = None
 
     # For captured steps: gathered rows are an input of such a step, and the frozen layers are no part of the step.
 

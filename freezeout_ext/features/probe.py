@@ -38,27 +38,19 @@ def unwatchable(model: nn.Module, frozen: Mapping[str, nn.Module]) -> str | None
 
 @dataclass
 class Forward:
-    """One forward of a model that is to be understood.
-
-    Attributes:
-        original: the model's forward.
-        frozen: name -> module.
-        lengths: of the samples, int64 [B], where they are padded.
-        under: makes the context of a forward over some samples of the batch (None: all), such as one where kept rows of
-            fewer layers stand in for modules.
-        rows: what is kept of this batch, once it was watched.
-    """
+    """One forward of a model that is to be understood."""
 
     model: nn.Module
     device: torch.device
-    original: Callable
+    original: Callable  # the model's forward
     args: tuple
     kwargs: dict
     frozen: Mapping[str, nn.Module]
     batch_size: int
-    lengths: Tensor | None
+    lengths: Tensor | None  # int64 [B], of samples that are padded
+    # Makes the context of a forward over some samples of the batch (None: all), where kept rows stand in for modules.
     under: Callable[[Tensor | None], AbstractContextManager]
-    rows: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)  # what is kept of this batch, once it was watched
 
     def watched(self, num_frozen: int, kept: torch.dtype | None) -> tuple[Any, Frontier | Refused]:
         """Runs the forward. Returns (output, frontier), or in place of the frontier why there is none."""
