@@ -33,7 +33,7 @@ class Frontier:
     states: dict[str, Tensor]  # tensors of the model outside frozen modules that went into kept outputs
     batch_size: int  # of the forward that was watched
     length: int | None  # what dimension 1 of padded tensors was in that forward; None where nothing is padded
-    shapes: list  # of the model's inputs, see `shapes_of`
+    shapes: list | None  # of the model's inputs, see `shapes_of`; None where samples are padded
     modules: dict[str, nn.Module] = field(init=False)  # by the name of their call
     _poisons: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -78,7 +78,7 @@ class Frontier:
             states=dict(watch.states),
             batch_size=batch_size,
             length=length if any(column.padded for column in columns) else None,
-            shapes=shapes_of(args, kwargs),
+            shapes=shapes_of(args, kwargs) if length is None else None,
         )
 
     @property

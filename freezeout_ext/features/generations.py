@@ -177,6 +177,11 @@ class Generations:
         Raises:
             MemoryError, OSError: there is no room for all views, and no limit that says how many to keep.
         """
+        for earlier in self:
+            before = earlier.frontier
+            if (before.autocast, before.shapes) != (frontier.autocast, frontier.shapes):
+                self._note(f"dropped behind {before.num_frozen} layers: what was of another autocast or another shape")
+                self._drop(earlier)
         length, folder, of = frontier.length or 0, None, ""
         row_bytes = row_bytes_of(frontier.columns, length)
         rows = self._rows(row_bytes)

@@ -144,12 +144,6 @@ def padded_length(args: tuple, kwargs: Mapping) -> int | None:
     return next((x.shape[1] for x in found if isinstance(x, Tensor) and x.dim() >= 2), None)
 
 
-def mask_of(kwargs: Mapping) -> Tensor | None:
-    """-> the attention mask [B, L] among a model's inputs."""
-    mask = kwargs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point() else None
-
-
 def lengths_of(kwargs: Mapping, given: Tensor | None) -> Tensor | None:
     """-> int64 [B] on the CPU, the lengths of samples: those that are given, else by their attention mask [B, L].
 
@@ -158,8 +152,8 @@ def lengths_of(kwargs: Mapping, given: Tensor | None) -> Tensor | None:
     Raises:
         Refused: a sample's padding is not behind it.
     """
-    lengths, mask = None if given is None else given.to("cpu", torch.int64), mask_of(kwargs)
-    if mask is None:
+    lengths, mask = None if given is None else given.to("cpu", torch.int64), kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
         return lengths
     mask = mask.cpu().bool()
     lengths = mask.sum(1) if lengths is None else lengths
