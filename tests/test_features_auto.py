@@ -87,7 +87,9 @@ def measuring(monkeypatch, **changes):
 
     def measure(self):
         self._forwards.seconds = lambda name: 1e-3 if name == "prefix" else 1e-6
-        self._paces.extend([5e-3] * auto.LEAST_BATCHES)
+        if self._step is not None:
+            self._step.add(5e-3 * auto.STEPS, auto.STEPS)
+            self._step._calls = 1
         found = real(self)
         if found is not None:
             found = dataclasses.replace(found, **{"wait": 0.0, "rest": 4e-3, "gather": 1e-6, **changes})

@@ -107,6 +107,26 @@ def test_a_batch_of_another_shape_runs_as_ever():
     assert "of another shape" in str(cache.report().notes)
 
 
+class TwoWide(Pictures):
+    """Two samples are wide. By these seeds the first epochs have one in each batch."""
+
+    def __getitem__(self, i):
+        return self.images[i, :, :, : 5 + 3 * (i % 4 == 0)], int(self.labels[i])
+
+
+@pytest.mark.parametrize(("dataset", "seed"), [(Widths(24), 0), (TwoWide(8), 4)])
+def test_samples_that_a_collate_function_pads_are_always_read(dataset, seed):
+    losses = []
+    for cached in (False, True):
+        found, cache, _ = train(
+            net(), dataset, cached=cached, views=1, epochs=8, batch_size=4, start_frozen=2, t_0=0.9,
+            loader_arguments={"collate_fn": padded, "seed": seed},
+        )  # fmt: skip
+        losses.append(found)
+    assert cache.report().hits and not cache.report().samples_skipped
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_data_set_that_has_become_longer_is_an_error():
     dataset = Pictures()
 

@@ -1,8 +1,6 @@
 """Auto: how many views of each sample are worth keeping, by measured times and by what repeated views cost."""
 
 import statistics
-import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,10 +9,10 @@ from typing import Any
 
 import torch
 
-from .files import decide
+from .files import write_whole
 from .forwards import Forwards
 from .generations import Generations
-from .timing import seconds_of
+from .timing import Stopwatch, seconds_of
 from .views import MOST_VIEWS
 
 # What showing each view 8 times costs in accuracy against fresh views, given as training time: a fresh cosine that is
@@ -22,7 +20,9 @@ from .views import MOST_VIEWS
 # Source: docs/measured.md, "Fine-tuning between classes".
 PRICES = (4 / 9, 0.46), (6 / 9, 0.12)
 SHOWN = 8
-LEAST_BATCHES = 4
+# What was decided, beside the rows in a folder.
+DECISION = "decided.json"
+STEPS = 4  # as few as are timed
 TRIALS = 5
 
 
@@ -95,10 +95,9 @@ class Choice:
         self._kept, self._forwards, self._loading, self._note = kept, forwards, loading, note
         self._views = kept.views
         self._tried: int | None = None
-        self._paces: deque[float] = deque(maxlen=512)  # seconds of a sample's step
+        self._step: Stopwatch | None = None  # of steps in which nothing was read
         self._steps_before: int | None = None
         self._samples = self._batch = 0
-        self._fills, self._clock, self._began = False, time.perf_counter, 0.0
         self._measured: Measured | None = None
 
     @property
@@ -111,18 +110,17 @@ class Choice:
         Args:
             fills: whether none of the batch was kept before.
         """
-        if self._steps_before is None:
-            self._steps_before = self._kept.attached.step_count
+        if self._step is None:
+            self._step, self._steps_before = Stopwatch(self._kept.device, STEPS), self._kept.attached.step_count
         self._samples += samples
-        self._batch, self._fills = samples, fills
-        # The same clock that times the frozen layers, see `Stopwatch`.
-        self._clock = time.thread_time if self._kept.device.type == "cpu" else time.perf_counter
-        self._began = self._clock()
+        self._batch = samples
+        if fills:
+            self._step.start()
 
     def step_ended(self) -> None:
-        """Notes how long the step on the batch that was handed out last took."""
-        if self._fills:
-            self._paces.append((self._clock() - self._began) / self._batch)
+        """Notes that the step on the batch that was handed out last is over."""
+        if self._step is not None:
+            self._step.stop(self._batch)
 
     def at(self, epoch: int) -> None:
         """Decides, where enough was measured. Every process calls `at` at the same batch."""
@@ -151,7 +149,7 @@ class Choice:
         self._note(f"views: {views} of each sample: {said}")
         self._kept.grow()
         if self._kept.folder is not None and self._kept.rank == 0:
-            decide(self._kept.folder, self.state_dict())
+            write_whole(self._kept.folder / DECISION, self.state_dict())
 
     def state_dict(self) -> dict:
         measured = self._known() if self.is_open else self._measured
@@ -176,20 +174,19 @@ class Choice:
     def _measure(self) -> Measured | None:
         freezeout = self._kept.attached
         now, prefix, began = self._kept.latest, self._forwards.seconds("prefix"), self._steps_before
-        if now is None or prefix is None or began is None or len(self._paces) < LEAST_BATCHES or not len(now.store):
+        step = None if self._step is None else self._step.median()
+        if now is None or prefix is None or began is None or step is None or not len(now.store):
             return None
         steps = freezeout.step_count - began
         if steps <= 0:
             return None
-        # Without the slowest tenth, such as the step that was watched, or one with an evaluation in between.
-        whole = sorted(self._paces)[: -(-9 * len(self._paces) // 10)]
         mine = self._kept.views.num_samples // self._kept.world_size
         steps_per_epoch = steps / self._samples * mine
         left = max(0.0, (freezeout.schedule.total_steps - freezeout.step_count) / steps_per_epoch)
         return Measured(
             prefix=prefix,
             wait=self._loading() or 0.0,
-            rest=max(0.0, statistics.fmean(whole) - prefix),
+            rest=max(0.0, step - prefix),
             gather=self._gather_seconds(),
             before=began / steps_per_epoch,
             epochs=left + len(now.store) / mine,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_count, check_flag, check_kind
-from .auto import Choice
+from .auto import DECISION, Choice
 from .columns import KEPT_DTYPES
-from .files import claim, decided
+from .files import claim, read_json
 from .forwards import Forwards
 from .frontier import through
 from .generations import FreezeOutLike, Generations
@@ -94,7 +94,7 @@ class FeatureCache:
         folder = self._kept.folder
         if folder is not None:
             claim(folder, self._described() | {"sample": self.views.digest()})
-            if self.views.auto and (found := decided(folder)):
+            if self.views.auto and (found := read_json(folder / DECISION)):
                 self._choice.load_state_dict(found)
                 self._note(f"views: {self.views.count} of each sample, as was decided for {folder}")
 
@@ -245,9 +245,8 @@ class FeatureCache:
 
     def detach(self) -> None:
         """FreezeOut was closed: nothing is frozen any more."""
-        self._kept.drop_all()
+        self._kept.detach()
         self._forwards.moved(0, {})
-        self._kept.freezeout = None
 
     # For captured steps: gathered rows are an input of such a step, and the frozen layers are no part of the step.
 

@@ -16,19 +16,13 @@ KEPT_DTYPES = (None, torch.bfloat16, torch.float16, torch.int8)
 
 @dataclass(frozen=True)
 class Column:
-    """One kept tensor of a sample.
+    """One kept tensor of a sample."""
 
-    shape: of a row; its first number is 0 where that dimension is the sample's length, which differs.
-    dtype: as computed.
-    order: the dimensions of a row as they lie in memory, so that a gathered batch has the strides of a computed one.
-    kept: the dtype of what is stored, None for `dtype`.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    order: tuple[int, ...]
-    kept: torch.dtype | None = None
-    padded: bool = False
+    shape: tuple[int, ...]  # of a row; its first number is 0 where that dimension is the sample's length
+    dtype: torch.dtype  # as computed
+    order: tuple[int, ...]  # of a row's dimensions in memory: a gathered batch has the strides of a computed one
+    kept: torch.dtype | None = None  # the dtype of what is stored, None for `dtype`
+    padded: bool = False  # whether rows differ in length
 
     @classmethod
     def like(cls, batch: Tensor, kept: torch.dtype | None = None, *, padded: bool = False) -> "Column":

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import mmap
 import os
 import shutil
@@ -21,8 +22,8 @@ RECORD = struct.Struct("<4qII")
 ORIGIN_BIT = 48
 # How often written rows are brought to disk. A kill in between loses only the rows written since.
 COMMIT_SECONDS = 10.0
-# Of which views a folder is, and how many of them were decided on.
-VIEWS, DECISION = "views.json", "decided.json"
+
+Layout = Sequence[tuple[tuple[int, ...], torch.dtype]]
 
 
 class Files:
@@ -41,13 +42,7 @@ class Files:
         OSError: there is not enough room on the disk. Nothing was written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        layout: Sequence[tuple[tuple[int, ...], torch.dtype]],
-        fingerprint: str,
-        by_position: Sequence[bool],
-    ) -> None:
+    def __init__(self, folder: Path, layout: Layout, fingerprint: str, by_position: Sequence[bool]) -> None:
         self.folder, self._by_position, self.damaged = Path(folder), by_position, 0
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / "lock", "w")  # noqa: SIM115
@@ -56,24 +51,25 @@ class Files:
         except OSError as error:
             self._lock.close()
             raise ValueError(f"store must not be open elsewhere, another process holds {self.folder}") from error
-        self._fingerprint = fingerprint
-        said = self._described(layout)
         described = self.folder / "store.json"
         found = read_json(described)
         # None: nothing was there.
-        self.was_emptied: bool | None = None if found is None else not self._holds(found, layout)
+        self.was_emptied: bool | None = None if found is None else not self._holds(found, fingerprint, layout)
         if found is None or self.was_emptied:
             for path in self.folder.iterdir():
                 if path.name != "lock":
                     path.unlink()
         try:
-            self._maps: list[mmap.mmap | None] = []
-            self.tensors: list[torch.Tensor] = []
             self._make_room(layout)
-            for i, (shape, dtype) in enumerate(layout):
-                self._map(i, shape, dtype)
+            self._maps = [self._mapped(i, _nbytes(*of)) for i, of in enumerate(layout)]
+            self.tensors = [
+                torch.empty(shape, dtype=dtype, device="cpu") if mapped is None
+                else torch.frombuffer(mapped, dtype=dtype).view(shape)
+                for mapped, (shape, dtype) in zip(self._maps, layout, strict=True)
+            ]  # fmt: skip
+            said = {"fingerprint": fingerprint, "layout": [[list(shape), str(dtype)] for shape, dtype in layout]}
             if found != said or self.was_emptied:
-                write_whole(described, json.dumps(said))
+                write_whole(described, said)
             self.scales = self._read_scales()
             self._journal = open(self.folder / "rows", "ab")  # noqa: SIM115
             self.entries = self._read_journal()
@@ -92,8 +88,7 @@ class Files:
     def save_scales(self, scales: dict) -> None:
         """Brings the scales to disk. That must come before any row that needs the scales."""
         if scales != self.scales:
-            saved = {"scales": scales, "checksum": _checksum_of(scales)}
-            write_whole(self.folder / "scales.json", json.dumps(saved))
+            write_whole(self.folder / "scales.json", {"scales": scales, "checksum": _checksum_of(scales)})
             self.scales = scales
 
     def commit(self) -> None:
@@ -117,44 +112,29 @@ class Files:
         os.fsync(self._journal.fileno())
         (self.folder / "scales.json").unlink(missing_ok=True)
 
-    def grow(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
-        """Lengthens the files to these shapes. The present tensors stay in front.
-
-        Raises:
-            OSError: there is not enough room on the disk. Nothing was changed.
-        """
-        self.commit()
-        self._make_room(layout)
-        self.tensors, self._maps = [], []
-        for i, (shape, dtype) in enumerate(layout):
-            self._map(i, shape, dtype)
-        write_whole(self.folder / "store.json", json.dumps(self._described(layout)))
-
     def close(self) -> None:
         """Unmaps the files and lets others open them."""
         self.tensors, self._maps = [], []  # unmapped with the last tensor that looks into them
         self._journal.close()
         self._lock.close()
 
-    def _holds(self, found: dict, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> bool:
+    def _holds(self, found: dict, fingerprint: str, layout: Layout) -> bool:
         """Whether files described as `found` are whole, and become files of this layout by growing."""
-        if found.keys() != {"fingerprint", "layout"} or not _grows_to(found, self._described(layout)):
+        if found.get("fingerprint") != fingerprint or len(found.get("layout", ())) != len(layout):
             return False
-        for i, ((shape, _), (_, dtype)) in enumerate(zip(found["layout"], layout, strict=True)):
-            path, size = self.folder / f"column-{i}", _nbytes(shape, dtype)
+        pairs = zip(found["layout"], layout, strict=True)
+        for i, (((rows, *unit), name), ((length, *shape), dtype)) in enumerate(pairs):
+            if rows > length or unit != shape or name != str(dtype):
+                return False
+            path, size = self.folder / f"column-{i}", _nbytes((rows, *unit), dtype)
             if size and not (path.exists() and path.stat().st_size >= size):
                 return False  # a copy that was cut off
         return True
 
-    def _described(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> dict:
-        return {"fingerprint": self._fingerprint, "layout": [[list(shape), str(dtype)] for shape, dtype in layout]}
-
-    def _make_room(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
-        needed = present = 0
-        for i, (shape, dtype) in enumerate(layout):
-            path = self.folder / f"column-{i}"
-            needed += _nbytes(shape, dtype)
-            present += path.stat().st_blocks * 512 if path.exists() else 0
+    def _make_room(self, layout: Layout) -> None:
+        paths = [self.folder / f"column-{i}" for i in range(len(layout))]
+        needed = sum(_nbytes(*of) for of in layout)
+        present = sum(path.stat().st_blocks * 512 for path in paths if path.exists())
         free = shutil.disk_usage(self.folder).free
         if needed - present > free:
             raise OSError(
@@ -162,21 +142,16 @@ class Files:
                 "pass limit=, fewer views=, or dtype=torch.int8"
             )
 
-    def _map(self, i: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        size = _nbytes(shape, dtype)
+    def _mapped(self, i: int, size: int) -> mmap.mmap | None:
         if not size:
-            self._maps.append(None)
-            self.tensors.append(torch.empty(shape, dtype=dtype, device="cpu"))
-            return
+            return None
         file = os.open(self.folder / f"column-{i}", os.O_RDWR | os.O_CREAT)
         try:
             # The room is really taken: writing into a hole of a file on a full disk would kill the process.
             os.posix_fallocate(file, 0, size)
-            mapped = mmap.mmap(file, size)
+            return mmap.mmap(file, size)
         finally:
             os.close(file)
-        self._maps.append(mapped)
-        self.tensors.append(torch.frombuffer(mapped, dtype=dtype).view(shape))
 
     def _read_scales(self) -> dict:
         path = self.folder / "scales.json"
@@ -215,22 +190,12 @@ class Files:
         return checksum
 
 
-def _grows_to(found: dict, said: dict) -> bool:
-    """Whether files of the layout `found` become files of the layout `said` by growing."""
-    longer = [one[0][:1] <= two[0][:1] for one, two in zip(found["layout"], said["layout"], strict=False)]
-    units = [[[layout[0][1:], layout[1]] for layout in each["layout"]] for each in (found, said)]
-    return found["fingerprint"] == said["fingerprint"] and units[0] == units[1] and all(longer)
-
-
 def _checksum_of(scales: Any) -> int:
     return zlib.crc32(json.dumps(scales).encode())
 
 
-def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    count = dtype.itemsize
-    for size in shape:
-        count *= size
-    return count
+def _nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 def read_json(path: Path) -> dict | None:
@@ -254,11 +219,11 @@ def _damaged(path: Path) -> ValueError:
     return ValueError(f"store must hold what was written there, {path} is damaged: delete its folder")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: dict) -> None:
     """Writes a file so that it is there whole or not at all."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}.new")  # another process may write it too
     with open(fresh, "w") as file:
-        file.write(text)
+        json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
@@ -271,21 +236,11 @@ def claim(folder: Path, described: dict) -> None:
         ValueError: the folder holds rows of other views.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / VIEWS
+    path = folder / "views.json"
     found = read_json(path) or described
     if found != described:
         differ = ", ".join(k for k in described if found.get(k) != described[k])
         raise ValueError(
             f"store must be of the same views, {folder} differs in {differ}: it is of {found}, here {described}"
         )
-    write_whole(path, json.dumps(described))
-
-
-def decided(folder: Path) -> dict | None:
-    """-> what was decided for the folder's rows, None where nothing was decided."""
-    return read_json(folder / DECISION)
-
-
-def decide(folder: Path, decision: dict) -> None:
-    """Writes what was decided beside the folder's rows."""
-    write_whole(folder / DECISION, json.dumps(decision))
+    write_whole(path, described)

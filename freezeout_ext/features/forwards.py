@@ -14,7 +14,7 @@ from .frontier import shapes_of
 from .generations import Generation, Generations
 from .keys import Unread
 from .moves import Moves
-from .probe import Forward, autocast_state, mask_of, unwatchable
+from .probe import Forward, autocast_state, unwatchable
 from .spot import Schedule, spot_check
 from .timing import Stopwatch, seconds_of
 from .watch import Refused
@@ -201,14 +201,15 @@ class Forwards:
         """-> in what a forward differs from the one that was watched, so that rows may be others; None: in nothing."""
         if now.frontier.autocast != autocast_state(self._kept.device):
             return "under another autocast than the one that was watched"
-        padded = now.frontier.length is not None or self.filling.lengths is not None or mask_of(kwargs) is not None
-        if padded or now.frontier.shapes == shapes_of(args, kwargs):
-            return None
-        return "over samples of another shape than those that were watched"
+        if now.frontier.shapes not in (None, shapes_of(args, kwargs)):
+            return "over samples of another shape than those that were watched"
+        return None
 
     def _watched(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
         """A forward behind a transition that shows what must be kept, and is checked."""
         base = self._kept.with_all(keys)
+        if base is not None and self._other(base, args, kwargs) is not None:
+            base = None
         if len(keys) < 2 or (base is None and bool(absent.any())):
             # One sample shows nothing about batches, and without inputs nothing can be watched.
             return self._as_before(now, original, args, kwargs, keys, absent)

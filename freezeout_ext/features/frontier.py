@@ -20,36 +20,21 @@ class _Reached(BaseException):
 
 @dataclass
 class Frontier:
-    """The frozen calls of a forward, and which of their outputs are kept.
+    """The frozen calls of a forward, and which of their outputs are kept."""
 
-    Attributes:
-        num_frozen: layers.
-        calls: in order.
-        kept: (call, leaf) of each column.
-        dense: (call, leaf) of what is written to in place.
-        inputs_needed: numbers of the model's input leaves that the rest of the forward reads.
-        input_names: where each input leaf comes from: a keyword, or a position.
-        autocast: see `autocast_state`.
-        states: tensors of the model outside frozen modules that went into kept outputs.
-        batch_size: of the forward that was watched.
-        length: what dimension 1 of padded tensors was in that forward; None where nothing is padded.
-        shapes: of the model's inputs, see `shapes_of`.
-        modules: name -> module of each call.
-    """
-
-    num_frozen: int
-    calls: list[Call]
-    kept: list[tuple[int, int]]
-    dense: set[tuple[int, int]]
+    num_frozen: int  # layers
+    calls: list[Call]  # in order
+    kept: list[tuple[int, int]]  # (call, leaf) of each column
+    dense: set[tuple[int, int]]  # (call, leaf) of what is written to in place
     columns: list[Column]
-    inputs_needed: set[int]
-    input_names: list[Any]
-    autocast: tuple
-    states: dict[str, Tensor]
-    batch_size: int
-    length: int | None
-    shapes: list
-    modules: dict[str, nn.Module] = field(init=False)
+    inputs_needed: set[int]  # numbers of the model's input leaves that the rest of the forward reads
+    input_names: list[Any]  # where each input leaf comes from: a keyword, or a position
+    autocast: tuple  # see `autocast_state`
+    states: dict[str, Tensor]  # tensors of the model outside frozen modules that went into kept outputs
+    batch_size: int  # of the forward that was watched
+    length: int | None  # what dimension 1 of padded tensors was in that forward; None where nothing is padded
+    shapes: list | None  # of the model's inputs, see `shapes_of`; None where samples are padded
+    modules: dict[str, nn.Module] = field(init=False)  # by the name of their call
     _poisons: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +78,7 @@ class Frontier:
             states=dict(watch.states),
             batch_size=batch_size,
             length=length if any(column.padded for column in columns) else None,
-            shapes=shapes_of(args, kwargs),
+            shapes=shapes_of(args, kwargs) if length is None else None,
         )
 
     @property

@@ -43,20 +43,14 @@ class FreezeOutLike(Protocol):
 
 @dataclass(eq=False)
 class Generation:
-    """What is kept behind one number of frozen layers.
+    """What is kept behind one number of frozen layers."""
 
-    Attributes:
-        number: how many generations there were before.
-        given_up: whether reading takes longer than computing.
-        layers_seconds: of a sample in the layers in front, as far as they were timed.
-    """
-
-    number: int
+    number: int  # how many generations there were before
     frontier: Frontier
     store: Store
     guard: Guard
-    given_up: bool = False
-    layers_seconds: float = 0.0
+    given_up: bool = False  # reading takes longer than computing
+    layers_seconds: float = 0.0  # of a sample in the layers in front, as far as they were timed
 
     def origin(self, base: "Generation | None", keys: Tensor) -> Tensor | None:
         """-> int64 [B]: which generations the rows of `base` passed through, and were rounded in; None: through none.
@@ -102,7 +96,7 @@ class Generations:
         self.items: Store | None = None
         self.freezeout: FreezeOutLike | None = None
         self.changes: Changes = unseen
-        self._first: tuple[nn.Module, Tensor] | None = None
+        self._parameter: Tensor | None = None
         self._all: list[Generation] = []
         self._begun: list[Generation] = []
 
@@ -126,10 +120,9 @@ class Generations:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        model = self.model
-        if self._first is None or self._first[0] is not model:  # to look for a parameter takes as long as a small layer
-            self._first = model, next(iter(model.parameters()))
-        return self._first[1].device
+        if self._parameter is None:  # to look for a parameter takes as long as a small layer
+            self._parameter = next(self.model.parameters())
+        return self._parameter.device
 
     @property
     def owned(self) -> int:
@@ -184,6 +177,11 @@ class Generations:
         Raises:
             MemoryError, OSError: there is no room for all views, and no limit that says how many to keep.
         """
+        for earlier in self:
+            before = earlier.frontier
+            if (before.autocast, before.shapes) != (frontier.autocast, frontier.shapes):
+                self._note(f"dropped behind {before.num_frozen} layers: what was of another autocast or another shape")
+                self._drop(earlier)
         length, folder, of = frontier.length or 0, None, ""
         row_bytes = row_bytes_of(frontier.columns, length)
         rows = self._rows(row_bytes)
@@ -267,13 +265,19 @@ class Generations:
         for store in self.stores():
             store.commit()
 
-    def close(self) -> None:
-        self._first = None
-        self.drop_all()
+    def detach(self) -> None:
+        """FreezeOut was closed."""
+        self._drop_all()
         self._begun.clear()
+        self.freezeout = self._parameter = None
+
+    def close(self) -> None:
+        self._drop_all()
+        self._begun.clear()
+        self._parameter = None
         self._close_items()
 
-    def drop_all(self) -> None:
+    def _drop_all(self) -> None:
         for generation in self:
             self._drop(generation)
 
@@ -301,7 +305,7 @@ class Generations:
         rows, drops = self.fitting(row_bytes)
         if drops:
             self._note("what was kept behind fewer layers was dropped to make room, and is computed from inputs again")
-            self.drop_all()
+            self._drop_all()
             rows, _ = self.fitting(row_bytes)
         if rows == self.owned:
             return rows

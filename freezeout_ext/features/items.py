@@ -29,8 +29,12 @@ class Items:
             return torch.zeros(len(keys), dtype=torch.bool, device="cpu")
         return self._store.has(keys)
 
-    def learn(self, keys: Tensor, batch: Any) -> None:
-        """Keeps what later batches will need of these views."""
+    def learn(self, keys: Tensor, batch: Any, *, alike: bool) -> None:
+        """Keeps what later batches will need of these views.
+
+        Args:
+            alike: whether the samples were of one shape before they became a batch.
+        """
         if self._off or bool((keys < 0).all()):
             return
         leaves, spec = tree_flatten(batch)
@@ -39,9 +43,9 @@ class Items:
             return
         if self.template is None:
             self.template = [x[0].detach().clone() for x in leaves], spec
-        elif self.template[1] != spec or any(
-            (x.shape[1:], x.dtype) != (like.shape, like.dtype) for x, like in zip(leaves, self.template[0], strict=True)
-        ):
+        like, _ = self.template
+        same = alike and self.template[1] == spec
+        if not same or any((x.shape[1:], x.dtype) != (y.shape, y.dtype) for x, y in zip(leaves, like, strict=True)):
             # Padded batches and the like: nothing says what a sample that is not read would be padded to.
             self._store, self._off = None, True
             return

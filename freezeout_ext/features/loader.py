@@ -206,16 +206,17 @@ class CacheLoader:
         self, keys: Tensor, samples: Tensor, seeds: Tensor, skipped: Tensor | None, found: Any, seconds: float
     ) -> Any:
         """What workers brought and what was kept, as one batch."""
+        found, alike = found
         read = len(keys) if skipped is None else int((~skipped).sum())
         if skipped is not None and bool(skipped.any()):
             lost = skipped & ~(self._serving.skippable(keys) & self._items.has(keys))
             found = None if bool(lost.any()) else self._items.merge(keys, skipped, found)
             if found is None:
                 # The store was emptied since, or samples differ in shape: this process reads the batch whole.
-                found = self._collate([self._serving.views[pair] for pair in _pairs(samples, seeds)])
+                found, alike = self._collate([self._serving.views[pair] for pair in _pairs(samples, seeds)])
                 skipped, read = torch.zeros_like(skipped), read + len(keys)
         if skipped is not None and not bool(skipped.any()):
-            self._items.learn(keys, found)
+            self._items.learn(keys, found, alike=alike)
         self._serving.delivered(keys, skipped, read, seconds)
         return self._with_keys(found, Keys(keys, self._serving.views))
 
@@ -259,10 +260,23 @@ class Batches(Dataset):
         return next(self._made)
 
 
-def _collated(collate: Callable[[list], Any], items: list) -> Any:
-    """A batch of what was read; None where nothing was."""
+def _collated(collate: Callable[[list], Any], items: list) -> tuple[Any, bool]:
+    """-> a batch of what was read, None where nothing was; and whether its samples are of one shape.
+
+    A collate function of the user's may pad samples of different shapes. Then a sample's shape depends on its batch.
+    """
     batch = collate(items) if items else None
-    return dict(batch) if isinstance(batch, Mapping) else batch
+    alike = collate is default_collate or len(set(map(_shape, items))) < 2
+    return dict(batch) if isinstance(batch, Mapping) else batch, alike
+
+
+def _shape(item: Any) -> Any:
+    """-> what a collate function may pad of an item: shapes, sizes of pictures, and lengths of lists."""
+    if isinstance(item, Mapping):
+        return tuple((name, _shape(value)) for name, value in item.items())
+    if isinstance(item, tuple | list):
+        return len(item), *(_shape(value) for value in item if not isinstance(value, int | float))
+    return getattr(item, "shape", getattr(item, "size", None))
 
 
 def _pairs(samples: Tensor, seeds: Tensor) -> list[tuple[int, int]]:

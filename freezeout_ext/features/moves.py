@@ -64,7 +64,7 @@ class Moves:
                 return reason
             behind = {} if now is None else now.frontier.modules
             running = {name: module for name, module in frozen.items() if name not in behind}
-            self._weighing = Weighing(running, self._kept.device, self._kept.dtype)
+            self._weighing = Weighing(running, self._kept.device)
         found = self._weighing.times()
         if found is None or not self._pace.samples:
             return False
@@ -77,8 +77,8 @@ class Moves:
         # Without the times of rows first: to try them takes a while itself.
         reason = reason_against(times(gathered=reads), samples, rows, rows)
         if reason is None:
-            fill, gather = self._weighing.trial()
-            fitting, drops = self._kept.fitting(self._weighing.row_bytes)
+            row_bytes, fill, gather = trial(self._weighing.outputs, self._kept.dtype, self._kept.device)
+            fitting, drops = self._kept.fitting(row_bytes)
             again = now.layers_seconds if now is not None and drops else 0.0
             reads = None if now is None else gathered or gather
             reason = reason_against(
@@ -98,24 +98,22 @@ class Moves:
 
 
 class Weighing:
-    """What frozen modules cost now, and what keeping their outputs would.
+    """What frozen modules cost now.
 
     Args:
         modules: name -> frozen module that runs now.
-        kept: the dtype of rows.
 
     Attributes:
         samples: of the forward that was timed last.
-        row_bytes: of what the last module gave.
+        outputs: of the last module in that forward.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device, kept: torch.dtype | None) -> None:
-        self._modules, self._device, self._kept = modules, device, kept
+    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
+        self._modules = modules
         self._layers, self._forward = Stopwatch(device, TIMED), Stopwatch(device, TIMED)
-        self._outputs: list[Tensor] = []
         self._inside = False
         self.samples = 0
-        self.row_bytes = 0
+        self.outputs: list[Tensor] = []
 
     @contextmanager
     def timed(self, samples: int) -> Iterator[None]:
@@ -132,12 +130,6 @@ class Weighing:
         layers, forward = self._layers.least(), self._forward.median()
         return None if layers is None or forward is None else (layers, forward * self.samples)
 
-    def trial(self) -> tuple[float, float]:
-        """-> seconds to write and to read a row like the last module's outputs."""
-        outputs, self._outputs = self._outputs, []
-        self.row_bytes, fill, gather = trial(outputs, self._kept, self._device)
-        return fill, gather
-
     def _call(self, name: str, module: nn.Module, original: Any, args: tuple, kwargs: dict) -> Any:
         if self._inside:
             return original(*args, **kwargs)
@@ -148,7 +140,7 @@ class Weighing:
             self._layers.pause()
         finally:
             self._inside = False
-        self._outputs = [
+        self.outputs = [
             x.detach() for x in tree_leaves(output) if isinstance(x, Tensor) and x.dim() and len(x) == self.samples
         ]
         return output
@@ -168,7 +160,7 @@ def trial(outputs: Sequence[Tensor], kept: torch.dtype | None, device: torch.dev
     keys = torch.arange(TIMED * n, device="cpu").split(n)
 
     def fill(part: Tensor) -> None:
-        store.put(part, [x.clone() for x in outputs])  # see Frontier.recorded
+        store.put(part, [x.clone() for x in outputs])  # see Frontier.computed
 
     filled = [seconds_of(partial(fill, part), device) for part in keys]
     mixed = keys[1].flip(0)

@@ -38,27 +38,19 @@ def unwatchable(model: nn.Module, frozen: Mapping[str, nn.Module]) -> str | None
 
 @dataclass
 class Forward:
-    """One forward of a model that is to be understood.
-
-    Attributes:
-        original: the model's forward.
-        frozen: name -> module.
-        lengths: of the samples, int64 [B], where they are padded.
-        under: makes the context of a forward over some samples of the batch (None: all), such as one where kept rows of
-            fewer layers stand in for modules.
-        rows: what is kept of this batch, once it was watched.
-    """
+    """One forward of a model that is to be understood."""
 
     model: nn.Module
     device: torch.device
-    original: Callable
+    original: Callable  # the model's forward
     args: tuple
     kwargs: dict
     frozen: Mapping[str, nn.Module]
     batch_size: int
-    lengths: Tensor | None
+    lengths: Tensor | None  # int64 [B], of samples that are padded
+    # Makes the context of a forward over some samples of the batch (None: all), where kept rows stand in for modules.
     under: Callable[[Tensor | None], AbstractContextManager]
-    rows: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)  # what is kept of this batch, once it was watched
 
     def watched(self, num_frozen: int, kept: torch.dtype | None) -> tuple[Any, Frontier | Refused]:
         """Runs the forward. Returns (output, frontier), or in place of the frontier why there is none."""
@@ -152,12 +144,6 @@ def padded_length(args: tuple, kwargs: Mapping) -> int | None:
     return next((x.shape[1] for x in found if isinstance(x, Tensor) and x.dim() >= 2), None)
 
 
-def mask_of(kwargs: Mapping) -> Tensor | None:
-    """-> the attention mask [B, L] among a model's inputs."""
-    mask = kwargs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point() else None
-
-
 def lengths_of(kwargs: Mapping, given: Tensor | None) -> Tensor | None:
     """-> int64 [B] on the CPU, the lengths of samples: those that are given, else by their attention mask [B, L].
 
@@ -166,8 +152,8 @@ def lengths_of(kwargs: Mapping, given: Tensor | None) -> Tensor | None:
     Raises:
         Refused: a sample's padding is not behind it.
     """
-    lengths, mask = None if given is None else given.to("cpu", torch.int64), mask_of(kwargs)
-    if mask is None:
+    lengths, mask = None if given is None else given.to("cpu", torch.int64), kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
         return lengths
     mask = mask.cpu().bool()
     lengths = mask.sum(1) if lengths is None else lengths

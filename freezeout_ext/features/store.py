@@ -50,17 +50,10 @@ class Store:
         # Of each row: where its positions start, and how many there are.
         self._spans = torch.zeros((rows if self._padded else 0, 2), dtype=torch.int64, device="cpu")
         self._used = self._used_positions = 0
+        self._folder, self._fingerprint = folder, fingerprint
         self.files: Files | None = None
-        if folder is None:
-            found = [_empty(shape, dtype, self.device) for shape, dtype in self._layout()]
-        else:
-            self.files = Files(
-                folder, self._layout(), fingerprint, [c.padded for c in columns] + [False] * len(columns)
-            )
-            found = self.files.tensors
-        self._stored = [ColumnRows(*each) for each in zip(columns, *self._halves(found), strict=True)]
-        if self.files is not None:
-            self._restore()
+        self._stored: list[ColumnRows] = []
+        self._open()
 
     def __len__(self) -> int:
         return self._used
@@ -85,17 +78,40 @@ class Store:
         return (self._row_of >= 0).nonzero().squeeze(1)
 
     def grow(self, rows: int, positions: int = 0) -> None:
-        """Room for so many rows, at least as many as now; what is kept stays as it is."""
+        """Room for so many rows, at least as many as now; what is kept stays as it is.
+
+        Raises:
+            OSError: there is not enough room on the disk.
+        """
         self.rows, self.positions = rows, positions
         self._spans = _longer(self._spans, rows if self._padded else 0)
+        origin = self._origin.clone()  # which a file does not hold
         if self.files is not None:
-            self.files.grow(self._layout())
+            self.commit()
+            self.files.close()
+        self._open()
+        self._origin = origin
+
+    def _open(self) -> None:
+        """Makes buffers of as many rows as there is room for; what was kept in memory is in them."""
+        columns = [((self.positions if c.padded else self.rows, *c.unit), c.stored) for c in self.columns]
+        factors = [((self.rows if c.kept is torch.int8 else 0,), torch.float32) for c in self.columns]
+        before = [*(s.buffer for s in self._stored), *(s.factors for s in self._stored)]
+        if self._folder is not None:
+            by_position = [c.padded for c in self.columns] + [False] * len(factors)
+            self.files = Files(self._folder, [*columns, *factors], self._fingerprint, by_position)
             found = self.files.tensors
         else:
-            before = [s.buffer for s in self._stored] + [s.factors for s in self._stored]
-            found = [_longer(t, shape[0]) for t, (shape, _) in zip(before, self._layout(), strict=True)]
-        for stored, buffer, factors in zip(self._stored, *self._halves(found), strict=True):
-            stored.buffer, stored.factors = buffer, factors
+            found = [_empty(shape, dtype, self.device) for shape, dtype in [*columns, *factors]]
+            for tensor, old in zip(found, before, strict=False):
+                tensor[: len(old)] = old
+        roundings = [s.rounding for s in self._stored]
+        halves = found[: len(columns)], found[len(columns) :]
+        self._stored = [ColumnRows(*each) for each in zip(self.columns, *halves, strict=True)]
+        for stored, rounding in zip(self._stored, roundings, strict=False):
+            stored.rounding = rounding
+        if self.files is not None:
+            self._restore(self.files)
 
     def put(
         self, keys: Tensor, batches: Sequence[Tensor], lengths: Tensor | None = None, origin: Tensor | None = None
@@ -207,15 +223,6 @@ class Store:
         if self.files is not None:
             self.files.close()
 
-    def _layout(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """-> shape and dtype of each column, and of each column's factors."""
-        columns = [((self.positions if c.padded else self.rows, *c.unit), c.stored) for c in self.columns]
-        return [*columns, *(((self.rows if c.kept is torch.int8 else 0,), torch.float32) for c in self.columns)]
-
-    def _halves(self, found: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """-> the columns' rows, and their factors."""
-        return found[: len(self.columns)], found[len(self.columns) :]
-
     def _check_kept(self, rows: Tensor) -> None:
         if bool((rows < 0).any()):
             raise KeyError(f"keys must be kept, {int((rows < 0).sum())} of {len(rows)} are not")
@@ -229,23 +236,24 @@ class Store:
         positions = torch.where(steps < count[:, None], start[:, None] + steps, start[:, None])
         return positions.to(self.device), count
 
-    def _restore(self) -> None:
-        assert self.files is not None  # the rows lie in them
-        for i, state in self.files.scales.items():
+    def _restore(self, files: Files) -> None:
+        """Takes up what lies in files."""
+        for i, state in files.scales.items():
             rounding = self._stored[int(i)].rounding
             assert rounding is not None  # the files are of columns like these
             rounding.load(state)
-        entries = self.files.entries
-        if not len(entries):
+        key, place, *span = files.entries.T
+        if not len(key):
             return
-        rows = entries[:, 1] & ((1 << ORIGIN_BIT) - 1)
-        self._row_of[entries[:, 0]] = rows.to(torch.int32)
-        self._origin[entries[:, 0]] = -(entries[:, 1] >> ORIGIN_BIT)
+        self._row_of.fill_(-1)
+        rows = place & ((1 << ORIGIN_BIT) - 1)
+        self._row_of[key] = rows.to(torch.int32)
+        self._origin[key] = -(place >> ORIGIN_BIT)
         # Rows that were written and never committed lie behind these, and are written again.
         self._used = int(rows.max()) + 1
         if self._padded:
-            self._spans[rows] = entries[:, 2:]
-            self._used_positions = int(entries[:, 2:].sum(1).max())
+            self._spans[rows] = torch.stack(span, 1)
+            self._used_positions = int(sum(span).max())
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -53,23 +53,14 @@ class Pace:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds, of a sample but for `watch`.
+    """Seconds, of a sample but for `watch`."""
 
-    layers: of what runs now and would not run where rows are read: frozen layers, and loading where nothing is read
-        yet.
-    fill: to write a row.
-    gather: to read a row.
-    gathered: to read a row of what is read now, 0 where nothing is.
-    again: of frozen layers whose rows must make room, and which run again while new rows are written; else 0.
-    watch: the forward that shows what must be kept.
-    """
-
-    layers: float
-    fill: float = 0.0
-    gather: float = 0.0
-    gathered: float = 0.0
-    again: float = 0.0
-    watch: float = 0.0
+    layers: float  # of what would not run where rows are read: frozen layers, and loading where nothing is read yet
+    fill: float = 0.0  # to write a row
+    gather: float = 0.0  # to read a row
+    gathered: float = 0.0  # to read a row of what is read now, 0 where nothing is
+    again: float = 0.0  # of frozen layers whose rows must make room, and which run again while new rows are written
+    watch: float = 0.0  # of the forward that shows what must be kept
 
     @classmethod
     def measured(
@@ -122,22 +113,14 @@ def reason_against(times: Times, left: Left, rows: int, fitting: int) -> str | N
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps of a run between two changes of what is frozen or kept.
+    """Steps of a run between two changes of what is frozen or kept."""
 
-    num_frozen: layers.
-    steps: how many.
-    frontier: layers behind which rows are kept, 0 where nothing is.
-    fills: how many of the steps compute and write new rows. The others read, where there is a frontier.
-    before: the frontier that this one has moved on from; None: it is that of the steps before.
-    moves: how many steps' rows pass from there through the layers between.
-    """
-
-    num_frozen: int
+    num_frozen: int  # layers
     steps: int
-    frontier: int
-    fills: int
-    before: int | None = None
-    moves: int = 0
+    frontier: int  # layers behind which rows are kept, 0 where nothing is
+    fills: int  # steps that compute and write new rows; the others read, where there is a frontier
+    before: int | None = None  # the frontier that this one has moved on from; None: it is that of the steps before
+    moves: int = 0  # steps whose rows pass from there through the layers between
 
 
 def kept_stretches(
