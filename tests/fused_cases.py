@@ -64,13 +64,20 @@ def step_both(ours, theirs, steps=1, which=None):
 
 
 def assert_equal(ours, theirs):
+    """Parameters and states, bit for bit; NaN where the other is."""
     for i, (p, q) in enumerate(zip(params_of(ours), params_of(theirs), strict=True)):
-        assert torch.equal(p, q), f"parameter {i}"
+        assert_same(p, q, f"parameter {i}")
         assert (p in ours.state) == (q in theirs.state), f"state {i}"
         a, b = ours.state.get(p, {}), theirs.state.get(q, {})
         assert list(a) == list(b), f"state {i}"
         for name, value in b.items():
-            assert torch.equal(a[name], value) and same_layout(a[name], value), f"{name} {i}"
+            assert_same(a[name], value, f"{name} {i}")
+
+
+def assert_same(a, b, what):
+    assert same_layout(a, b), what
+    if not torch.equal(a, b):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=what)
 
 
 def assert_within_one_rounding(found, expected):

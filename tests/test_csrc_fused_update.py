@@ -223,37 +223,6 @@ def test_found_inf_stops_every_block(where, formula):
     case.assert_as_expected()
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, 3, 7, 8, 9])
-def test_the_device_schedule(step):
-    peak, milestone, warmup = 0.4, 8.0, 2.0
-    g = torch.ones(3, dtype=torch.float64)
-    counter = torch.tensor(step)
-    results = []
-    for module, device_type in ((native.C, 1), (host_module.load(), 2)):
-        p = torch.zeros(3, dtype=torch.float64)
-        batch = module.TensorBatch(
-            formula=0,
-            dtype=1,
-            device_type=device_type,
-            device_index=0,
-            work=[(p.data_ptr(), (0, 0, 0), g.data_ptr(), 0, 3, 0)],
-            groups=[(peak, milestone, warmup, 0.0, (0.0, 1.0, 0.0), 0)],
-        )
-        table = torch.frombuffer(bytearray(batch.table()), dtype=torch.uint8)
-        batch.set_table(table.data_ptr(), 0)
-        batch.run(num_threads=1, schedule_step=counter.data_ptr(), grad_scale=0, found_inf=0)
-        results.append(p)
-    assert torch.equal(*results)
-    if step < warmup:
-        expected = peak * (step + 1) / (warmup + 1)
-    elif step < milestone:
-        expected = peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (milestone - warmup)))
-    else:
-        expected = 0.0
-    # cos^2 of half the angle against (1 + cos) / 2, both in double.
-    torch.testing.assert_close(-p, torch.full_like(p, expected), rtol=1e-14, atol=1e-16)
-
-
 GROUP = (0.1, 0.0, 0.0, 0.0, (0.9, 1.0, 0.0), 4)
 BAD_BATCHES = {
     "formula must be 0 or 1, got 2": {"formula": 2},

@@ -179,29 +179,6 @@ def test_grad_scaler(overflows):
     torch.testing.assert_close(runs[0][1], runs[1][1], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])  # a sum over devices
-def test_grad_scale_and_found_inf(found):
-    start, gradient = torch.randn(CHUNK + 1), torch.randn(CHUNK + 1)
-    p = nn.Parameter(start.cuda())
-    optimizer = FusedSGD([p], lr=0.1, momentum=0.9)
-    p.grad = gradient.cuda()
-    optimizer.step()
-    before = p.detach().clone(), optimizer.state[p]["momentum_buffer"].clone()
-    p.grad = gradient.cuda() * 4
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0, device="cuda"), torch.tensor(found, device="cuda")
-    optimizer.step()
-    if found:
-        assert torch.equal(p, before[0]) and torch.equal(optimizer.state[p]["momentum_buffer"], before[1])
-        return
-    assert torch.equal(p.grad.cpu(), gradient)
-    again = nn.Parameter(start.cuda())
-    plain = FusedSGD([again], lr=0.1, momentum=0.9)
-    for _ in range(2):
-        again.grad = gradient.cuda()
-        plain.step()
-    assert torch.equal(p, again)
-
-
 def test_a_swapped_storage_and_a_frozen_group():
     tensors = [torch.randn(CHUNK + 9) for _ in range(3)]
     ours, theirs = parameters(tensors, "cuda"), parameters(tensors, "cuda")
