@@ -157,7 +157,7 @@ def _replace_torch_cuda(device: Any) -> None:
         "current_stream": lambda _=None: current,
         "default_stream": lambda _=None: default,
         "CUDAGraph": graphs.CUDAGraph,
-        "graph_pool_handle": graphs.pool_handle,
+        "graph_pool_handle": lambda: graphs.POOL,
         "is_current_stream_capturing": device.is_capturing,
         "memory_reserved": lambda _=None: 0,
         "max_memory_allocated": lambda _=None: 1,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +13,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-_pools = itertools.count(1)
 _recorders: list[Recorder] = []  # of the capture under way
 _WRITES_UNSAID = "aten::native_batch_norm"  # changes arguments, which its schema does not say
 _BY_CUBLAS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "aten::mv", "aten::dot")
@@ -23,8 +21,7 @@ _live: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
 _AT_ONCE = {"aten::resize_", "aten::set_", "aten::detach_", "aten::record_stream"}
 
 
-def pool_handle() -> tuple[int, int]:
-    return 0, next(_pools)
+POOL = (0, 1)  # of every graph: each has its memory to itself
 
 
 def record_launch(run: Callable[[int], Any], number: int) -> bool:
@@ -110,7 +107,6 @@ class CUDAGraph:
 
     def __init__(self, keep_graph: bool = False) -> None:
         self._recorder: Recorder | None = None
-        self._pool: tuple[int, int] | None = None
         self._stream: Any = None
         self._lost_workspace = False
 
@@ -120,17 +116,11 @@ class CUDAGraph:
         for other in _live:
             other._lost_workspace |= other is not self and other._stream == self._stream
 
-    def capture_begin(
-        self,
-        pool: tuple[int, int] | None = None,
-        capture_error_mode: str = "global",
-        check_input_liveness: bool = False,
-    ) -> None:
+    def capture_begin(self, *_: Any, **__: Any) -> None:
         if self.device.is_capturing():
             raise RuntimeError("CUDA error: a capture is under way already")
         if torch.cuda.current_stream() == torch.cuda.default_stream():
             raise RuntimeError("CUDA graphs must be captured on a non-default stream")
-        self._pool = pool or pool_handle()
         self._recorder = Recorder(self.device)
         self._stream = torch.cuda.current_stream()
         _live.add(self)
@@ -158,7 +148,7 @@ class CUDAGraph:
                 call()
 
     def pool(self) -> tuple[int, int]:
-        return self._pool
+        return POOL
 
 
 @contextlib.contextmanager
