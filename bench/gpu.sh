@@ -139,7 +139,7 @@ sanitize() {
     run="compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 20"
     # shellcheck disable=SC2086
     LINES_SHOWN=4 logged "sanitize-$tool-optimizer" 100 env $caching FREEZEOUT_TESTS_FILL=0 $run \
-      "$python" -m pytest -q -x -p no:cacheprovider -m native_cuda tests/test_fused_sgd_cuda.py -k "$optimizer" || status=1
+      "$python" -m pytest -q -x -p no:cacheprovider -m native_cuda tests/test_fused_cuda.py -k "$optimizer" || status=1
     # shellcheck disable=SC2086
     LINES_SHOWN=4 logged "sanitize-$tool-kernels" 90 env $caching FREEZEOUT_TESTS_FILL=0 $run \
       "$python" -m pytest -q -x -p no:cacheprovider tests/test_kernels.py -k "$kernels" || status=1

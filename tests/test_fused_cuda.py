@@ -60,7 +60,7 @@ KINDS = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("cls", "options"), KINDS, ids=str)
-def test_equals_the_cpu_and_torch(cls, options, dtype):
+def test_equals_torch_and_the_cpu(cls, options, dtype):
     start = [torch.randn(n).to(dtype) for n in SIZES]
     gradients = [[torch.randn(n).to(dtype) for n in SIZES] for _ in range(4)]
     gradients[0][3] = gradients[2][5] = None  # one comes late, one stays away
