@@ -67,12 +67,7 @@ def reason_against(tensor: Tensor) -> str | None:
 
 
 def reason_against_grad(p: Tensor) -> str | None:
-    if p.grad is None:
-        return None
-    reason = reason_against(p.grad)
-    if reason is None and not same_layout(p, p.grad):
-        reason = "has another dtype, device or layout than its parameter"
-    return None if reason is None else f"its gradient {reason}"
+    return None if p.grad is None else reason_against_state(p, "gradient", p.grad)
 
 
 def reason_against_state(p: Tensor, name: str, state: Tensor) -> str | None:
