@@ -178,13 +178,16 @@ def _replace_torch_cuda(device: Any) -> None:
                 setattr(module, name, value)
     if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         torch.Tensor.__dlpack_c_exchange_api__ = device.exchange_with_streams(torch.Tensor.__dlpack_c_exchange_api__)
-    clone = torch.UntypedStorage.clone
+    clone, to = torch.UntypedStorage.clone, torch.storage._to
 
-    def clone_on_device(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    def on_device(storage: torch.UntypedStorage) -> torch.UntypedStorage:
         return torch.empty(storage.nbytes(), dtype=torch.uint8, device="cuda").untyped_storage().copy_(storage)
 
     # torch's CPU build makes no storage of CUDA by itself.
-    torch.UntypedStorage.clone = lambda self: clone_on_device(self) if self.device.type == "cuda" else clone(self)
+    torch.UntypedStorage.clone = lambda self: on_device(self) if self.device.type == "cuda" else clone(self)
+    torch.storage._to = lambda self, device, non_blocking: (
+        on_device(self) if torch.device(device).type == "cuda" else to(self, device, non_blocking)
+    )
     torch._C._host_emptyCache = lambda: None
     torch.version.cuda = "13.0"
     torch.backends.cudnn.version = lambda: 91900
