@@ -79,8 +79,7 @@ def compare(
 ) -> dict:
     """Trains the task in several ways and returns what compare.json then holds. Writes compare.png beside it.
 
-    `tables.comparison_tables(summary)` is the text of a summary, `verdict.verdict(summary)` the sentence that says who
-    won.
+    `tables.as_text(tables.comparison_blocks(summary))` is the text of a summary. Its last line says who won.
 
     Args:
         seeds: how many.

@@ -20,7 +20,7 @@ from .ranks import Ranks, ranks_of_torchrun
 from .reporters import BarReporter, LineReporter, Reporter, Reporters, TensorBoardReporter, has_live_bar
 from .run import Run
 from .run_folder import RunFolder, check_file, make_folder, read_json
-from .tables import comparison_tables, engagement_text, run_summary, traffic_table
+from .tables import as_text, comparison_blocks, run_blocks
 from .tune import Tuning
 
 MOST_LAYERS = 10_000  # of schedules that are drawn
@@ -54,13 +54,7 @@ def _train_as(args: argparse.Namespace, ranks: Ranks) -> None:
     result = run.train(Reporters(*reporters), run.costs())
     if not ranks.is_first:
         return
-    print(run_summary(result))
-    if result["features"]:
-        print(f"\n{result['features']['text']}")
-    if result["traffic"]:
-        print(f"\n{traffic_table(result)}")
-    if text := engagement_text(result):
-        print(f"\n{text}")
+    print(as_text(run_blocks(result)))
     print(f"\nwritten to {out}; its curves: freezeout plot {out}; a page: freezeout report {out}")
 
 
@@ -87,7 +81,7 @@ def compare(args: argparse.Namespace) -> None:
     )
     print(*task.notes, sep="\n", flush=True)
     summary = comparison.run(run_reporter)
-    print("\n" + comparison_tables(summary))
+    print("\n" + as_text(comparison_blocks(summary)))
     plot.save(plot.plot_comparison(out, summary), out / "compare.png")
     write_report([out], out / "report.html")
     print(f"\nwritten to {out}: compare.json, compare.png, report.html")

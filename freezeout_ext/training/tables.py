@@ -1,35 +1,78 @@
-"""The texts of runs and comparisons: lines, and tables of phases, arms and traffic."""
+"""What runs and comparisons say: lines and tables, for a terminal and for a page."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from ..text import table
 from .values import in_percent, judge_of, mebibytes, metric_of, metric_text, milliseconds
 from .verdict import verdict
 
+Rows = list[tuple[str, ...]]
 
-def comparison_tables(summary: dict) -> str:
-    """The text that `freezeout compare` ends in."""
+
+class Table(NamedTuple):
+    """Rows, header first, and the columns that are aligned to the left."""
+
+    rows: Rows
+    left: tuple[int, ...] = ()
+
+
+def as_text(blocks: Iterable[str | Table]) -> str:
+    return "\n\n".join(block if isinstance(block, str) else table(block.rows, left=block.left) for block in blocks)
+
+
+def run_blocks(result: dict) -> list[str | Table]:
+    """What `freezeout train` ends in."""
+    metric = metric_of(result)
+    lines = [f"peak memory: {result['memory_measured']}", graphs_text(result)]
+    lines.append(
+        f"test {metric} {metric_text(metric, result[f'test_{metric}'])} after {result['total_steps']} steps,"
+        f" {result['train_seconds']:.1f} s of training"
+    )
+    phases = phases_rows(result["phases"], result["transitions"], len(result["layers"]))
+    blocks: list[str | Table] = [Table(phases, (2,)), _lines(*lines)]
+    if features := result.get("features"):
+        blocks.append(features["text"])
+    if result.get("traffic"):
+        blocks.append(Table(traffic_rows(result)))
+    if text := engagement_text(result):
+        blocks.append(text)
+    return blocks
+
+
+def comparison_blocks(summary: dict, *, all_phases: bool = False) -> list[str | Table]:
+    """What `freezeout compare` ends in; the last one is the verdict.
+
+    Args:
+        all_phases: of each arm that freezes, not of FreezeOut's alone.
+    """
     where = summary["conditions"]
     device = where["device"]
     if device == "cpu":
         device += f" ({where['cpu']}), {where['threads']} thread{'s' * (where['threads'] != 1)}"
-    parts = [
+    blocks: list[str | Table] = [
         f"{what_was_trained(summary['config'])}, seeds {', '.join(map(str, summary['seeds']))}\n"
         f"{device}; torch {where['torch']}, commit {where['commit'] or '-'}",
-        table(arms_rows(summary), left=[0]),
+        Table(arms_rows(summary), (0,)),
     ]
     for arm in summary["arms"]:
         if arm.get("features"):
-            parts.append("\n".join(filter(None, (f"{arm['name']}:", arm["features"]["text"], kept_text(arm)))))
-        if arm["kind"] == "freezeout" and arm["transitions"]:
+            blocks.append(_lines(f"{arm['name']}:", arm["features"]["text"], kept_text(arm)))
+        if arm["transitions"] and (all_phases or arm["kind"] == "freezeout"):
             rows = phases_rows(arm["phases"], arm["transitions"], arm["num_layers"])
-            text = "\n".join(filter(None, (graphs_text(arm), engagement_text(arm))))
-            parts.append(f"{arm['name']}: between its transitions\n{table(rows, left=[2])}\n{text}")
-    parts.append(
+            blocks += [f"{arm['name']}: between its transitions", Table(rows, (2,))]
+            if text := _lines(graphs_text(arm), engagement_text(arm)):
+                blocks.append(text)
+    note = (
         "p: two-sided paired t-test over the seeds, of the difference to full training; ahead: of full training on a"
         " cosine shortened to the same seconds. ms/step: median over the steps between two transitions."
         f" peak memory: {summary['memory_measured']}."
     )
-    parts.append(verdict(summary))
-    return "\n\n".join(parts)
+    return [*blocks, note, verdict(summary)]
+
+
+def _lines(*lines: str) -> str:
+    return "\n".join(filter(None, lines))
 
 
 def kept_text(arm: dict) -> str:
@@ -53,7 +96,7 @@ def what_was_trained(config: dict) -> str:
     return f"{config['data']}{net}, batch {config['batch_size']}, {optimizer}{lr}{start}{thaw}"
 
 
-def arms_rows(summary: dict) -> list[tuple[str, ...]]:
+def arms_rows(summary: dict) -> Rows:
     """One row an arm, header first."""
     arms, judge = summary["arms"], judge_of(summary)
     metric = judge.removeprefix("test_")
@@ -137,7 +180,7 @@ def transition_line(transition: dict, num_layers: int) -> str:
     return f"step {transition['step']}: {what}; {milliseconds(before)} -> {milliseconds(after)} a step"
 
 
-def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) -> list[tuple[str, ...]]:
+def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) -> Rows:
     """A row for each stretch between two transitions, header first; what a step saves there where that is known."""
     opened_by = {t["step"]: t for t in transitions}
     header = ["from step", "frozen", "newly frozen", "steps", "ms/step", "peak MiB"]
@@ -198,18 +241,6 @@ def graphs_text(result: dict) -> str:
     return f"graphs compiled: {counts}" if counts else ""
 
 
-def run_summary(result: dict) -> str:
-    """The table of a run's phases, and its last line."""
-    metric = metric_of(result)
-    compiled = f"{text}\n" if (text := graphs_text(result)) else ""
-    rows = phases_rows(result["phases"], result["transitions"], len(result["layers"]))
-    return (
-        f"{table(rows, left=[2])}\npeak memory: {result['memory_measured']}\n{compiled}"
-        f"test {metric} {metric_text(metric, result[f'test_{metric}'])} after {result['total_steps']} steps,"
-        f" {result['train_seconds']:.1f} s of training"
-    )
-
-
 def _number(value: float | None, factor: float, digits: int) -> str:
     return "-" if value is None else f"{value * factor:.{digits}f}"
 
@@ -226,10 +257,10 @@ def engagement_text(result: dict) -> str:
     return "\n".join(lines + [f"warning: {text}" for text in found["warnings"]])
 
 
-def traffic_table(result: dict) -> str:
+def traffic_rows(result: dict) -> Rows:
     """What each rank sent a step, from each time that DDP was wrapped on."""
-    rows: list[tuple[str, ...]] = [("from step", "layers frozen", "KiB of gradients a step", "KiB of buffers")]
+    rows: Rows = [("from step", "layers frozen", "KiB of gradients a step", "KiB of buffers")]
     for t in result["traffic"]:
         kib = [f"{t[name] / 1024:,.1f}" for name in ("gradient_bytes", "buffer_bytes")]
         rows.append((str(t["step"]), f"{t['num_frozen']} of {len(result['layers'])}", *kib))
-    return table(rows)
+    return rows
