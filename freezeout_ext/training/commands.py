@@ -11,7 +11,7 @@ from ..models import build_model
 from ..schedule import Schedule
 from ..tasks import Task
 from . import plot
-from .arms import default_kinds, make_arms
+from .arms import DEFAULT_KINDS, make_arms
 from .chosen import config_of, folder_name, given, own_task, task_of
 from .compare import MOST_SEEDS, Comparison
 from .config import OWN_MODEL, TrainConfig, faults_of_input
@@ -72,7 +72,7 @@ def compare(args: argparse.Namespace) -> None:
         check_count("seeds", args.seeds, 1, MOST_SEEDS)
         own = own_task(args)
         base = config_of(args, own).resolved()
-        kinds = [*(args.arms or default_kinds()), *args.const_time]
+        kinds = [*(args.arms or DEFAULT_KINDS), *args.const_time]
         arms = make_arms(kinds, args.t0s or [base.t_0], args.how_scales or [base.how_scale], args.shorter)
         task = own or task_of(args, base)
     out = args.out or Path("runs") / f"compare-{folder_name(base)}"
