@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -189,7 +190,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "cache": self.feed.cache.state_dict() if self.feed.cache else None,
             "train_seconds": self.train_seconds,
-            "phases": [phase.to_dict() for phase in self.phases],
+            "phases": [asdict(phase) for phase in self.phases],
         }
 
     def load_state_dict(self, state: dict) -> None:
