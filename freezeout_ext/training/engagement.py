@@ -5,7 +5,6 @@ from math import hypot
 from statistics import fmean, stdev
 
 from ..planner import StepCosts
-from .values import milliseconds
 
 # A saving or a drop is told from noise where it is so many standard deviations.
 CLEAR_OF_NOISE = 3.0
@@ -133,7 +132,7 @@ def warnings_of(rows: Iterable[dict], costs: StepCosts, config: dict) -> list[st
 def _causes(costs: StepCosts, config: dict) -> list[str]:
     causes = []
     if costs.loader > 0.2 * costs.step(0):
-        causes.append(f"the step waits for the loader ({milliseconds(costs.loader)} a batch)")
+        causes.append(f"the step waits for the loader ({1e3 * costs.loader:.2f} ms a batch)")
     if config.get("device") == "cuda" and not config.get("graph"):
         causes.append("the device waits for the host that launches kernels (try --graph, or a larger batch)")
     if config.get("compile"):

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..text import table
-from .values import in_percent, judge_of, mebibytes, metric_of, metric_text, milliseconds
+from .values import in_percent, judge_of, metric_of, metric_text, number
 from .verdict import verdict
 
 Rows = list[tuple[str, ...]]
@@ -104,41 +104,37 @@ def arms_rows(summary: dict) -> Rows:
     targets = [found["accuracy"] for found in arms[0]["time_to_accuracy"]]
     is_rated = any("ahead_of_rival" in arm for arm in arms)
     header = ("", f"test {metric}{unit}", "over full", "p", *(("ahead", "p") if is_rated else ()), "seconds", "saved")
-    header += ("steps", "ms/step", "peak MiB", *(f"s to {metric_target(metric, target)}" for target in targets))
+    shown = [f"{100 * target:.1f} %" if in_percent(metric) else f"{target:.4g}" for target in targets]
+    header += ("steps", "ms/step", "peak MiB", *(f"s to {target}" for target in shown))
+
+    def difference(found: dict) -> str:
+        return number(found["mean"], digits, factor, found["sd"], sign="+")
+
     rows = [header]
     for arm in arms:
         gain, ratio, lead = arm.get("accuracy_over_full"), arm.get("seconds_over_full"), arm.get("ahead_of_rival")
-        first, last = arm["phases"][0], arm["phases"][-1]
-        ahead = [_mean_sd(lead, factor, digits, sign="+"), _p(lead["test"])] if lead else ["", ""]
+        ends = arm["phases"][0], arm["phases"][-1]
+        ahead = [difference(lead), _p(lead["test"])] if lead else ["", ""]
         rows.append(
             (
                 arm["name"],
-                f"{_mean_sd(arm[judge], factor, digits)} (n={arm[judge]['n']})",
-                _mean_sd(gain, factor, digits, sign="+") if gain else "",
+                f"{number(arm[judge]['mean'], digits, factor, arm[judge]['sd'])} (n={arm[judge]['n']})",
+                difference(gain) if gain else "",
                 _p(arm.get("accuracy_over_full_test")),
                 *(ahead if is_rated else ()),
-                _mean_sd(arm["train_seconds"], 1, 2),
+                number(arm["train_seconds"]["mean"], 2, error=arm["train_seconds"]["sd"]),
                 f"{100 * (1 - ratio['mean']):.1f} %" if ratio else "",
                 str(arm["total_steps"]),
-                _change(first["seconds_per_step"], last["seconds_per_step"], 1e3, 2),
-                _change(first["memory_bytes"], last["memory_bytes"], 2**-20, 1),
+                " -> ".join(dict.fromkeys(number(phase["seconds_per_step"], 2, 1e3) for phase in ends)),
+                " -> ".join(dict.fromkeys(number(phase["memory_bytes"], 1, 2**-20) for phase in ends)),
                 *(_time_to(found, arm[judge]["n"]) for found in arm["time_to_accuracy"]),
             )
         )
     return rows
 
 
-def metric_target(metric: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if in_percent(metric) else f"{value:.4g}"
-
-
 def _p(test: dict | None) -> str:
     return "" if test is None or test["p"] is None else f"{test['p']:.3f}"
-
-
-def _change(before: float | None, after: float | None, factor: float, digits: int) -> str:
-    texts = ["-" if value is None else f"{value * factor:.{digits}f}" for value in (before, after)]
-    return texts[0] if texts[0] == texts[1] else " -> ".join(texts)
 
 
 def _time_to(found: dict, runs: int) -> str:
@@ -146,11 +142,6 @@ def _time_to(found: dict, runs: int) -> str:
         return "never"
     part = "" if found["reached"] == runs else f" ({found['reached']} of {runs})"
     return f"{found['seconds']['mean']:.2f}{part}"
-
-
-def _mean_sd(values: dict, factor: float, digits: int, sign: str = "") -> str:
-    mean = f"{values['mean'] * factor:{sign}.{digits}f}"
-    return mean if values["sd"] is None else f"{mean} ± {values['sd'] * factor:.{digits}f}"
 
 
 def epoch_line(row: dict, epochs: int, num_layers: int) -> str:
@@ -163,13 +154,13 @@ def epoch_line(row: dict, epochs: int, num_layers: int) -> str:
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}{judged}"
         f"  frozen {row['num_frozen']:>{len(str(num_layers))}}/{num_layers}"
-        f"  {milliseconds(row['seconds_per_step'])}/step"
-        f"  {row['examples_per_second']:,.0f} samples/s  {mebibytes(row['peak_memory_bytes'])}"
+        f"  {number(row['seconds_per_step'], 2, 1e3)} ms/step"
+        f"  {row['examples_per_second']:,.0f} samples/s  {number(row['peak_memory_bytes'], 1, 2**-20)} MiB"
     )
 
 
 def transition_line(transition: dict, num_layers: int) -> str:
-    before, after = transition["seconds_per_step_before"], transition["seconds_per_step_after"]
+    before, after = (number(transition[f"seconds_per_step_{side}"], 2, 1e3) for side in ("before", "after"))
     frozen = f"{transition['num_frozen']} of {num_layers} layers"
     if _thaws(transition):
         what = f"thawed {', '.join(transition['layers'])} (still frozen: {frozen};"
@@ -177,7 +168,7 @@ def transition_line(transition: dict, num_layers: int) -> str:
     else:
         what = f"froze {', '.join(transition['layers'])} ({frozen}; {transition['parameters_frozen']:,} parameters,"
         what += f" {transition['state_bytes_freed']:,} bytes of optimizer state freed)"
-    return f"step {transition['step']}: {what}; {milliseconds(before)} -> {milliseconds(after)} a step"
+    return f"step {transition['step']}: {what}; {before} ms -> {after} ms a step"
 
 
 def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) -> Rows:
@@ -193,8 +184,8 @@ def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) ->
             f"{phase['num_frozen']} of {num_layers}",
             _moved(transition) if transition else "",
             str(phase["steps"]),
-            _number(phase["seconds_per_step"], 1e3, 2),
-            _number(phase["memory_bytes"], 2**-20, 1),
+            number(phase["seconds_per_step"], 2, 1e3),
+            number(phase["memory_bytes"], 1, 2**-20),
         ]
         if is_engaged:
             row += saving_cells(transition) if transition else [""] * 3
@@ -204,18 +195,12 @@ def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) ->
 
 def saving_cells(row: dict) -> list[str]:
     """Predicted, measured, engagement: the numbers and their standard deviations."""
-    measured, ratio = row["measured_saving"], row["engagement"]
-    if row["measured_error"] is None:
-        engagement = "-"  # too few steps
-    elif ratio is None:
-        engagement = "in the noise"
-    else:
-        engagement = f"{ratio:.2f} ± {row['engagement_error']:.2f}"
-    return [
-        _percent_error(row["predicted_saving"], row["predicted_error"]),
-        _percent_error(measured, row["measured_error"]),
-        engagement,
+    cells = [
+        number(row[f"{what}_saving"], 1, 100, row[f"{what}_error"], unit=" %") for what in ("predicted", "measured")
     ]
+    if row["measured_error"] is None:
+        return [*cells, "-"]  # too few steps
+    return [*cells, number(row["engagement"], 2, error=row["engagement_error"], none="in the noise")]
 
 
 def _moved(transition: dict) -> str:
@@ -228,21 +213,11 @@ def _thaws(transition: dict) -> bool:
     return transition["parameters_frozen"] < 0
 
 
-def _percent_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
-
-
 def graphs_text(result: dict) -> str:
     """How often torch.compile compiled, "" where it was not asked."""
     graphs = result.get("graphs_compiled") or {}
     counts = ", ".join(f"{count} with {k} frozen" for k, count in graphs.items())
     return f"graphs compiled: {counts}" if counts else ""
-
-
-def _number(value: float | None, factor: float, digits: int) -> str:
-    return "-" if value is None else f"{value * factor:.{digits}f}"
 
 
 def engagement_text(result: dict) -> str:

@@ -18,19 +18,24 @@ def in_percent(metric: str) -> bool:
 
 
 def metric_text(metric: str, value: float) -> str:
-    return percent(value) if in_percent(metric) else f"{value:.4f}"
+    return number(value, 2, 100, unit=" %") if in_percent(metric) else number(value, 4)
 
 
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
-
-
-def milliseconds(seconds: float | None) -> str:
-    return "- ms" if seconds is None else f"{1000 * seconds:.2f} ms"
-
-
-def mebibytes(count: float) -> str:
-    return f"{count / 2**20:.1f} MiB"
+def number(
+    value: float | None,
+    digits: int,
+    factor: float = 1.0,
+    error: float | None = None,
+    *,
+    sign: str = "",
+    unit: str = "",
+    none: str = "-",
+) -> str:
+    """ "-", "1.25 %", "1.25 ± 0.10 %" of value * factor."""
+    if value is None:
+        return none
+    scatter = "" if error is None else f" ± {factor * error:.{digits}f}"
+    return f"{factor * value:{sign}.{digits}f}{scatter}{unit}"
 
 
 def points_text(metric: str, value: float) -> str:
