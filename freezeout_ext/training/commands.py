@@ -12,7 +12,7 @@ from ..schedule import Schedule
 from ..tasks import Task
 from . import plot
 from .arms import DEFAULT_KINDS, make_arms
-from .chosen import config_of, folder_name, given, own_task, task_of
+from .chosen import chosen, config_of, folder_name, given, own_task, task_of
 from .compare import MOST_SEEDS, Comparison
 from .config import OWN_MODEL, TrainConfig, faults_of_input
 from .html import write_report
@@ -70,11 +70,9 @@ def _train_folder(args: argparse.Namespace, own: Task | None) -> Path:
 def compare(args: argparse.Namespace) -> None:
     with faults_of_input():
         check_count("seeds", args.seeds, 1, MOST_SEEDS)
-        own = own_task(args)
-        base = config_of(args, own).resolved()
+        base, task = chosen(args)
         kinds = [*(args.arms or DEFAULT_KINDS), *args.const_time]
         arms = make_arms(kinds, args.t0s or [base.t_0], args.how_scales or [base.how_scale], args.shorter)
-        task = own or task_of(args, base)
     out = args.out or Path("runs") / f"compare-{folder_name(base)}"
     comparison = Comparison(
         base, out, arms=arms, seeds=range(args.seeds), task=task, resume=args.resume, accuracies=args.accuracies
@@ -89,9 +87,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def tune(args: argparse.Namespace) -> None:
     with faults_of_input():
-        own = own_task(args)
-        base = config_of(args, own).resolved()
-        task = own or task_of(args, base)
+        base, task = chosen(args)
     out = args.out or Path("runs") / f"tune-{folder_name(base)}"
     tuning = Tuning(base, out, task=task, seconds=args.seconds, saving=args.want, seeds=args.seeds, resume=args.resume)
     print(*task.notes, sep="\n", flush=True)

@@ -11,7 +11,7 @@ from ..schedule import Schedule
 from .run_folder import write_atomically
 from .summary import curves
 from .tables import what_was_trained
-from .values import in_percent, judge_of, metric_of
+from .values import in_percent, judge_of, metric_of, scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,17 +48,17 @@ def plot_plan(plan: Plan, title: str) -> "Figure":
     t_0s = list(dict.fromkeys(p.t_0 for p in plan.predictions))
     found = {(p.how_scale, p.t_0): p for p in plan.predictions}
     figure, (heat, bars) = empty_figure(2, height=3.2)
-    savings = [[100 * found[scale, t_0].saving for t_0 in t_0s] for scale in scales]
+    savings = [[100 * found[how_scale, t_0].saving for t_0 in t_0s] for how_scale in scales]
     image = heat.imshow(savings, aspect="auto", cmap="viridis", vmin=0)
     middle = max(map(max, savings)) / 2
-    for row, scale in enumerate(scales):
+    for row, how_scale in enumerate(scales):
         for column, t_0 in enumerate(t_0s):
-            p = found[scale, t_0]
+            p = found[how_scale, t_0]
             color = "white" if 100 * p.saving < middle else "black"
             text = f"{100 * p.saving:.1f} %\n(≤ {100 * p.ceiling:.1f})"
             heat.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     heat.set_xticks(range(len(t_0s)), [f"{t_0:g}" for t_0 in t_0s])
-    heat.set_yticks(range(len(scales)), [str(scale) for scale in scales])
+    heat.set_yticks(range(len(scales)), list(map(str, scales)))
     heat.set_xlabel("t_0")
     heat.set_title(f"{title}: predicted saving (≤ were the frozen forward free)")
     figure.colorbar(image, ax=heat, label="saving, %")
@@ -88,7 +88,7 @@ def plot_run(rows: list[dict], title: str, *, width: float = 8) -> "Figure":
     epochs = [row["epoch"] for row in rows]
     dot = "o" if len(rows) == 1 else "-"  # a line of one point is none
     metric = metric_of(rows[0])
-    factor, unit = _scale(metric)
+    factor, _, unit = scale(metric)
     for split in ("train", "val", "test"):
         if f"{split}_loss" in rows[0]:
             loss.plot(epochs, [row[f"{split}_loss"] for row in rows], dot, label=split)
@@ -140,7 +140,7 @@ def draw_over_time(ax, curves: dict[str, list[list[dict]]]) -> None:
 
     colors, lowest = _arm_colors(curves), []
     metric = metric_of(next(iter(curves.values()))[0][0])
-    factor, unit = _scale(metric)
+    factor, _, unit = scale(metric)
     for name, runs in curves.items():
         kind, color = name.partition(" ")[0], colors[name]
         epochs = list(zip(*runs, strict=True))
@@ -169,7 +169,7 @@ def draw_over_time(ax, curves: dict[str, list[list[dict]]]) -> None:
 def _draw_costs(ax, summary: dict) -> None:
     judge, arms = judge_of(summary), summary["arms"]
     metric = judge.removeprefix("test_")
-    factor, unit = _scale(metric)
+    factor, _, unit = scale(metric)
     full = next((arm for arm in arms if arm["name"] == "full"), arms[0])["train_seconds"]["mean"]
     colors = _arm_colors([arm["name"] for arm in arms])
     lines: dict[tuple, list] = {}
@@ -197,11 +197,6 @@ def _finish(ax) -> None:
     wide = ax.figure.get_figwidth() >= WIDE
     below = -0.16 if wide else -0.2
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, below), fontsize=8, frameon=False, ncols=2 if wide else 1)
-
-
-def _scale(metric: str) -> tuple[float, str]:
-    """(factor, what to put behind the metric's name): accuracies are shown in percent."""
-    return (100, ", %") if in_percent(metric) else (1, "")
 
 
 def _arm_colors(names: Iterable[str]) -> dict[str, str]:

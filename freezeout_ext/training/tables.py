@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..text import table
-from .values import in_percent, judge_of, metric_of, metric_text, number
+from .values import in_percent, judge_of, metric_of, metric_text, number, scale
 from .verdict import verdict
 
 Rows = list[tuple[str, ...]]
@@ -100,7 +100,7 @@ def arms_rows(summary: dict) -> Rows:
     """One row an arm, header first."""
     arms, judge = summary["arms"], judge_of(summary)
     metric = judge.removeprefix("test_")
-    factor, digits, unit = (100, 2, ", %") if in_percent(metric) else (1, 4, "")
+    factor, digits, unit = scale(metric)
     targets = [found["accuracy"] for found in arms[0]["time_to_accuracy"]]
     is_rated = any("ahead_of_rival" in arm for arm in arms)
     header = ("", f"test {metric}{unit}", "over full", "p", *(("ahead", "p") if is_rated else ()), "seconds", "saved")

@@ -17,8 +17,14 @@ def in_percent(metric: str) -> bool:
     return metric.endswith("accuracy")
 
 
+def scale(metric: str) -> tuple[float, int, str]:
+    """(factor, digits, what to put behind the metric's name) of a metric's values."""
+    return (100, 2, ", %") if in_percent(metric) else (1, 4, "")
+
+
 def metric_text(metric: str, value: float) -> str:
-    return number(value, 2, 100, unit=" %") if in_percent(metric) else number(value, 4)
+    factor, digits, _ = scale(metric)
+    return number(value, digits, factor, unit=" %" * in_percent(metric))
 
 
 def number(
