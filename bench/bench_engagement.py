@@ -28,6 +28,7 @@ from freezeout_ext.text import table
 from freezeout_ext.training.engagement import judged
 from freezeout_ext.training.malloc import keep_freed_memory
 from freezeout_ext.training.measure import conditions
+from freezeout_ext.training.tables import saving_cells
 
 NETS = ("wrn-16-1", "densenet-22-12", "vgg-11-x0.25")
 LEAST_REPETITIONS = 5
@@ -117,20 +118,11 @@ def engagement(name: str, *, batch_size: int, image_size: int, seconds: float, s
 
 
 def rows_of(result: dict) -> list[tuple[str, ...]]:
-    rows = [("frozen", "ms/step", "predicted, %", "measured, %", "engagement")]
+    rows = [("frozen", "ms/step", "predicted", "measured", "engagement")]
     rows.append(("0", f"{result['milliseconds']:.2f}", "", "", ""))
-    for row in result["transitions"]:
-        ratio, error = row["engagement"], row["engagement_error"]
-        rows.append(
-            (
-                str(row["num_frozen"]),
-                f"{row['milliseconds']:.2f}",
-                f"{100 * row['predicted_saving']:.1f} ± {100 * row['predicted_error']:.1f}",
-                f"{100 * row['measured_saving']:.1f} ± {100 * row['measured_error']:.1f}",
-                "in the noise" if ratio is None else f"{ratio:.2f} ± {error:.2f}",
-            )
-        )
-    return rows
+    return rows + [
+        (str(row["num_frozen"]), f"{row['milliseconds']:.2f}", *saving_cells(row)) for row in result["transitions"]
+    ]
 
 
 def main() -> None:

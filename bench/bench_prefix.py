@@ -38,10 +38,7 @@ HALF = {"folded": torch.float32, "bf16": torch.bfloat16}
 
 
 def settings() -> dict:
-    allocator = {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
-    return {"batch": BATCH, "threads": THREADS, "allocator": allocator or "glibc, as it comes"} | conditions(
-        torch.device("cpu")
-    )
+    return {"batch": BATCH, "threads": THREADS} | conditions(torch.device("cpu"))
 
 
 def medians(rivals: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:

@@ -5,10 +5,10 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 from finetune_arms import ARMS, PAIRS, Arm
 from scipy import stats
 
@@ -43,7 +43,7 @@ def tables(rows: Sequence[dict]) -> str:
 def _table(experiment: str, runs: dict[str, dict[int, dict]]) -> str:
     arms = ARMS[experiment]
     rivals = [runs[name] for name in runs if arms[name].is_rival]
-    full = _of(arms, runs, Arm())
+    full = next((each for name, each in runs.items() if arms[name] == Arm()), {})
     # What full training of length 1 took, batches and scheduler included.
     unit = fmean(row["full_steps"] for row in full.values())
     quiet = min(row["full_step_seconds"] for each in runs.values() for row in each.values())
@@ -100,13 +100,9 @@ def rival_at(cost: float, seed: int, rivals: Iterable[dict[int, dict]], what: st
     points = sorted((each[seed]["full_steps"], each[seed][what]) for each in rivals if seed in each)
     if len(points) < 2:
         return None
-    if cost <= points[0][0]:
-        return points[0][1], "cheapest"
-    for (low, a), (high, b) in pairwise(points):
-        if cost <= high:
-            part = math.log(cost / low) / math.log(high / low)
-            return a + part * (b - a), ""
-    return points[-1][1], "dearest"
+    costs, values = zip(*points, strict=True)
+    mark = "cheapest" if cost <= costs[0] else "dearest" if cost > costs[-1] else ""
+    return float(np.interp(math.log(cost), np.log(costs), values)), mark
 
 
 def _ahead(each: dict[int, dict], rivals: list[dict[int, dict]], what: str) -> str:
@@ -129,10 +125,6 @@ def _difference(values: Sequence[float], digits: int = 2) -> str:
 
 def _spread(values: Sequence[float], digits: int) -> str:
     return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def _of(arms: dict[str, Arm], runs: dict, arm: Arm) -> dict[int, dict]:
-    return next((each for name, each in runs.items() if arms[name] == arm), {})
 
 
 def _in_order(rows: Sequence[dict]) -> list[dict]:

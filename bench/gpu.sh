@@ -12,8 +12,8 @@
 #              with the tree in front, and must not find it uncompiled
 #   test       what needs a GPU first, then the whole suite with the GPU in sight
 #   sanitize   compute-sanitizer memcheck, racecheck, initcheck over a choice of optimizer and kernel tests
-#   optimizer  bench_fused_sgd.py
-#   adamw      bench_fused_adamw.py
+#   optimizer  bench_fused.py, SGD
+#   adamw      bench_fused.py, AdamW
 #   kernels    bench_kernels.py without torch.compile
 #   compile    bench_kernels.py, torch.compile on the same prefixes: minutes of compiling
 #   step       bench_training_step.py, one net after the other
@@ -156,8 +156,8 @@ bench() { # NAME SECONDS FILE ARGUMENTS...
     --benchmark-json="$work/benchmarks/$name.json" --benchmark-columns=median "$@"
 }
 
-optimizer() { bench fused_sgd 240 bench_fused_sgd.py; }
-adamw() { bench fused_adamw 280 bench_fused_adamw.py; }
+optimizer() { bench fused_sgd 240 bench_fused.py -k "not adamw"; }
+adamw() { bench fused_adamw 280 bench_fused.py -k adamw; }
 kernels() { bench kernels 320 bench_kernels.py -k "not compiled"; }
 compiled() {
   status=0

@@ -149,13 +149,10 @@ def machine() -> dict:
     }
 
 
-def add_to(archive: Path, root: Path, paths: Iterable[Path]) -> None:
-    paths = list(paths)
-    if not paths:
-        return
-    with tarfile.open(archive, "w:gz") as tar:
-        for path in paths:
-            tar.add(path, path.relative_to(root))
+def archive(path: Path, root: Path, files: Iterable[Path]) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        for file in files:
+            tar.add(file, file.relative_to(root))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,10 +173,10 @@ def main(argv: list[str] | None = None) -> int:
     name = re.sub(r"[^A-Za-z0-9]+", "-", where["device"]).strip("-").lower()
     (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     logs = [*sorted((args.work / "logs").glob("*.log")), *sorted((args.work / "benchmarks").glob("*.json"))]
-    add_to(args.out / "logs.tar.gz", args.work, logs)
+    archive(args.out / "logs.tar.gz", args.work, logs)
     kept = {"config.json", "log.jsonl", "result.json", "compare.json", "costs.json"}
     runs = [p for folder in (claim, args.work / "paper") for p in sorted(folder.rglob("*")) if p.name in kept]
-    add_to(args.out / "runs.tar.gz", args.work, runs)
+    archive(args.out / "runs.tar.gz", args.work, runs)
     for picture in (claim / "compare.png", *sorted(args.work.glob("paper/*/figure.html"))[-1:]):
         if picture.exists():
             shutil.copy(picture, args.out / picture.name)

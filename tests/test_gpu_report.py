@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1]
 TINY = """
 import pytest
 import torch
-import bench_fused_sgd
+import bench_fused
 import bench_training_step as steps
 
-bench_fused_sgd.SECONDS = 0.05
+bench_fused.SECONDS["sgd"] = 0.05
 steps.WARM_UP_STEPS = steps.COMPARED_STEPS + 1
 
 
@@ -26,7 +26,7 @@ steps.WARM_UP_STEPS = steps.COMPARED_STEPS + 1
 @pytest.mark.parametrize("grouping", ["one group a layer"])
 @pytest.mark.parametrize("net", ["densenet-76-12"])
 def test_step(benchmark, net, grouping, cache):
-    bench_fused_sgd.measure(benchmark, "tiny-1", grouping, threads=1)
+    bench_fused.measure(benchmark, "sgd", "tiny-1", grouping, threads=1)
 
 
 @pytest.mark.parametrize("frozen", [0.5])
@@ -107,7 +107,7 @@ def test_one_file_and_a_table(report, work, tmp_path, capsys, monkeypatch):
 
 
 def test_figures_of_a_gpu_are_found_by_their_benchmarks(report):
-    """As bench_kernels.py and bench_fused_sgd.py name and store them: those files do not run here."""
+    """As bench_kernels.py and bench_fused.py name and store them: those files do not run here."""
     tests = {
         "test_prefix[densenet-76-12]": {
             "params": {"name": "densenet-76-12"}, "over_eager": {"eager": 1.0, "engine": 0.2},
@@ -133,7 +133,7 @@ def test_figures_of_a_gpu_are_found_by_their_benchmarks(report):
     for word in ("def test_prefix(", "def test_prefix_compiled(", "def test_ceilings(", '"copy_terabytes_per_second"',
                  '"bf16_teraflops_per_second"', '"over_eager"', '"microseconds"', '"torch.compile"'):  # fmt: skip
         assert word in text
-    assert 'f"over_copy{suffix}"' in (BENCH / "fused_cases.py").read_text()
+    assert 'f"over_copy{suffix}"' in (BENCH / "bench_fused.py").read_text()
 
 
 def test_the_claim_is_stated(report):
@@ -198,7 +198,7 @@ def test_every_part_of_the_script_runs_its_files(tmp_path):
     done = subprocess.run(["sh", BENCH / "gpu.sh", *parts], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = asked.read_text()
-    files = ("bench_fused_sgd.py", "bench_kernels.py", "bench_training_step.py")
+    files = ("bench_fused.py", "bench_kernels.py", "bench_training_step.py")
     for file in (*files, "tests/test_kernels.py"):
         assert file in lines, file
     compared = [line for line in lines.splitlines() if line.startswith("-m freezeout_ext compare ")]

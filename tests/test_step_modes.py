@@ -12,7 +12,7 @@ from freezeout_ext.training.config import TrainConfig
 from freezeout_ext.training.optimizer import make_optimizer
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run import Run
-from freezeout_ext.training.tables import run_summary
+from freezeout_ext.training.tables import as_text, run_blocks
 
 BASE = TrainConfig(model="wrn-10-1", steps=14, batch_size=128, t_0=0.4, threads=1, device="cpu")
 
@@ -73,4 +73,4 @@ def test_compiled_runs_have_few_transitions_and_say_how_many_graphs(digits, tmp_
         graphs = json.loads((tmp_path / method / "result.json").read_text())["graphs_compiled"]
         assert sum(graphs.values()) > 0
         assert set(graphs) == {str(phase["num_frozen"]) for phase in result["phases"]}
-        assert "graphs compiled: " in run_summary(result)
+        assert "graphs compiled: " in as_text(run_blocks(result))

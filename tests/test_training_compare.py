@@ -12,7 +12,7 @@ from freezeout_ext.training.config import BadInput, TrainConfig
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run_folder import RunFolder
 from freezeout_ext.training.summary import curves, run_folder, spread, undisturbed_seconds
-from freezeout_ext.training.tables import comparison_tables
+from freezeout_ext.training.tables import as_text, comparison_blocks
 
 BASE = TrainConfig(model="wrn-10-1", steps=8, batch_size=16, t_0=0.6, threads=1, device="cpu")
 TASK = built_in("digits", "wrn-10-1")
@@ -170,7 +170,7 @@ def test_bad_arms_leave_nothing_behind(tmp_path):
 
 def test_tables_show_each_arm_and_each_transition(done):
     _, summary, _ = done
-    text = comparison_tables(summary)
+    text = as_text(comparison_blocks(summary))
     for arm in summary["arms"]:
         accuracy = arm["test_accuracy"]
         cell = f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['sd']:.2f} (n=2)"
@@ -183,7 +183,7 @@ def test_tables_show_each_arm_and_each_transition(done):
 
 def test_tables_of_one_seed_have_no_spread(tmp_path):
     summary, _ = compare(tmp_path / "out", [FREEZEOUT], seeds=[5])
-    (row,) = [line for line in comparison_tables(summary).splitlines() if "(n=1)" in line]
+    (row,) = [line for line in as_text(comparison_blocks(summary)).splitlines() if "(n=1)" in line]
     assert "±" not in row
     assert "accuracy_over_full" not in summary["arms"][0]
 

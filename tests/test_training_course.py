@@ -14,7 +14,7 @@ from freezeout_ext.training.config import BadInput, TrainConfig, parsed_thaw
 from freezeout_ext.training.course import Length, freezing_options, has_whole_steps, tail_of
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run import Run
-from freezeout_ext.training.tables import run_summary, transition_line
+from freezeout_ext.training.tables import as_text, run_blocks, transition_line
 from freezeout_ext.training.trainer import Trainer
 
 LAYERS = Layers([Layer(name, {}, {}, ()) for name in "abcd"])
@@ -132,7 +132,7 @@ def test_a_run_with_a_tail_resumes(tmp_path, part, cache):
     assert resumed.trainer.num_frozen == 1
     (started, thawed) = result["transitions"]
     assert (started["num_frozen"], thawed["num_frozen"], thawed["step"]) == (2, 1, round(part * 20))
-    assert "thawed: 1.0" in run_summary(result)
+    assert "thawed: 1.0" in as_text(run_blocks(result))
     assert transition_line(thawed, 4).startswith(f"step {thawed['step']}: thawed 1.0 (still frozen: 1 of 4 layers; 42 ")
 
 

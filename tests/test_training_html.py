@@ -79,7 +79,7 @@ def test_shows_what_the_folders_hold(folders, page):
     for transition in result["transitions"]:
         assert str(transition["step"]) in firsts
     assert result["engagement"]["source"] in text
-    assert result["conditions"]["torch"] in text and "batch_size 128" in text
+    assert result["conditions"]["torch"] in text and "batch 128" in text
     assert sum("saved, predicted" in row for row in parsed.rows) == 1 + sum(
         bool(a["transitions"]) for a in summary["arms"]
     )
@@ -99,7 +99,7 @@ def test_is_written_beside_the_first_run_and_marks_one_that_goes_on(folders, cap
 
 def test_a_folder_without_a_run_is_refused(tmp_path, folders, capsys):
     assert cli.main(["report", str(folders[0]), str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
-    assert "run must be the folder of a comparison, or of a run with at least one epoch" in capsys.readouterr().err
+    assert "run must be the folder of a comparison or of a run with at least one epoch" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 

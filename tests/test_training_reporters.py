@@ -83,10 +83,10 @@ def test_run_summary_by_hand():
         "total_steps": 14,
         "train_seconds": 1.25,
     }
-    lines = tables.run_summary(result).splitlines()
+    lines = tables.as_text(tables.run_blocks(result)).splitlines()
     assert lines[2].split() == ["0", "0", "of", "2", "7", "12.50", "3.0"]
     assert lines[3].split() == ["7", "1", "of", "2", "stem", "7", "-", "3.0"]
-    assert lines[4:] == ["peak memory: counted", "test accuracy 50.00 % after 14 steps, 1.2 s of training"]
+    assert lines[4:] == ["", "peak memory: counted", "test accuracy 50.00 % after 14 steps, 1.2 s of training"]
 
 
 class Terminal(io.StringIO):

@@ -17,7 +17,7 @@ from freezeout_ext.training import cli, compare, plan, train
 from freezeout_ext.training.config import BadInput, TrainConfig
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run_folder import RunFolder
-from freezeout_ext.training.tables import comparison_tables
+from freezeout_ext.training.tables import as_text, comparison_blocks
 from freezeout_ext.training.tune import Round, Tuning, rounds_of, settings
 from freezeout_ext.training.verdict import verdict
 
@@ -77,7 +77,7 @@ def test_any_task_can_be_compared_with_kept_features_too(kind, tmp_path):
     assert cached["ahead_of_rival"]["rival"] == short["name"] == "short cached linear 0.5"
     # Whether keeping pays in so few steps is up to the cache, by measured times.
     assert cached["features"]["views"] == 2 and full["features"] is None
-    text = comparison_tables(summary)
+    text = as_text(comparison_blocks(summary))
     assert verdict(summary) in text and f"test {task.metric_name}" in text and cached["features"]["text"] in text
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["report", str(tmp_path / "out")]) == 0

@@ -2,8 +2,8 @@
 
 import copy
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from itertools import chain
 from statistics import median
 from typing import Any, cast
 
@@ -57,47 +57,40 @@ class LayerBench:
             group["lr"] = group["lr"] * 0
 
     def forget(self) -> None:
-        self.rounds = 0
-        self.savings: list[list[float]] = []  # of each round
-        count = len(self.layers)
-        self.forward: list[list[float]] = [[] for _ in range(count)]
-        self.frozen_forward: list[list[float]] = [[] for _ in range(count)]
-        self.backward: list[list[float]] = [[] for _ in range(count)]
-        self.backward_first: list[list[float]] = [[] for _ in range(count)]
-        self.optimizer_step: list[list[float]] = [[] for _ in range(count)]
-        self.loss: list[float] = []
-        self.whole: list[float] = []
+        # Seconds by (part, layer): of each round, and of the one that is going on.
+        self.rounds: list[dict[tuple[str, int], list[float]]] = []
+        self.times: dict[tuple[str, int], list[float]] = defaultdict(list)
 
     def round(self, on_layer: Callable[[int], None] = lambda done: None) -> None:
         """Times every part of a step once or more. Calls on_layer(layers done in all rounds) before each layer."""
-        done = self.rounds * len(self.layers)
+        done = len(self.rounds) * len(self.layers)
         on_layer(done)
         self._copy()
         for _ in range(WARM_UP_STEPS):
-            self.whole_step(skip=True)
-        starts = [len(values) for values in self._lists()]
+            self.whole_step()
+        self.times = defaultdict(list)
         for _ in range(FULL_STEPS):
             self.whole_step()
             self.step(0)
         for k in range(1, len(self.layers)):
             on_layer(done + k)
             # After a change the first step's update prepares its tables anew, so the second step's update counts.
-            self.step(k, skip_optimizer=True)
             self.step(k)
-        self.rounds += 1
-        costs = StepCosts(**self._medians([values[n:] for values, n in zip(self._lists(), starts, strict=True)]))
-        self.savings.append([costs.saving(k) for k in range(len(self.layers))])
+            self.times.pop(("optimizer", k))
+            self.step(k)
+        self.rounds.append(self.times)
 
-    def whole_step(self, *, skip: bool = False) -> None:
+    def whole_step(self) -> None:
         self._freeze(0)
         start = self._now()
         self._loss().backward()
         self._update()
-        if not skip:
-            self.whole.append(self._seconds(start, self._now()))
+        end = self._now()
+        self._synchronize()
+        self.times["whole_step", 0].append(self._difference(end, start))
 
-    def step(self, k: int, *, skip_optimizer: bool = False) -> None:
-        """Runs one step with layers 0 .. k-1 frozen, and adds the times of its parts to the lists."""
+    def step(self, k: int) -> None:
+        """Runs one step with layers 0 .. k-1 frozen, and adds the times of its parts."""
         self._freeze(k)
         with LayerMarks(self.model, self.layers, self._now, self._difference) as marks:
             start = self._now()
@@ -112,14 +105,11 @@ class LayerBench:
             end = self._now()
         self._synchronize()
         for i, seconds in enumerate(marks.forward_intervals(start, called)):
-            (self.forward if i >= k else self.frozen_forward)[i].append(seconds)
-        self.loss.append(self._difference(forwarded, called))
-        first, *rest = marks.backward_intervals(forwarded, backwarded, k)
-        self.backward_first[k].append(first)
-        for i, seconds in enumerate(rest, k + 1):
-            self.backward[i].append(seconds)
-        if not skip_optimizer:
-            self.optimizer_step[k].append(self._difference(end, backwarded))
+            self.times["forward" if i >= k else "frozen_forward", i].append(seconds)
+        self.times["loss", 0].append(self._difference(forwarded, called))
+        for i, seconds in enumerate(marks.backward_intervals(forwarded, backwarded, k), k):
+            self.times["backward_first" if i == k else "backward", i].append(seconds)
+        self.times["optimizer", k].append(self._difference(end, backwarded))
 
     def costs(self, **others) -> StepCosts:
         """StepCosts of the medians over all rounds.
@@ -128,33 +118,30 @@ class LayerBench:
             others: further fields of StepCosts.
         """
         error = None
-        if self.rounds > 1:
+        if len(self.rounds) > 1:
+            each = [StepCosts(**self._medians([times])) for times in self.rounds]
+            savings = ([costs.saving(k) for costs in each] for k in range(len(self.layers)))
             # Of two values or more there is one.
-            error = tuple(cast("float", median_error(values)) for values in zip(*self.savings, strict=True))
-        return StepCosts(**self._medians(self._lists()), saving_error=error, **others)
+            error = tuple(cast("float", median_error(values)) for values in savings)
+        return StepCosts(**self._medians(self.rounds), saving_error=error, **others)
 
-    def _lists(self) -> list[list[float]]:
-        by_layer = self.forward, self.frozen_forward, self.backward, self.backward_first, self.optimizer_step
-        return [*chain.from_iterable(by_layer), self.loss, self.whole]
+    def _medians(self, rounds: list[dict[tuple[str, int], list[float]]]) -> dict:
+        def part(name: str) -> tuple[float, ...]:
+            found = [[s for times in rounds for s in times.get((name, i), ())] for i in range(len(self.layers))]
+            return tuple(median(seconds) if seconds else 0.0 for seconds in found)
 
-    def _medians(self, lists: list[list[float]]) -> dict:
-        """lists: as _lists() gives them, or parts of these."""
-        values = [median(each) if each else 0.0 for each in lists]
-        count = len(self.layers)
-        forward, frozen_forward, backward, first, optimizer = (
-            tuple(values[count * j : count * (j + 1)]) for j in range(5)
-        )
+        forward, first = part("forward"), part("backward_first")
         return {
             "layers": tuple(layer.name for layer in self.layers),
             "forward": forward,
             # The last layer never freezes.
-            "frozen_forward": (*frozen_forward[:-1], forward[-1]),
+            "frozen_forward": (*part("frozen_forward")[:-1], forward[-1]),
             # Layer 0 never has its input's gradient.
-            "backward": (first[0], *backward[1:]),
+            "backward": (first[0], *part("backward")[1:]),
             "backward_first": first,
-            "optimizer": optimizer,
-            "loss": values[-2],
-            "whole_step": values[-1],
+            "optimizer": part("optimizer"),
+            "loss": part("loss")[0],
+            "whole_step": part("whole_step")[0],
         }
 
     def memory(self) -> tuple[int, ...]:
@@ -201,10 +188,6 @@ class LayerBench:
 
     def _difference(self, later, earlier) -> float:
         return earlier.elapsed_time(later) / 1000 if self.device.type == "cuda" else later - earlier
-
-    def _seconds(self, start, end) -> float:
-        self._synchronize()
-        return self._difference(end, start)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

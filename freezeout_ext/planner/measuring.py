@@ -81,10 +81,10 @@ def measure_costs(
                 bench.step(k)
         bench.forget()
         begin = time.perf_counter()
-        while bench.rounds < rounds and (bench.rounds == 0 or time.perf_counter() - begin < max_seconds):
+        while len(bench.rounds) < rounds and (not bench.rounds or time.perf_counter() - begin < max_seconds):
             bench.round(lambda done: on_progress(done, rounds * len(bench.layers)))
         memory = bench.memory()
-    what = f"medians of {bench.rounds} round{'s' * (bench.rounds != 1)}"
+    what = f"medians of {len(bench.rounds)} round{'s' * (len(bench.rounds) != 1)}"
     clock = " of CPU time" if device.type == "cpu" and bench.clock == time.thread_time else ""
     source = f"measured on {_device_name(device)}, batch {size(example_inputs)}, {what}{clock}"
     return bench.costs(loader=loader, loader_ahead=loader_ahead, memory=memory, source=source)

@@ -9,7 +9,7 @@ from ..planner import T_0S, Plan
 from ..schedule import POWERS
 from ..tasks import Task
 from . import plot
-from .arms import default_kinds, make_arms
+from .arms import DEFAULT_KINDS, make_arms
 from .compare import MOST_SEEDS, Comparison
 from .config import TrainConfig, faults_of_input
 from .costing import plan_of, training_costs, unfrozen
@@ -79,8 +79,7 @@ def compare(
 ) -> dict:
     """Trains the task in several ways and returns what compare.json then holds. Writes compare.png beside it.
 
-    `tables.comparison_tables(summary)` is the text of a summary, `verdict.verdict(summary)` the sentence that says who
-    won.
+    `tables.as_text(tables.comparison_blocks(summary))` is the text of a summary. Its last line says who won.
 
     Args:
         seeds: how many.
@@ -100,7 +99,7 @@ def compare(
         for name, numbers in (("shorter", shorter), ("accuracies", accuracies)):
             check_kind(name, numbers, Sequence, "a sequence of numbers")
         base = _config(task, options).resolved()
-        kinds = default_kinds() if kinds is None else kinds
+        kinds = DEFAULT_KINDS if kinds is None else kinds
         arms = make_arms(kinds, t_0s or [base.t_0], how_scales or [base.how_scale], shorter)
     comparison = Comparison(base, out, arms=arms, seeds=range(seeds), task=task, resume=resume, accuracies=accuracies)
     summary = comparison.run(lambda title: LineReporter(title=title, epochs=False))

@@ -13,6 +13,7 @@ from .config import TrainConfig
 # short: full training on a cosine as long as the seconds of freezeout, or of cached.
 # const-time: freezeout as long as full training's seconds.
 KINDS = ("full", "freezeout", "no-anneal", "cached", "short", "const-time")
+DEFAULT_KINDS = KINDS[:-1]
 MATCHED = ("short", "const-time")
 # Those for which a `short` runs.
 RATED = ("freezeout", "cached")
@@ -73,11 +74,6 @@ class Arm:
             assert self.t_0 is not None and self.how_scale is not None  # an arm that freezes has both
             config = replace(config, t_0=self.t_0, how_scale=self.how_scale)
         return config.resolved()
-
-
-def default_kinds() -> list[str]:
-    """All but const-time."""
-    return [kind for kind in KINDS if kind != "const-time"]
 
 
 def make_arms(

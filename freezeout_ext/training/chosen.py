@@ -53,6 +53,13 @@ def config_of(args: argparse.Namespace, own: Task | None) -> TrainConfig:
     return TrainConfig(**(({} if fresh else TUNED) | given(args)))
 
 
+def chosen(args: argparse.Namespace) -> tuple[TrainConfig, Task]:
+    """The resolved config and the task."""
+    own = own_task(args)
+    config = config_of(args, own).resolved()
+    return config, own or task_of(args, config)
+
+
 def folder_name(config: TrainConfig) -> str:
     """Of the folder in runs/ that a command writes to where none is named."""
     name = Path(config.data).stem if config.model == OWN_MODEL else f"{config.data}-{config.model}"

@@ -11,8 +11,8 @@ from ..models import build_model
 from ..schedule import Schedule
 from ..tasks import Task
 from . import plot
-from .arms import default_kinds, make_arms
-from .chosen import config_of, folder_name, given, own_task, task_of
+from .arms import DEFAULT_KINDS, make_arms
+from .chosen import chosen, config_of, folder_name, given, own_task, task_of
 from .compare import MOST_SEEDS, Comparison
 from .config import OWN_MODEL, TrainConfig, faults_of_input
 from .html import write_report
@@ -20,7 +20,7 @@ from .ranks import Ranks, ranks_of_torchrun
 from .reporters import BarReporter, LineReporter, Reporter, Reporters, TensorBoardReporter, has_live_bar
 from .run import Run
 from .run_folder import RunFolder, check_file, make_folder, read_json
-from .tables import comparison_tables, engagement_text, run_summary, traffic_table
+from .tables import as_text, comparison_blocks, run_blocks
 from .tune import Tuning
 
 MOST_LAYERS = 10_000  # of schedules that are drawn
@@ -54,13 +54,7 @@ def _train_as(args: argparse.Namespace, ranks: Ranks) -> None:
     result = run.train(Reporters(*reporters), run.costs())
     if not ranks.is_first:
         return
-    print(run_summary(result))
-    if result["features"]:
-        print(f"\n{result['features']['text']}")
-    if result["traffic"]:
-        print(f"\n{traffic_table(result)}")
-    if text := engagement_text(result):
-        print(f"\n{text}")
+    print(as_text(run_blocks(result)))
     print(f"\nwritten to {out}; its curves: freezeout plot {out}; a page: freezeout report {out}")
 
 
@@ -76,18 +70,16 @@ def _train_folder(args: argparse.Namespace, own: Task | None) -> Path:
 def compare(args: argparse.Namespace) -> None:
     with faults_of_input():
         check_count("seeds", args.seeds, 1, MOST_SEEDS)
-        own = own_task(args)
-        base = config_of(args, own).resolved()
-        kinds = [*(args.arms or default_kinds()), *args.const_time]
+        base, task = chosen(args)
+        kinds = [*(args.arms or DEFAULT_KINDS), *args.const_time]
         arms = make_arms(kinds, args.t0s or [base.t_0], args.how_scales or [base.how_scale], args.shorter)
-        task = own or task_of(args, base)
     out = args.out or Path("runs") / f"compare-{folder_name(base)}"
     comparison = Comparison(
         base, out, arms=arms, seeds=range(args.seeds), task=task, resume=args.resume, accuracies=args.accuracies
     )
     print(*task.notes, sep="\n", flush=True)
     summary = comparison.run(run_reporter)
-    print("\n" + comparison_tables(summary))
+    print("\n" + as_text(comparison_blocks(summary)))
     plot.save(plot.plot_comparison(out, summary), out / "compare.png")
     write_report([out], out / "report.html")
     print(f"\nwritten to {out}: compare.json, compare.png, report.html")
@@ -95,9 +87,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def tune(args: argparse.Namespace) -> None:
     with faults_of_input():
-        own = own_task(args)
-        base = config_of(args, own).resolved()
-        task = own or task_of(args, base)
+        base, task = chosen(args)
     out = args.out or Path("runs") / f"tune-{folder_name(base)}"
     tuning = Tuning(base, out, task=task, seconds=args.seconds, saving=args.want, seeds=args.seeds, resume=args.resume)
     print(*task.notes, sep="\n", flush=True)

@@ -150,24 +150,21 @@ class Comparison:
 
     def _summary(self, results: dict[Arm, dict[int, dict]], costs: StepCosts | None) -> dict:
         judge, sign = self._judge, 1 if self.task.higher_is_better else -1
-        arms = [arm_summary(arm, results, judge, sign) for arm in self.arms]
-        arms = [
-            with_engagement(summary, costs, self.base.to_dict(), list(results[arm].values()))
-            if costs is not None and arm.freezes
-            else summary
-            for arm, summary in zip(self.arms, arms, strict=True)
-        ]
-        for arm, summary in zip(self.arms, arms, strict=True):
-            if summary["features"] and costs is not None and costs.unit == "s" and Arm("full") in results:
-                summary["kept_saving"] = self._kept_saving(arm, results, costs)
+        arms = []
+        for arm in self.arms:
+            summary = arm_summary(arm, results, judge, sign)
+            if costs is not None and arm.freezes:
+                summary = with_engagement(summary, costs, self.base.to_dict(), list(results[arm].values()))
+                if summary["features"] and costs.unit == "s" and Arm("full") in results:
+                    summary["kept_saving"] = self._kept_saving(arm, results, costs)
+            arms.append(summary)
         accuracies = self.accuracies
         if not accuracies and in_percent(self.task.metric_name):
             reference = [summary for summary in arms if summary["name"] == "full"] or arms
             accuracies = [min(summary[judge]["mean"] for summary in reference) - 0.01]
-        for summary in arms:
-            logs = [run_folder(self.out, summary["name"], seed).read_log() for seed in self.seeds]
-            found = [time_to_metric(logs, judge, sign, value) for value in accuracies]
-            summary["time_to_accuracy"] = found
+        for arm, summary in zip(self.arms, arms, strict=True):
+            logs = [self._folder(arm, seed).read_log() for seed in self.seeds]
+            summary["time_to_accuracy"] = [time_to_metric(logs, judge, sign, value) for value in accuracies]
         return {
             "config": self.base.to_dict(),
             "metric": {"name": self.task.metric_name, "higher_is_better": self.task.higher_is_better},

@@ -8,8 +8,7 @@ import torch
 
 from ..batch import Batch
 from ..layers import Layers
-from ..planner import T_0S, Plan, StepCosts, flop_costs, measure_costs, measure_loader, plan_from_costs
-from ..schedule import POWERS
+from ..planner import Plan, StepCosts, flop_costs, measure_costs, measure_loader, plan_from_costs
 from ..tasks import Task
 from .config import TrainConfig
 from .course import Length, schedule_options, tail_of
@@ -87,8 +86,8 @@ def plan_of(
     length: Length,
     layers: Layers,
     costs: StepCosts,
-    t_0s: Iterable[float] = T_0S,
-    how_scales: Iterable[str | float] = tuple(POWERS),
+    t_0s: Iterable[float],
+    how_scales: Iterable[str | float],
 ) -> Plan:
     """The plan of a run of `config` and that length, for every t_0 and how_scale."""
     options, tail = schedule_options(config, length, layers), tail_of(config, length, layers)

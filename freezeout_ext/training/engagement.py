@@ -1,10 +1,10 @@
 """engagement = measured saving / predicted saving: whether freezing shortened the steps as the layers' times say."""
 
 from collections.abc import Iterable, Sequence
+from math import hypot
 from statistics import fmean, stdev
 
 from ..planner import StepCosts
-from .values import milliseconds
 
 # A saving or a drop is told from noise where it is so many standard deviations.
 CLEAR_OF_NOISE = 3.0
@@ -32,7 +32,9 @@ def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -
     rows, before = [], 0
     whole, whole_error = _timed(next((phase for phase in phases if not phase["num_frozen"]), None))
     for transition in transitions:
-        k = transition["num_frozen"]
+        k, place = transition["num_frozen"], begins.get(transition["step"])
+        first, first_error = _timed(phases[place - 1] if place else None)
+        then, then_error = _timed(None if place is None else phases[place])
         row = {
             **transition,
             "predicted_saving": costs.saving(k),
@@ -40,19 +42,14 @@ def engaged(transitions: Iterable[dict], phases: list[dict], costs: StepCosts) -
             "predicted_drop": costs.saving(k) - costs.saving(before),
             **dict.fromkeys(("measured_saving", "measured_error", "measured_drop", "drop_error")),
         }
-        place = begins.get(transition["step"])
-        (first, first_error), (then, then_error) = _timed(None), _timed(None)
-        if place is not None:
-            first, first_error = _timed(phases[place - 1] if place else None)
-            then, then_error = _timed(phases[place])
-        if whole and then is not None:
+        if whole is not None and then is not None:
             row["measured_saving"] = 1 - then / whole
             if then_error is not None and whole_error is not None:
-                row["measured_error"] = _both(then_error, whole_error * then / whole) / whole
+                row["measured_error"] = hypot(then_error, whole_error * then / whole) / whole
             if first is not None:
                 row["measured_drop"] = (first - then) / whole
-                if first_error is not None and then_error is not None:
-                    row["drop_error"] = _both(first_error, then_error) / whole
+            if first_error is not None and then_error is not None:
+                row["drop_error"] = hypot(first_error, then_error) / whole
         rows.append(judged(row))
         before = k
     return rows
@@ -68,9 +65,9 @@ def judged(row: dict) -> dict:
     measured, predicted = row["measured_saving"], row["predicted_saving"]
     errors = row["measured_error"], row["predicted_error"] or 0.0
     ratio = error = None
-    if None not in (measured, errors[0], predicted) and predicted > CLEAR_OF_NOISE * _both(*errors) and predicted > 0:
+    if None not in (measured, errors[0], predicted) and predicted > max(0.0, CLEAR_OF_NOISE * hypot(*errors)):
         ratio = measured / predicted
-        error = _both(errors[0], ratio * errors[1]) / predicted
+        error = hypot(errors[0], ratio * errors[1]) / predicted
     return {**row, "engagement": ratio, "engagement_error": error}
 
 
@@ -109,8 +106,8 @@ def whole_run(phases: list[dict], costs: StepCosts) -> dict:
     if costs.saving_error:  # rounds that err in one phase err in the next: their errors add up
         row["predicted_error"] = sum(steps * costs.saving_error[k] for k, steps, _, _ in timed) / total
     if whole_error is not None:
-        own = sum((steps * (error or 0.0)) ** 2 for _, steps, _, error in later) ** 0.5
-        row["measured_error"] = _both(own, seconds * whole_error / whole) / (total * whole)
+        own = hypot(*(steps * (error or 0.0) for _, steps, _, error in later))
+        row["measured_error"] = hypot(own, seconds * whole_error / whole) / (total * whole)
     return judged(row)
 
 
@@ -135,7 +132,7 @@ def warnings_of(rows: Iterable[dict], costs: StepCosts, config: dict) -> list[st
 def _causes(costs: StepCosts, config: dict) -> list[str]:
     causes = []
     if costs.loader > 0.2 * costs.step(0):
-        causes.append(f"the step waits for the loader ({milliseconds(costs.loader)} a batch)")
+        causes.append(f"the step waits for the loader ({1e3 * costs.loader:.2f} ms a batch)")
     if config.get("device") == "cuda" and not config.get("graph"):
         causes.append("the device waits for the host that launches kernels (try --graph, or a larger batch)")
     if config.get("compile"):
@@ -170,7 +167,3 @@ def _timed(phase: dict | None) -> tuple[float | None, float | None]:
     phase = phase or {}
     clock = "cpu_seconds" if phase.get("cpu_seconds_per_step") else "seconds"
     return phase.get(f"{clock}_per_step"), phase.get(f"{clock}_error")
-
-
-def _both(a: float, b: float) -> float:
-    return (a * a + b * b) ** 0.5

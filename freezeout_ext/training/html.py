@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from . import plot
 from .run_folder import RunFolder, read_json, write_atomically
-from .tables import arms_rows, engagement_text, graphs_text, phases_rows
+from .tables import Table, comparison_blocks, run_blocks, what_was_trained
 from .values import metric_of, metric_text
-from .verdict import verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +21,7 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid var(--line); padding-top: 1.5rem; }
-p { overflow-wrap: anywhere; }
+p { overflow-wrap: anywhere; } .line { margin: .3rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
@@ -51,76 +50,39 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
 
 
 def _section(folder: Path) -> str:
+    parts, blocks = [f"<h2>{escape(folder.name)}</h2>"], []
     if (folder / "compare.json").exists():
-        return _comparison(folder, read_json(folder / "compare.json"))
-    run = RunFolder(folder)
-    rows = run.read_log()
-    if not rows:
-        raise ValueError(f"run must be the folder of a comparison, or of a run with at least one epoch, got {folder}")
-    return _run(folder, rows, run.load_config().to_dict(), run.load_result())
+        summary = read_json(folder / "compare.json")
+        *blocks, won = comparison_blocks(summary, all_phases=True)
+        parts.append(f'<p class="verdict">{escape(str(won))}</p>')
+        figure, about = plot.plot_comparison(folder, summary, width=PHONE), "the metric over seconds, and over the cost"
+        config, conditions = summary["config"], summary["conditions"]
+    else:
+        run = RunFolder(folder)
+        rows = run.read_log()
+        if not rows:
+            raise ValueError(
+                f"run must be the folder of a comparison or of a run with at least one epoch, got {folder}"
+            )
+        config, result = run.load_config().to_dict(), run.load_result()
+        conditions = result["conditions"] if result else {}
+        last, metric = rows[-1], metric_of(rows[-1])
+        so_far = f"not finished: epoch {last['epoch']}, test {metric} {metric_text(metric, last[f'test_{metric}'])}"
+        blocks = [what_was_trained(config), *(run_blocks(result) if result else [so_far])]
+        figure = plot.plot_run(rows, folder.name, width=PHONE)
+        about = "loss, metric, learning rates, frozen layers, time"
+    parts += [_chart(figure, about), *map(_block, blocks)]
+    where = "; ".join(f"{name} {value}" for name, value in conditions.items() if value is not None)
+    return "\n".join([*parts, f'<p class="quiet">{escape(where)}</p>', _config(config)]) + "\n"
 
 
-def _run(folder: Path, rows: list[dict], config: dict, result: dict | None) -> str:
-    last, metric = rows[-1], metric_of(rows[-1])
-    parts = [f"<h2>{escape(folder.name)}</h2>", _what(config)]
-    end = "" if result else f" (not finished: epoch {last['epoch']})"
-    parts.append(
-        f"<p>Test {escape(metric)} <b>{metric_text(metric, last[f'test_{metric}'])}</b> after {last['step']:,} steps,"
-        f" {last['train_seconds']:.1f} s of training{end}.</p>"
+def _block(block: str | Table) -> str:
+    if isinstance(block, Table):
+        return _table(block.rows)
+    return "\n".join(
+        f'<p class="{"warning" if line.startswith("warning: ") else "line"}">{escape(line)}</p>'
+        for line in block.splitlines()
     )
-    parts.append(
-        _chart(plot.plot_run(rows, folder.name, width=PHONE), "loss, accuracy, learning rates, frozen layers, time")
-    )
-    if result:
-        parts += [_where(result["conditions"]), _phases(result, len(result["layers"]))]
-        parts.append(f'<p class="quiet">peak memory: {escape(result["memory_measured"])}</p>')
-    parts.append(_config(config))
-    return "\n".join(parts) + "\n"
-
-
-def _comparison(folder: Path, summary: dict) -> str:
-    config = summary["config"]
-    seeds = ", ".join(map(str, summary["seeds"]))
-    parts = [
-        f"<h2>{escape(folder.name)}</h2>",
-        f'<p class="verdict">{escape(verdict(summary))}</p>',
-        _what({name: config[name] for name in config if name not in ("method", "how_scale", "t_0", "seed")}),
-        f"<p>Seeds {seeds}; mean ± sd over them.</p>",
-        _where(summary["conditions"]),
-        _chart(
-            plot.plot_comparison(folder, summary, width=PHONE),
-            "above: the metric over seconds; below: the metric over the cost",
-        ),
-        _table(arms_rows(summary)),
-    ]
-    for arm in summary["arms"]:
-        if arm["transitions"]:
-            parts += [f"<h3>{escape(arm['name'])}</h3>", _phases(arm, arm["num_layers"])]
-    parts.append(
-        f'<p class="quiet">ms/step: median over the steps between two transitions. peak memory:'
-        f" {escape(summary['memory_measured'])}</p>"
-    )
-    parts.append(_config(config))
-    return "\n".join(parts) + "\n"
-
-
-def _phases(result: dict, num_layers: int) -> str:
-    """The stretches between a run's (or an arm's) transitions, predicted beside measured, and the warnings."""
-    parts = [_table(phases_rows(result["phases"], result["transitions"], num_layers))]
-    for line in [*graphs_text(result).splitlines(), *engagement_text(result).splitlines()]:
-        kind = "warning" if line.startswith("warning: ") else "quiet"
-        parts.append(f'<p class="{kind}">{escape(line)}</p>')
-    return "\n".join(parts)
-
-
-def _what(config: dict) -> str:
-    names = ("data", "model", "method", "batch_size", "optimizer", "lr", "how_scale", "t_0", "amp", "seed")
-    return f"<p>{escape(', '.join(f'{name} {config[name]}' for name in names if config.get(name) is not None))}</p>"
-
-
-def _where(conditions: dict) -> str:
-    text = "; ".join(f"{name} {value}" for name, value in conditions.items() if value is not None)
-    return f'<p class="quiet">{escape(text)}</p>'
 
 
 def _config(config: dict) -> str:

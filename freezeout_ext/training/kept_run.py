@@ -97,16 +97,17 @@ class KeptRun:
 
     def steps_within(self, seconds: float, schedule: Callable[[int], Schedule], views: int) -> int:
         """n, at least 1, so that a run of n steps by schedule(n) that keeps `views` steps' rows costs `seconds`."""
+
+        def fits(steps: int) -> bool:
+            return self.seconds(self.stretches(schedule(steps), None, views)) <= seconds
+
         low, high = 1, 2
-        while self._of(schedule(high), views) <= seconds:
+        while fits(high):
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._of(schedule(middle), views) <= seconds else (low, middle)
+            low, high = (middle, high) if fits(middle) else (low, middle)
         return low
-
-    def _of(self, schedule: Schedule, views: int) -> float:
-        return self.seconds(self.stretches(schedule, None, views))
 
     def _forward(self, num_frozen: int) -> float:
         """-> seconds of a whole forward."""

@@ -4,7 +4,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -43,21 +43,17 @@ class Phase:
         return median(self.seconds) if self.seconds else None
 
     def summary(self) -> dict:
-        return {
+        found: dict[str, float | None] = {
             "num_frozen": self.num_frozen,
             "first_step": self.first_step,
             "steps": self.steps,
-            "seconds_per_step": self.seconds_per_step,
-            "seconds_per_step_mean": fmean(self.seconds) if self.seconds else None,
-            "seconds_error": steps_error(self.seconds),
-            "cpu_seconds_per_step": median(self.cpu_seconds) if self.cpu_seconds else None,
-            "cpu_seconds_per_step_mean": fmean(self.cpu_seconds) if self.cpu_seconds else None,
-            "cpu_seconds_error": steps_error(self.cpu_seconds),
             "memory_bytes": self.memory,
         }
-
-    def to_dict(self) -> dict:
-        return asdict(self)
+        for name, values in (("seconds", self.seconds), ("cpu_seconds", self.cpu_seconds)):
+            found[f"{name}_per_step"] = median(values) if values else None
+            found[f"{name}_per_step_mean"] = fmean(values) if values else None
+            found[f"{name}_error"] = steps_error(values)
+        return found
 
 
 def steps_error(seconds: list[float]) -> float | None:
@@ -96,18 +92,12 @@ class StepTimer:
 
     def seconds(self) -> list[float]:
         if not self._cuda:
-            return _differences(self._marks)
+            return [end - start for start, end in pairwise(self._marks)]
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1000 for start, end in pairwise(self._marks)]
 
     def cpu_seconds(self) -> list[float]:
-        return _differences(self._cpu_marks)
-
-
-def swing(seconds: Sequence[float]) -> float:
-    """The time that a tenth of the steps exceed, over the shortest: about 1 on a quiet machine."""
-    ordered = sorted(seconds)
-    return ordered[len(ordered) * 9 // 10] / ordered[0]
+        return [end - start for start, end in pairwise(self._cpu_marks)]
 
 
 def threads_wait(seconds: Sequence[float], threads: int) -> str | None:
@@ -115,18 +105,16 @@ def threads_wait(seconds: Sequence[float], threads: int) -> str | None:
 
     OpenMP's threads wait for the slowest one at each operation, and spin meanwhile. Where something else has its core,
     an operation of microseconds takes a time slice. WRN-16-1 on digits, 2 cores with 10 other processes: 70 ms a step
-    on one thread with a swing of 1.2 to 1.5; on two 1,300 to 4,400 ms, with a swing of 7 to 20.
+    on one thread, where a tenth of the steps exceeds the shortest 1.2 to 1.5 times; on two 1,300 to 4,400 ms, and 7 to
+    20 times.
     """
-    if threads == 1 or len(seconds) < LEAST_STEPS or swing(seconds) < MOST_SWING:
+    ordered = sorted(seconds)
+    if threads == 1 or len(ordered) < LEAST_STEPS or ordered[len(ordered) * 9 // 10] < MOST_SWING * ordered[0]:
         return None
     return (
         f"steps take from {1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f} ms: the {threads} threads wait for each"
         " other while other programs have the cores; --threads 1 may be many times faster"
     )
-
-
-def _differences(marks: list[float]) -> list[float]:
-    return [end - start for start, end in pairwise(marks)]
 
 
 def transitions_measured(transitions: list[dict], phases: list[Phase]) -> list[dict]:
@@ -135,16 +123,11 @@ def transitions_measured(transitions: list[dict], phases: list[Phase]) -> list[d
     for transition in transitions:
         # A transition opens the phase of its step, unless it came with the last step of the run.
         k = next((k for k, phase in enumerate(phases) if phase.first_step == transition["step"]), len(phases))
-        before, after = phases[max(k - 1, 0)], phases[k] if k < len(phases) else None
-        rows.append(
-            {
-                **transition,
-                "seconds_per_step_before": before.seconds_per_step,
-                "seconds_per_step_after": after.seconds_per_step if after else None,
-                "memory_bytes_before": before.memory,
-                "memory_bytes_after": after.memory if after else None,
-            }
-        )
+        row = dict(transition)
+        for side, phase in (("before", phases[max(k - 1, 0)]), ("after", phases[k] if k < len(phases) else None)):
+            row[f"seconds_per_step_{side}"] = phase.seconds_per_step if phase else None
+            row[f"memory_bytes_{side}"] = phase.memory if phase else None
+        rows.append(row)
     return rows
 
 

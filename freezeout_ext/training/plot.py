@@ -11,7 +11,7 @@ from ..schedule import Schedule
 from .run_folder import write_atomically
 from .summary import curves
 from .tables import what_was_trained
-from .values import in_percent, judge_of, metric_of
+from .values import in_percent, judge_of, metric_of, scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,18 +27,17 @@ def plot_schedules(schedules: dict[str, Schedule], *, base_lr: float = 0.1) -> "
     """lr_i(step) of every layer, one panel a schedule: the paper's Figure 1."""
     figure, axes = empty_figure(len(schedules), height=3.2)
     for ax, (title, schedule) in zip(axes, schedules.items(), strict=True):
-        last = schedule.num_layers - 1
+        colors = _layer_colors(figure, ax, schedule.num_layers - 1)
         for i in range(schedule.num_layers):
             # Up to the milestone and not beyond: the curves then end where the layers freeze.
             end = schedule.milestone(i)
             steps = [end * k / 300 for k in range(300)] + [end]
             rates = [base_lr * schedule.lr_factor(i, step) for step in steps]
-            ax.plot(steps, rates, color=_color(i / max(last, 1)), linewidth=1.2)
+            ax.plot(steps, rates, color=colors[i], linewidth=1.2)
         ax.set_title(title)
         ax.set_xlim(0, schedule.total_steps)
         ax.set_ylim(bottom=0)
         ax.set_ylabel("learning rate")
-        _layer_colors(figure, ax, last)
     axes[-1].set_xlabel("step")
     return figure
 
@@ -49,17 +48,17 @@ def plot_plan(plan: Plan, title: str) -> "Figure":
     t_0s = list(dict.fromkeys(p.t_0 for p in plan.predictions))
     found = {(p.how_scale, p.t_0): p for p in plan.predictions}
     figure, (heat, bars) = empty_figure(2, height=3.2)
-    savings = [[100 * found[scale, t_0].saving for t_0 in t_0s] for scale in scales]
+    savings = [[100 * found[how_scale, t_0].saving for t_0 in t_0s] for how_scale in scales]
     image = heat.imshow(savings, aspect="auto", cmap="viridis", vmin=0)
     middle = max(map(max, savings)) / 2
-    for row, scale in enumerate(scales):
+    for row, how_scale in enumerate(scales):
         for column, t_0 in enumerate(t_0s):
-            p = found[scale, t_0]
+            p = found[how_scale, t_0]
             color = "white" if 100 * p.saving < middle else "black"
             text = f"{100 * p.saving:.1f} %\n(≤ {100 * p.ceiling:.1f})"
             heat.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     heat.set_xticks(range(len(t_0s)), [f"{t_0:g}" for t_0 in t_0s])
-    heat.set_yticks(range(len(scales)), [str(scale) for scale in scales])
+    heat.set_yticks(range(len(scales)), list(map(str, scales)))
     heat.set_xlabel("t_0")
     heat.set_title(f"{title}: predicted saving (≤ were the frozen forward free)")
     figure.colorbar(image, ax=heat, label="saving, %")
@@ -89,15 +88,15 @@ def plot_run(rows: list[dict], title: str, *, width: float = 8) -> "Figure":
     epochs = [row["epoch"] for row in rows]
     dot = "o" if len(rows) == 1 else "-"  # a line of one point is none
     metric = metric_of(rows[0])
-    factor, unit = _scale(metric)
+    factor, _, unit = scale(metric)
     for split in ("train", "val", "test"):
         if f"{split}_loss" in rows[0]:
             loss.plot(epochs, [row[f"{split}_loss"] for row in rows], dot, label=split)
             accuracy.plot(epochs, [factor * row[f"{split}_{metric}"] for row in rows], dot, label=split)
-    last = len(rows[0]["learning_rates"]) - 1
-    for i in range(last + 1):
-        rates.plot(epochs, [row["learning_rates"][i] for row in rows], dot, color=_color(i / max(last, 1)), linewidth=1)
-    _layer_colors(figure, rates, last)
+    layers = len(rows[0]["learning_rates"])
+    colors = _layer_colors(figure, rates, layers - 1)
+    for i in range(layers):
+        rates.plot(epochs, [row["learning_rates"][i] for row in rows], dot, color=colors[i], linewidth=1)
     frozen.step(epochs, [row["num_frozen"] for row in rows], dot, where="post", color="black")
     time.plot(epochs, [1000 * row["seconds_per_step"] for row in rows], dot, color="black")
     for ax, label in zip(axes, ("loss", metric + unit, "learning rate", "layers frozen", "ms per step"), strict=True):
@@ -137,17 +136,18 @@ def plot_comparison(folder: Path, summary: dict, *, width: float = WIDE) -> "Fig
 
 def draw_over_time(ax, curves: dict[str, list[list[dict]]]) -> None:
     """curves: for each arm, the rows of the log of each of its runs."""
-    variants = _variants(curves)
-    lowest = []
+    from numpy import interp  # matplotlib has it
+
+    colors, lowest = _arm_colors(curves), []
     metric = metric_of(next(iter(curves.values()))[0][0])
-    factor, unit = _scale(metric)
+    factor, _, unit = scale(metric)
     for name, runs in curves.items():
-        kind, color = name.partition(" ")[0], _arm_color(name, variants)
+        kind, color = name.partition(" ")[0], colors[name]
         epochs = list(zip(*runs, strict=True))
         seconds = [fmean(row["train_seconds"] for row in rows) for rows in epochs]
         values = [[factor * row[f"test_{metric}"] for row in rows] for rows in epochs]
         means = [fmean(v) for v in values]
-        spreads = [_sd(v) for v in values]
+        spreads = [stdev(v) if len(v) > 1 else 0.0 for v in values]
         label = f"{name}: {means[-1]:.2f}{f' ± {spreads[-1]:.2f}' if len(runs) > 1 else ''}{unit.strip(',')}"
         label += f" in {seconds[-1]:.3g} s"
         ax.plot(seconds, means, color=color, linestyle=LINES[kind], linewidth=1.4, label=label)
@@ -155,8 +155,8 @@ def draw_over_time(ax, curves: dict[str, list[list[dict]]]) -> None:
         high = [m + s for m, s in zip(means, spreads, strict=True)]
         ax.fill_between(seconds, low, high, color=color, alpha=0.1, linewidth=0)
         ax.plot(seconds[-1], means[-1], "o", color=color, markersize=5, fillstyle="full" if kind in FILLED else "none")
-        marks = [_at(step, [rows[0]["step"] for rows in epochs], seconds, means) for step in _freezes(runs[0])]
-        ax.plot(*zip(*marks, strict=True) if marks else ([], []), "|", color=color, markersize=9)
+        steps, frozen = [rows[0]["step"] for rows in epochs], [t["step"] for row in runs[0] for t in row["transitions"]]
+        ax.plot(interp(frozen, steps, seconds), interp(frozen, steps, means), "|", color=color, markersize=9)
         lowest.append(means[len(means) // 3])
     if in_percent(metric):
         top = max(ax.dataLim.y1, min(lowest) + 1)
@@ -169,9 +169,9 @@ def draw_over_time(ax, curves: dict[str, list[list[dict]]]) -> None:
 def _draw_costs(ax, summary: dict) -> None:
     judge, arms = judge_of(summary), summary["arms"]
     metric = judge.removeprefix("test_")
-    factor, unit = _scale(metric)
+    factor, _, unit = scale(metric)
     full = next((arm for arm in arms if arm["name"] == "full"), arms[0])["train_seconds"]["mean"]
-    variants = _variants(arm["name"] for arm in arms)
+    colors = _arm_colors([arm["name"] for arm in arms])
     lines: dict[tuple, list] = {}
     for arm in arms:
         found = arm[judge]
@@ -180,21 +180,12 @@ def _draw_costs(ax, summary: dict) -> None:
             error = factor * found["sd"] / found["n"] ** 0.5
         strategy = () if arm["kind"] in ("full", "short") else (arm["kind"], arm["how_scale"])
         lines.setdefault(strategy, []).append((cost, mean))
-        color, filled = _arm_color(arm["name"], variants), arm["kind"] in FILLED
-        ax.errorbar(
-            cost,
-            mean,
-            error,
-            fmt="o",
-            color=color,
-            markersize=6,
-            fillstyle="full" if filled else "none",
-            label=arm["name"],
-        )
+        style = {"color": colors[arm["name"]], "fillstyle": "full" if arm["kind"] in FILLED else "none"}
+        ax.errorbar(cost, mean, error, fmt="o", markersize=6, label=arm["name"], **style)
     for strategy, line in lines.items():
         style = {"color": "gray"} if strategy else {"color": "black", "linestyle": "--"}
         ax.plot(*zip(*sorted(line), strict=True), linewidth=1, zorder=0, **style)
-    label = "seconds over full training's; -- full training on shorter cosines, - a strategy, bars: standard error"
+    label = "seconds over full training's; --: full training; bars: standard error"
     ax.set_xlabel(textwrap.fill(label, round(10 * ax.figure.get_figwidth())))
     ax.set_ylabel(f"test {metric}{unit}")
     ax.set_xlim(left=0)
@@ -208,31 +199,11 @@ def _finish(ax) -> None:
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, below), fontsize=8, frameon=False, ncols=2 if wide else 1)
 
 
-def _scale(metric: str) -> tuple[float, str]:
-    """(factor, what to put behind the metric's name): accuracies are shown in percent."""
-    return (100, ", %") if in_percent(metric) else (1, "")
-
-
-def _variants(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(name.partition(" ")[2] for name in names if " " in name and not name.startswith("full")))
-
-
-def _arm_color(name: str, variants: list[str]) -> str:
-    variant = name.partition(" ")[2]
-    return f"C{variants.index(variant)}" if variant in variants else "black"
-
-
-def _freezes(rows: list[dict]) -> list[int]:
-    return [transition["step"] for row in rows for transition in row["transitions"]]
-
-
-def _at(step: int, steps: list[int], *curves: list[float]) -> tuple[float, ...]:
-    """The curves at `step`, on the line between the two epochs around it. Before the first epoch's end, at that end."""
-    if step <= steps[0]:
-        return tuple(curve[0] for curve in curves)
-    k = next((k for k, end in enumerate(steps) if end >= step), len(steps) - 1)
-    part = (step - steps[k - 1]) / (steps[k] - steps[k - 1])
-    return tuple(curve[k - 1] + part * (curve[k] - curve[k - 1]) for curve in curves)
+def _arm_colors(names: Iterable[str]) -> dict[str, str]:
+    """A color for each strategy and t_0; full training is black."""
+    variants = {name: name.partition(" ")[2] for name in names if not name.startswith("full")}
+    numbers = {variant: k for k, variant in enumerate(dict.fromkeys(variants.values()))}
+    return {name: f"C{numbers[variants[name]]}" if name in variants else "black" for name in names}
 
 
 def save(figure: "Figure", path: str | Path) -> None:
@@ -252,21 +223,12 @@ def empty_figure(rows: int, *, height: float, width: float = 8, sharex: bool = F
     return figure, list(figure.subplots(rows, 1, sharex=sharex, squeeze=False)[:, 0])
 
 
-def _color(fraction: float):
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](0.92 * fraction)
-
-
-def _layer_colors(figure: "Figure", ax, last: int) -> None:
+def _layer_colors(figure: "Figure", ax, last: int) -> list:
+    """A color for each of the layers 0 .. last, whose bar is drawn beside the axes."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap
+    from matplotlib.colors import Normalize
+    from numpy import arange
 
-    scale = ListedColormap([_color(k / 255) for k in range(256)])
-    mappable = ScalarMappable(cmap=scale)
-    mappable.set_clim(0, max(last, 1))
-    figure.colorbar(mappable, ax=ax, label="layer", ticks=sorted({0, last // 2, last}), aspect=12)
-
-
-def _sd(values: list[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
+    colors = ScalarMappable(Normalize(0, max(last, 1) / 0.92), "viridis")  # its end is too light for lines
+    figure.colorbar(colors, ax=ax, label="layer", ticks=sorted({0, last // 2, last}), aspect=12)
+    return list(colors.to_rgba(arange(last + 1)))

@@ -1,9 +1,9 @@
 """Run: training that can be stopped at any moment, and goes on there."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
-from ..features import FeatureCache
 from ..integrations.distributed import LostRank, lost_rank_explained
 from ..planner import StepCosts
 from ..tasks import Task, faults_of
@@ -138,6 +138,7 @@ class Run:
     def _result(self, last: dict) -> dict:
         trainer = self.trainer
         phases = [phase.summary() for phase in trainer.phases]
+        report = trainer.feed.cache.report() if trainer.feed.cache else None
         if trainer.feed.cache is not None and trainer.device.type == "cpu":  # there memory is counted
             for phase in phases:
                 phase["memory_bytes"] += trainer.feed.cache.bytes * (phase["num_frozen"] > 0)
@@ -150,7 +151,7 @@ class Run:
             "phases": phases,
             "transitions": transitions_measured(trainer.transitions, trainer.phases),
             "peak_memory_bytes": max(phase["memory_bytes"] for phase in phases),
-            "features": None if trainer.feed.cache is None else features_kept(trainer.feed.cache),
+            "features": None if report is None else asdict(report) | {"text": str(report)},
             "memory_measured": CUDA_MEMORY if trainer.device.type == "cuda" else COUNTED_MEMORY,
             "graphs_compiled": trainer.compiled.graphs if trainer.compiled else None,
             "processes": trainer.ranks.world,
@@ -172,13 +173,3 @@ def trained(
     if result is not None and TrainConfig.from_dict(result["config"]) == config:
         return result
     return Run.prepare(config, folder.path, resume=True, task=task).train(make_reporter(), costs)
-
-
-def features_kept(cache: FeatureCache) -> dict:
-    """What a run's cache of features did, for result.json."""
-    report = cache.report()
-    names = (
-        "num_frozen", "views", "rows", "of_rows", "bytes", "where", "hits", "pushed", "misses",
-        "samples_read", "samples_skipped", "seconds_saved", "largest_difference", "notes",
-    )  # fmt: skip
-    return {name: getattr(report, name) for name in names} | {"text": str(report)}

@@ -1,35 +1,78 @@
-"""The texts of runs and comparisons: lines, and tables of phases, arms and traffic."""
+"""What runs and comparisons say: lines and tables, for a terminal and for a page."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from ..text import table
-from .values import in_percent, judge_of, mebibytes, metric_of, metric_text, milliseconds
+from .values import in_percent, judge_of, metric_of, metric_text, number, scale
 from .verdict import verdict
 
+Rows = list[tuple[str, ...]]
 
-def comparison_tables(summary: dict) -> str:
-    """The text that `freezeout compare` ends in."""
+
+class Table(NamedTuple):
+    """Rows, header first, and the columns that are aligned to the left."""
+
+    rows: Rows
+    left: tuple[int, ...] = ()
+
+
+def as_text(blocks: Iterable[str | Table]) -> str:
+    return "\n\n".join(block if isinstance(block, str) else table(block.rows, left=block.left) for block in blocks)
+
+
+def run_blocks(result: dict) -> list[str | Table]:
+    """What `freezeout train` ends in."""
+    metric = metric_of(result)
+    lines = [f"peak memory: {result['memory_measured']}", graphs_text(result)]
+    lines.append(
+        f"test {metric} {metric_text(metric, result[f'test_{metric}'])} after {result['total_steps']} steps,"
+        f" {result['train_seconds']:.1f} s of training"
+    )
+    phases = phases_rows(result["phases"], result["transitions"], len(result["layers"]))
+    blocks: list[str | Table] = [Table(phases, (2,)), _lines(*lines)]
+    if features := result.get("features"):
+        blocks.append(features["text"])
+    if result.get("traffic"):
+        blocks.append(Table(traffic_rows(result)))
+    if text := engagement_text(result):
+        blocks.append(text)
+    return blocks
+
+
+def comparison_blocks(summary: dict, *, all_phases: bool = False) -> list[str | Table]:
+    """What `freezeout compare` ends in; the last one is the verdict.
+
+    Args:
+        all_phases: of each arm that freezes, not of FreezeOut's alone.
+    """
     where = summary["conditions"]
     device = where["device"]
     if device == "cpu":
         device += f" ({where['cpu']}), {where['threads']} thread{'s' * (where['threads'] != 1)}"
-    parts = [
+    blocks: list[str | Table] = [
         f"{what_was_trained(summary['config'])}, seeds {', '.join(map(str, summary['seeds']))}\n"
         f"{device}; torch {where['torch']}, commit {where['commit'] or '-'}",
-        table(arms_rows(summary), left=[0]),
+        Table(arms_rows(summary), (0,)),
     ]
     for arm in summary["arms"]:
         if arm.get("features"):
-            parts.append("\n".join(filter(None, (f"{arm['name']}:", arm["features"]["text"], kept_text(arm)))))
-        if arm["kind"] == "freezeout" and arm["transitions"]:
+            blocks.append(_lines(f"{arm['name']}:", arm["features"]["text"], kept_text(arm)))
+        if arm["transitions"] and (all_phases or arm["kind"] == "freezeout"):
             rows = phases_rows(arm["phases"], arm["transitions"], arm["num_layers"])
-            text = "\n".join(filter(None, (graphs_text(arm), engagement_text(arm))))
-            parts.append(f"{arm['name']}: between its transitions\n{table(rows, left=[2])}\n{text}")
-    parts.append(
+            blocks += [f"{arm['name']}: between its transitions", Table(rows, (2,))]
+            if text := _lines(graphs_text(arm), engagement_text(arm)):
+                blocks.append(text)
+    note = (
         "p: two-sided paired t-test over the seeds, of the difference to full training; ahead: of full training on a"
         " cosine shortened to the same seconds. ms/step: median over the steps between two transitions."
         f" peak memory: {summary['memory_measured']}."
     )
-    parts.append(verdict(summary))
-    return "\n\n".join(parts)
+    return [*blocks, note, verdict(summary)]
+
+
+def _lines(*lines: str) -> str:
+    return "\n".join(filter(None, lines))
 
 
 def kept_text(arm: dict) -> str:
@@ -53,49 +96,45 @@ def what_was_trained(config: dict) -> str:
     return f"{config['data']}{net}, batch {config['batch_size']}, {optimizer}{lr}{start}{thaw}"
 
 
-def arms_rows(summary: dict) -> list[tuple[str, ...]]:
+def arms_rows(summary: dict) -> Rows:
     """One row an arm, header first."""
     arms, judge = summary["arms"], judge_of(summary)
     metric = judge.removeprefix("test_")
-    factor, digits, unit = (100, 2, ", %") if in_percent(metric) else (1, 4, "")
+    factor, digits, unit = scale(metric)
     targets = [found["accuracy"] for found in arms[0]["time_to_accuracy"]]
     is_rated = any("ahead_of_rival" in arm for arm in arms)
     header = ("", f"test {metric}{unit}", "over full", "p", *(("ahead", "p") if is_rated else ()), "seconds", "saved")
-    header += ("steps", "ms/step", "peak MiB", *(f"s to {metric_target(metric, target)}" for target in targets))
+    shown = [f"{100 * target:.1f} %" if in_percent(metric) else f"{target:.4g}" for target in targets]
+    header += ("steps", "ms/step", "peak MiB", *(f"s to {target}" for target in shown))
+
+    def difference(found: dict) -> str:
+        return number(found["mean"], digits, factor, found["sd"], sign="+")
+
     rows = [header]
     for arm in arms:
         gain, ratio, lead = arm.get("accuracy_over_full"), arm.get("seconds_over_full"), arm.get("ahead_of_rival")
-        first, last = arm["phases"][0], arm["phases"][-1]
-        ahead = [_mean_sd(lead, factor, digits, sign="+"), _p(lead["test"])] if lead else ["", ""]
+        ends = arm["phases"][0], arm["phases"][-1]
+        ahead = [difference(lead), _p(lead["test"])] if lead else ["", ""]
         rows.append(
             (
                 arm["name"],
-                f"{_mean_sd(arm[judge], factor, digits)} (n={arm[judge]['n']})",
-                _mean_sd(gain, factor, digits, sign="+") if gain else "",
+                f"{number(arm[judge]['mean'], digits, factor, arm[judge]['sd'])} (n={arm[judge]['n']})",
+                difference(gain) if gain else "",
                 _p(arm.get("accuracy_over_full_test")),
                 *(ahead if is_rated else ()),
-                _mean_sd(arm["train_seconds"], 1, 2),
+                number(arm["train_seconds"]["mean"], 2, error=arm["train_seconds"]["sd"]),
                 f"{100 * (1 - ratio['mean']):.1f} %" if ratio else "",
                 str(arm["total_steps"]),
-                _change(first["seconds_per_step"], last["seconds_per_step"], 1e3, 2),
-                _change(first["memory_bytes"], last["memory_bytes"], 2**-20, 1),
+                " -> ".join(dict.fromkeys(number(phase["seconds_per_step"], 2, 1e3) for phase in ends)),
+                " -> ".join(dict.fromkeys(number(phase["memory_bytes"], 1, 2**-20) for phase in ends)),
                 *(_time_to(found, arm[judge]["n"]) for found in arm["time_to_accuracy"]),
             )
         )
     return rows
 
 
-def metric_target(metric: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if in_percent(metric) else f"{value:.4g}"
-
-
 def _p(test: dict | None) -> str:
     return "" if test is None or test["p"] is None else f"{test['p']:.3f}"
-
-
-def _change(before: float | None, after: float | None, factor: float, digits: int) -> str:
-    texts = ["-" if value is None else f"{value * factor:.{digits}f}" for value in (before, after)]
-    return texts[0] if texts[0] == texts[1] else " -> ".join(texts)
 
 
 def _time_to(found: dict, runs: int) -> str:
@@ -103,11 +142,6 @@ def _time_to(found: dict, runs: int) -> str:
         return "never"
     part = "" if found["reached"] == runs else f" ({found['reached']} of {runs})"
     return f"{found['seconds']['mean']:.2f}{part}"
-
-
-def _mean_sd(values: dict, factor: float, digits: int, sign: str = "") -> str:
-    mean = f"{values['mean'] * factor:{sign}.{digits}f}"
-    return mean if values["sd"] is None else f"{mean} ± {values['sd'] * factor:.{digits}f}"
 
 
 def epoch_line(row: dict, epochs: int, num_layers: int) -> str:
@@ -120,13 +154,13 @@ def epoch_line(row: dict, epochs: int, num_layers: int) -> str:
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}{judged}"
         f"  frozen {row['num_frozen']:>{len(str(num_layers))}}/{num_layers}"
-        f"  {milliseconds(row['seconds_per_step'])}/step"
-        f"  {row['examples_per_second']:,.0f} samples/s  {mebibytes(row['peak_memory_bytes'])}"
+        f"  {number(row['seconds_per_step'], 2, 1e3)} ms/step"
+        f"  {row['examples_per_second']:,.0f} samples/s  {number(row['peak_memory_bytes'], 1, 2**-20)} MiB"
     )
 
 
 def transition_line(transition: dict, num_layers: int) -> str:
-    before, after = transition["seconds_per_step_before"], transition["seconds_per_step_after"]
+    before, after = (number(transition[f"seconds_per_step_{side}"], 2, 1e3) for side in ("before", "after"))
     frozen = f"{transition['num_frozen']} of {num_layers} layers"
     if _thaws(transition):
         what = f"thawed {', '.join(transition['layers'])} (still frozen: {frozen};"
@@ -134,10 +168,10 @@ def transition_line(transition: dict, num_layers: int) -> str:
     else:
         what = f"froze {', '.join(transition['layers'])} ({frozen}; {transition['parameters_frozen']:,} parameters,"
         what += f" {transition['state_bytes_freed']:,} bytes of optimizer state freed)"
-    return f"step {transition['step']}: {what}; {milliseconds(before)} -> {milliseconds(after)} a step"
+    return f"step {transition['step']}: {what}; {before} ms -> {after} ms a step"
 
 
-def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) -> list[tuple[str, ...]]:
+def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) -> Rows:
     """A row for each stretch between two transitions, header first; what a step saves there where that is known."""
     opened_by = {t["step"]: t for t in transitions}
     header = ["from step", "frozen", "newly frozen", "steps", "ms/step", "peak MiB"]
@@ -150,8 +184,8 @@ def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) ->
             f"{phase['num_frozen']} of {num_layers}",
             _moved(transition) if transition else "",
             str(phase["steps"]),
-            _number(phase["seconds_per_step"], 1e3, 2),
-            _number(phase["memory_bytes"], 2**-20, 1),
+            number(phase["seconds_per_step"], 2, 1e3),
+            number(phase["memory_bytes"], 1, 2**-20),
         ]
         if is_engaged:
             row += saving_cells(transition) if transition else [""] * 3
@@ -161,18 +195,12 @@ def phases_rows(phases: list[dict], transitions: list[dict], num_layers: int) ->
 
 def saving_cells(row: dict) -> list[str]:
     """Predicted, measured, engagement: the numbers and their standard deviations."""
-    measured, ratio = row["measured_saving"], row["engagement"]
-    if row["measured_error"] is None:
-        engagement = "-"  # too few steps
-    elif ratio is None:
-        engagement = "in the noise"
-    else:
-        engagement = f"{ratio:.2f} ± {row['engagement_error']:.2f}"
-    return [
-        _percent_error(row["predicted_saving"], row["predicted_error"]),
-        _percent_error(measured, row["measured_error"]),
-        engagement,
+    cells = [
+        number(row[f"{what}_saving"], 1, 100, row[f"{what}_error"], unit=" %") for what in ("predicted", "measured")
     ]
+    if row["measured_error"] is None:
+        return [*cells, "-"]  # too few steps
+    return [*cells, number(row["engagement"], 2, error=row["engagement_error"], none="in the noise")]
 
 
 def _moved(transition: dict) -> str:
@@ -185,33 +213,11 @@ def _thaws(transition: dict) -> bool:
     return transition["parameters_frozen"] < 0
 
 
-def _percent_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
-
-
 def graphs_text(result: dict) -> str:
     """How often torch.compile compiled, "" where it was not asked."""
     graphs = result.get("graphs_compiled") or {}
     counts = ", ".join(f"{count} with {k} frozen" for k, count in graphs.items())
     return f"graphs compiled: {counts}" if counts else ""
-
-
-def run_summary(result: dict) -> str:
-    """The table of a run's phases, and its last line."""
-    metric = metric_of(result)
-    compiled = f"{text}\n" if (text := graphs_text(result)) else ""
-    rows = phases_rows(result["phases"], result["transitions"], len(result["layers"]))
-    return (
-        f"{table(rows, left=[2])}\npeak memory: {result['memory_measured']}\n{compiled}"
-        f"test {metric} {metric_text(metric, result[f'test_{metric}'])} after {result['total_steps']} steps,"
-        f" {result['train_seconds']:.1f} s of training"
-    )
-
-
-def _number(value: float | None, factor: float, digits: int) -> str:
-    return "-" if value is None else f"{value * factor:.{digits}f}"
 
 
 def engagement_text(result: dict) -> str:
@@ -226,10 +232,10 @@ def engagement_text(result: dict) -> str:
     return "\n".join(lines + [f"warning: {text}" for text in found["warnings"]])
 
 
-def traffic_table(result: dict) -> str:
+def traffic_rows(result: dict) -> Rows:
     """What each rank sent a step, from each time that DDP was wrapped on."""
-    rows: list[tuple[str, ...]] = [("from step", "layers frozen", "KiB of gradients a step", "KiB of buffers")]
+    rows: Rows = [("from step", "layers frozen", "KiB of gradients a step", "KiB of buffers")]
     for t in result["traffic"]:
         kib = [f"{t[name] / 1024:,.1f}" for name in ("gradient_bytes", "buffer_bytes")]
         rows.append((str(t["step"]), f"{t['num_frozen']} of {len(result['layers'])}", *kib))
-    return table(rows)
+    return rows

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -189,7 +190,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "cache": self.feed.cache.state_dict() if self.feed.cache else None,
             "train_seconds": self.train_seconds,
-            "phases": [phase.to_dict() for phase in self.phases],
+            "phases": [asdict(phase) for phase in self.phases],
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -238,15 +239,11 @@ class Trainer:
             loss, outputs = self.train_step(inputs, targets)
         phase.steps += 1
         # Before the next batch is asked for: one of kept features has no inputs for what thaws.
-        if self.tail is not None and self.step == self.tail.step:
-            self._thaw(self.tail.num_frozen)
+        if self.freezeout is not None and self.tail is not None and self.step == self.tail.step:
+            self.freezeout.thaw_to(self.tail.num_frozen)
+            self.train_step.step_count = self.step  # the rates of what thawed
         totals.add(loss, outputs, targets)
         return None if opens else phase
-
-    def _thaw(self, num_frozen: int) -> None:
-        assert self.freezeout is not None  # a config without one has no tail
-        self.freezeout.thaw_to(num_frozen)
-        self.train_step.step_count = self.step  # the rates of what thawed
 
     def _held_bytes(self) -> int:
         return held_memory(self.model, [self.optimizer], None).held

@@ -17,20 +17,31 @@ def in_percent(metric: str) -> bool:
     return metric.endswith("accuracy")
 
 
+def scale(metric: str) -> tuple[float, int, str]:
+    """(factor, digits, what to put behind the metric's name) of a metric's values."""
+    return (100, 2, ", %") if in_percent(metric) else (1, 4, "")
+
+
 def metric_text(metric: str, value: float) -> str:
-    return percent(value) if in_percent(metric) else f"{value:.4f}"
+    factor, digits, _ = scale(metric)
+    return number(value, digits, factor, unit=" %" * in_percent(metric))
 
 
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
-
-
-def milliseconds(seconds: float | None) -> str:
-    return "- ms" if seconds is None else f"{1000 * seconds:.2f} ms"
-
-
-def mebibytes(count: float) -> str:
-    return f"{count / 2**20:.1f} MiB"
+def number(
+    value: float | None,
+    digits: int,
+    factor: float = 1.0,
+    error: float | None = None,
+    *,
+    sign: str = "",
+    unit: str = "",
+    none: str = "-",
+) -> str:
+    """ "-", "1.25 %", "1.25 ± 0.10 %" of value * factor."""
+    if value is None:
+        return none
+    scatter = "" if error is None else f" ± {factor * error:.{digits}f}"
+    return f"{factor * value:{sign}.{digits}f}{scatter}{unit}"
 
 
 def points_text(metric: str, value: float) -> str:
