@@ -13,7 +13,7 @@ from .files import write_whole
 from .forwards import Forwards
 from .generations import Generations
 from .timing import Stopwatch, seconds_of
-from .views import MOST_VIEWS
+from .views import MOST_VIEWS, rank_and_processes
 
 # What showing each view 8 times costs in accuracy against fresh views, given as training time: a fresh cosine that is
 # shorter by exp(price) loses as much. The price depends on the part of the layers that is frozen.
@@ -209,8 +209,7 @@ class Choice:
 
 def _of_all(measured: Measured | None, processes: int) -> Measured | None:
     """-> what the first process has measured, with the least room that any process has."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() != processes or processes == 1:
+    if processes == 1 or rank_and_processes()[1] != processes:
         return measured
     found: list[Any] = [None] * processes
     torch.distributed.all_gather_object(found, measured)

@@ -186,7 +186,9 @@ class Forwards:
             self._kept.drop_changed(thorough=True)
             if now not in self._kept:
                 return self.run("", self._kept.model, original, args, kwargs)
-            self._spot_check(now, original, args, kwargs, keys)
+            difference = spot_check(self._kept, now, original, args, kwargs, keys, self._watch("prefix"))
+            if difference is not None:
+                self.difference, self.checks = max(self.difference, difference), self.checks + 1
         length, watch = now.length(args, kwargs), self._watch("gather")
         watch.start()
         rows = now.store.gather(keys, self._kept.device, length=length)
@@ -240,16 +242,6 @@ class Forwards:
         self.refused = reason
         self._note(f"not kept behind {self.num_frozen} layers: {reason}")
         logger.warning("features are not kept behind %d layers: %s", self.num_frozen, reason)
-
-    def _spot_check(self, now: Generation, original, args, kwargs, keys: Tensor) -> None:
-        try:
-            difference = spot_check(self._kept, now, original, args, kwargs, keys, self._watch("prefix"))
-        except RuntimeError:
-            if self._kept.latest is None:
-                self.num_frozen = 0
-            raise
-        if difference is not None:
-            self.difference, self.checks = max(self.difference, difference), self.checks + 1
 
     def _watch(self, name: str) -> Stopwatch:
         if name not in self._watches:

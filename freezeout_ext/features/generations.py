@@ -84,6 +84,7 @@ class Generations:
         freezeout: that has the cache.
         rank, world_size: of this process.
         items: the store of what batches hold besides features.
+        closed: whether the cache is closed.
         changes: see `Guard`.
     """
 
@@ -92,7 +93,7 @@ class Generations:
     ) -> None:
         self.views, self.where, self.dtype, self.limit, self._note = views, where, dtype, limit, note
         self.folder = None if where in ("device", "host") else Path(where)
-        self.rank, self.world_size = 0, 1
+        self.rank, self.world_size, self.closed = 0, 1, False
         self.items: Store | None = None
         self.freezeout: FreezeOutLike | None = None
         self.changes: Changes = unseen
@@ -274,7 +275,7 @@ class Generations:
     def close(self) -> None:
         self._drop_all()
         self._begun.clear()
-        self._parameter = None
+        self._parameter, self.closed = None, True
         self._close_items()
 
     def _drop_all(self) -> None:
