@@ -1,7 +1,7 @@
 """Effects: what an operation or a module reads, writes, shares and draws, as far as tensors and generators show it."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
