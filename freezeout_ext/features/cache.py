@@ -85,11 +85,11 @@ class FeatureCache:
         self._kept = Generations(self.views, os.fspath(store), dtype, limit, self._note)
         loading = Stopwatch(torch.device("cpu"), calls=1)
         moves = Moves(self._kept, loading.median) if measure else None
-        self._forwards = Forwards(self._kept, moves, note=self._note)
+        self._forwards = Forwards(self._kept, moves)
         self._paused: Callable[[], AbstractContextManager] = nullcontext
         self._untraced: Callable | None = None
         self._was_checked = False
-        self._choice = Choice(self._kept, self._forwards, loading.median, self._note)
+        self._choice = Choice(self._kept, self._forwards, loading.median)
         self._serving = Serving(self._kept, self._forwards, self._choice, loading, self._follow)
         folder = self._kept.folder
         if folder is not None:

@@ -21,7 +21,6 @@ class Filling:
     Args:
         kept: what is kept.
         unread: which inputs no batch brought.
-        note: takes what happened, for the report.
         watch: name -> what takes the time of "prefix".
 
     Attributes:
@@ -29,10 +28,8 @@ class Filling:
         hits, pushed, misses: see CacheReport.
     """
 
-    def __init__(
-        self, kept: Generations, unread: Unread, note: Callable[[str], None], watch: Callable[[str], Stopwatch]
-    ) -> None:
-        self._kept, self._unread, self._note, self._watch = kept, unread, note, watch
+    def __init__(self, kept: Generations, unread: Unread, watch: Callable[[str], Stopwatch]) -> None:
+        self._kept, self._unread, self._watch = kept, unread, watch
         self.lengths: Tensor | None = None
         self.hits = self.pushed = self.misses = 0
 
@@ -74,5 +71,5 @@ class Filling:
                     raise Refused("it has no attention_mask, and its lengths were not given")
             now.store.put(keys, rows, lengths, now.origin(base, keys))
         except Refused as reason:
-            self._note(f"a batch was not kept: {reason}")
+            self._kept.note(f"a batch was not kept: {reason}")
         self._kept.retire()

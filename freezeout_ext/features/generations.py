@@ -16,7 +16,7 @@ from .guard import Changes, Guard, fingerprint, unseen
 from .probe import padded_length
 from .room import room_for
 from .store import Store
-from .views import MOST_VIEWS, Views
+from .views import Views
 
 logger = logging.getLogger("freezeout_ext")
 
@@ -91,7 +91,7 @@ class Generations:
     def __init__(
         self, views: Views, where: str, dtype: torch.dtype | None, limit: int | None, note: Callable[[str], None]
     ) -> None:
-        self.views, self.where, self.dtype, self.limit, self._note = views, where, dtype, limit, note
+        self.views, self.where, self.dtype, self.limit, self.note = views, where, dtype, limit, note
         self.folder = None if where in ("device", "host") else Path(where)
         self.rank, self.world_size, self.closed = 0, 1, False
         self.items: Store | None = None
@@ -181,7 +181,7 @@ class Generations:
         for earlier in self:
             before = earlier.frontier
             if (before.autocast, before.shapes) != (frontier.autocast, frontier.shapes):
-                self._note(f"dropped behind {before.num_frozen} layers: what was of another autocast or another shape")
+                self.note(f"dropped behind {before.num_frozen} layers: what was of another autocast or another shape")
                 self._drop(earlier)
         length, folder, of = frontier.length or 0, None, ""
         row_bytes = row_bytes_of(frontier.columns, length)
@@ -197,9 +197,9 @@ class Generations:
         if folder is not None and store.files is not None and store.files.was_emptied is not None:
             emptied = store.files.was_emptied
             found = "was of other weights, and was emptied" if emptied else f"holds {len(store):,} rows"
-            self._note(f"the folder {folder.name} {found}")
+            self.note(f"the folder {folder.name} {found}")
             if store.files.damaged:
-                self._note(f"{store.files.damaged:,} of its rows were damaged on the disk, and are computed anew")
+                self.note(f"{store.files.damaged:,} of its rows were damaged on the disk, and are computed anew")
         self._begun.append(Generation(len(self._begun), frontier, store, guard))
         self._all.append(self._begun[-1])
         logger.info(
@@ -207,26 +207,6 @@ class Generations:
             ", ".join(frontier.names), f"{row_bytes:,}", f"{rows * row_bytes:,}", f"{rows:,}", self.where,
         )  # fmt: skip
         return self._all[-1]
-
-    def fit(self) -> int:
-        """How many views of all samples there is room for, those that are kept included; at least one."""
-        now = self.latest
-        assert now is not None  # asked once something is kept
-        stores = [now.store] if self.items is None else [now.store, self.items]
-        per_row = row_bytes_of(now.store.columns, now.frontier.length or 0)
-        per_row += 0 if self.items is None else row_bytes_of(self.items.columns)
-        one = self.owned // self.views.count * per_row
-        # In memory the old rows stay until they have been copied.
-        here = 0 if self.folder is None else sum(store.bytes_taken for store in stores)
-        return max(1, (self._room(MOST_VIEWS * one) + here) // max(1, one))
-
-    def grow(self) -> None:
-        """Makes room for as many views as there are now, of what is read, and of batches' other entries."""
-        now = self.latest
-        if now is not None:
-            now.store.grow(self.owned, self.owned * (now.frontier.length or 0))
-        if self.items is not None:
-            self.items.grow(self.owned)
 
     def retire(self) -> None:
         """Frees generations whose rows are all in the latest one."""
@@ -238,7 +218,7 @@ class Generations:
     def thaw_to(self, num_frozen: int) -> None:
         for generation in self:
             if generation.frontier.num_frozen > num_frozen:
-                self._note(f"thawed to {num_frozen} layers: what was kept behind more was dropped")
+                self.note(f"thawed to {num_frozen} layers: what was kept behind more was dropped")
                 self._drop(generation)
 
     def drop_changed(self, *, thorough: bool = False) -> None:
@@ -247,7 +227,7 @@ class Generations:
             changed = generation.guard.changed(thorough=thorough)
             if changed is not None:
                 behind = f"what was kept behind {generation.frontier.num_frozen} layers"
-                self._note(f"{changed}: {behind} was dropped")
+                self.note(f"{changed}: {behind} was dropped")
                 generation.store.clear()  # a folder must not bring it back
                 self._drop(generation)
 
@@ -256,7 +236,7 @@ class Generations:
         self._close_items()
         needed = self.owned * row_bytes_of(columns)
         if self.limit is not None and needed > self.limit // 4:
-            self._note(f"targets take {needed:,} bytes, too much beside the features: all samples are read")
+            self.note(f"targets take {needed:,} bytes, too much beside the features: all samples are read")
             return None
         folder = None if self.folder is None else self._part() / "items"
         self.items = Store(columns, self.views.num_keys, self.owned, "cpu", folder=folder, fingerprint="items")
@@ -296,7 +276,7 @@ class Generations:
     def fitting(self, row_bytes: int) -> tuple[int, bool]:
         """-> how many rows of so many bytes there would be room for, and whether earlier ones must make it."""
         wanted = self.owned * row_bytes
-        room, drops = self._room(wanted), False
+        room, drops = self.room(wanted), False
         if room < wanted and self._all:
             room, drops = min(wanted, room + sum(g.store.bytes_taken for g in self._all)), True
         return (room // row_bytes if row_bytes else self.owned), drops
@@ -305,7 +285,7 @@ class Generations:
         """How many rows there is room for; earlier generations make room."""
         rows, drops = self.fitting(row_bytes)
         if drops:
-            self._note("what was kept behind fewer layers was dropped to make room, and is computed from inputs again")
+            self.note("what was kept behind fewer layers was dropped to make room, and is computed from inputs again")
             self._drop_all()
             rows, _ = self.fitting(row_bytes)
         if rows == self.owned:
@@ -315,13 +295,14 @@ class Generations:
             where = self.folder or ("host memory" if self._store_device().type == "cpu" else self.device)
             raise MemoryError(
                 f"features of {self.views.num_samples} samples need {wanted:,} bytes on {where}, "
-                f"{self._room(wanted):,} of what is free may be taken: pass limit=, fewer views=, dtype=torch.int8 or "
+                f"{self.room(wanted):,} of what is free may be taken: pass limit=, fewer views=, dtype=torch.int8 or "
                 "another store="
             )
-        self._note(f"room: {rows:,} of {self.owned:,} views fit, {wanted:,} bytes would hold all")
+        self.note(f"room: {rows:,} of {self.owned:,} views fit, {wanted:,} bytes would hold all")
         return rows
 
-    def _room(self, wanted: int) -> int:
+    def room(self, wanted: int) -> int:
+        """-> how many of these bytes may be taken."""
         taken = sum(store.bytes_taken for store in self.stores())
         return room_for(wanted, self._store_device(), self.folder, self.limit, taken)
 
