@@ -12,8 +12,6 @@ from .probe import lengths_of
 from .timing import Stopwatch
 from .watch import Refused
 
-WHOLE = slice(None)
-
 
 class Filling:
     """Computes rows that are missing, and keeps them as far as there is room.
@@ -56,7 +54,7 @@ class Filling:
 
     def keep(
         self, now: Generation, base: Generation | None, keys: Tensor, rows: list[Tensor], kwargs: Mapping,
-        part: Tensor | slice = WHOLE,
+        part: Tensor | slice,
     ) -> None:  # fmt: skip
         """Keeps rows that were computed from `base`, or from inputs: those of a batch, or of its part."""
         if base is None:

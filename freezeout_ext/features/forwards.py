@@ -229,7 +229,7 @@ class Forwards:
         if self._moves is not None:
             self._moves.watch_seconds, begun.layers_seconds = seconds, self._moves.layers_seconds
         self._watches.clear()
-        self.filling.keep(begun, base, keys, forward.rows, kwargs)
+        self.filling.keep(begun, base, keys, forward.rows, kwargs, slice(None))
         return output
 
     def _refuse(self, reason: str) -> None:

@@ -168,7 +168,7 @@ class Generations:
         if base is None:
             return nullcontext()
         length = base.length(*inputs)
-        return base.frontier.replaced(base.store.gather(keys, self.device, length=length), length, whole=False)
+        return base.frontier.replaced(base.store.gather(keys, self.device, length=length), length)
 
     # Life
 
