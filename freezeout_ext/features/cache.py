@@ -289,8 +289,6 @@ class FeatureCache:
             self._forwards.moved(num_frozen, {name: m for layer in layers for name, m in layer.modules.items()})
             self._serving.whole_due.restart()
 
-    # Checks
-
     def _check_open(self, name: str) -> None:
         if self._kept.closed:
             raise RuntimeError(f"{name}() must not be called after close()")

@@ -165,11 +165,15 @@ class Forwards:
 
     def _as_before(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
         """From what is kept, be it behind fewer layers than are frozen now."""
-        other = None if now is None else self._other(now, args, kwargs)
+        other, changed = None if now is None else self._other(now, args, kwargs), self._kept.changed
+        if now is None and changed is not None:
+            self.unread.refuse(absent, f"{changed}; change frozen layers between a step and the next batch")
         if other is not None:
             self._kept.note(f"a forward {other} ran as ever")
+            advice = "let all forwards in training run under one autocast, over samples of one shape"
+            self.unread.refuse(absent, f"it runs {other}; {advice}")
         if now is None or other is not None:
-            self.unread.refuse(absent, other)
+            self.unread.refuse(absent)
             return original(*args, **kwargs)
         have = now.store.has(keys)
         if not bool(have.all()):

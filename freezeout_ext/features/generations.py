@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .columns import Column, row_bytes_of
+from .columns import row_bytes_of
 from .frontier import Frontier
 from .guard import Changes, Guard, fingerprint, unseen
 from .probe import padded_length
@@ -85,6 +85,7 @@ class Generations:
         rank, world_size: of this process.
         items: the store of what batches hold besides features.
         closed: whether the cache is closed.
+        changed: what of the frozen layers was changed, so that rows were dropped and none were kept since.
         changes: see `Guard`.
     """
 
@@ -94,6 +95,7 @@ class Generations:
         self.views, self.where, self.dtype, self.limit, self.note = views, where, dtype, limit, note
         self.folder = None if where in ("device", "host") else Path(where)
         self.rank, self.world_size, self.closed = 0, 1, False
+        self.changed: str | None = None
         self.items: Store | None = None
         self.freezeout: FreezeOutLike | None = None
         self.changes: Changes = unseen
@@ -186,9 +188,9 @@ class Generations:
         length, folder, of = frontier.length or 0, None, ""
         row_bytes = row_bytes_of(frontier.columns, length)
         rows = self._rows(row_bytes)
-        guard = Guard(frontier.modules, {name: _place(self.model, name) for name in frontier.states}, self.changes)
+        guard = Guard(self.model, frontier.modules, frontier.states, self.changes)
         if self.folder is not None:
-            folder = self._part() / f"frozen-{frontier.num_frozen}"
+            folder = self.part() / f"frozen-{frontier.num_frozen}"
             of = f"{frontier.names} {frontier.autocast} {fingerprint(guard.tensors())}"
         store = Store(
             frontier.columns, self.views.num_keys, rows, self._store_device(), folder=folder, positions=rows * length,
@@ -202,6 +204,7 @@ class Generations:
                 self.note(f"{store.files.damaged:,} of its rows were damaged on the disk, and are computed anew")
         self._begun.append(Generation(len(self._begun), frontier, store, guard))
         self._all.append(self._begun[-1])
+        self.changed = None
         logger.info(
             "features of %s are kept: %s bytes a view, %s for %s views, on %s",
             ", ".join(frontier.names), f"{row_bytes:,}", f"{rows * row_bytes:,}", f"{rows:,}", self.where,
@@ -226,21 +229,10 @@ class Generations:
         for generation in self:
             changed = generation.guard.changed(thorough=thorough)
             if changed is not None:
-                behind = f"what was kept behind {generation.frontier.num_frozen} layers"
-                self.note(f"{changed}: {behind} was dropped")
+                self.changed = changed
+                self.note(f"{changed}: what was kept behind {generation.frontier.num_frozen} layers was dropped")
                 generation.store.clear()  # a folder must not bring it back
                 self._drop(generation)
-
-    def open_items(self, columns: list[Column]) -> Store | None:
-        """-> a new store of batches' entries that are needed although features are kept; None without room."""
-        self._close_items()
-        needed = self.owned * row_bytes_of(columns)
-        if self.limit is not None and needed > self.limit // 4:
-            self.note(f"targets take {needed:,} bytes, too much beside the features: all samples are read")
-            return None
-        folder = None if self.folder is None else self._part() / "items"
-        self.items = Store(columns, self.views.num_keys, self.owned, "cpu", folder=folder, fingerprint="items")
-        return self.items
 
     def commit(self) -> None:
         for store in self.stores():
@@ -256,7 +248,7 @@ class Generations:
         self._drop_all()
         self._begun.clear()
         self._parameter, self.closed = None, True
-        self._close_items()
+        self.close_items()
 
     def _drop_all(self) -> None:
         for generation in self:
@@ -266,7 +258,7 @@ class Generations:
         self._all.remove(generation)
         generation.store.close()
 
-    def _close_items(self) -> None:
+    def close_items(self) -> None:
         if self.items is not None:
             self.items.close()
             self.items = None
@@ -309,13 +301,7 @@ class Generations:
     def _store_device(self) -> torch.device:
         return self.device if self.where == "device" else torch.device("cpu")
 
-    def _part(self) -> Path:
+    def part(self) -> Path:
         """The folder of this process."""
         assert self.folder is not None  # asked for only then
         return self.folder if self.world_size == 1 else self.folder / f"rank-{self.rank}-of-{self.world_size}"
-
-
-def _place(model: nn.Module, name: str) -> tuple[dict, str]:
-    path, _, key = name.rpartition(".")
-    module = model.get_submodule(path)
-    return (module._parameters if key in module._parameters else module._buffers), key

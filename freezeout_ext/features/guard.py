@@ -24,13 +24,14 @@ class Guard:
     `thorough` compares all values: `p.data.copy_()` leaves version and address as they are.
 
     Args:
+        model: that holds the modules.
         modules: name -> module; all below them is guarded.
-        states: name -> (table, key) of further tensors.
+        states: names of further tensors of the model.
         changes: gives, for a module, a function that says what was changed of it besides its tensors.
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], states: Mapping[str, tuple[dict, str]], changes: Changes = unseen
+        self, model: nn.Module, modules: Mapping[str, nn.Module], states: Iterable[str], changes: Changes = unseen
     ) -> None:
         self.modules = dict(modules)
         self._changes = [changes(module) for module in modules.values()]
@@ -42,7 +43,7 @@ class Guard:
         ]
         self._tables = [(name, table) for name, m in inside for table in (m._parameters, m._buffers)]
         self._links = [m._modules for _, m in inside]
-        self._states = dict(states)
+        self._states = {name: _place(model, name) for name in states}
         self._quick = self._now()
         self._sums = {name: _checksum(t) for name, t in self.tensors()}
 
@@ -92,6 +93,13 @@ class Guard:
         except RuntimeError:  # inference tensors have no version
             states = [(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
         return states, [id(module) for links in self._links for module in links.values()]
+
+
+def _place(model: nn.Module, name: str) -> tuple[dict, str]:
+    """-> the table that holds a tensor of the model, and its key there."""
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module._parameters if key in module._parameters else module._buffers), key
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
