@@ -269,7 +269,7 @@ def test_autocast_is_part_of_what_is_kept():
             optimizer.zero_grad()
     assert cache.report().hits == 32
     assert cache._kept.latest.store.columns[0].dtype == torch.bfloat16
-    with cache.samples(keys), pytest.raises(RuntimeError, match="were not read"):
+    with cache.samples(keys), pytest.raises(RuntimeError, match=r"were not read.* another autocast .*one autocast"):
         model(inputs)  # which was not read
     assert [n for n in cache.report().notes if "another autocast" in n]
 

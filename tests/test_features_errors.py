@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from feature_cases import Pictures, small_net
+from feature_cases import Pictures, small_net, train
+from torch import nn
 
 from freezeout_ext import FeatureCache, FreezeOut
 from freezeout_ext.features import keys_in
@@ -142,3 +143,47 @@ def test_hooks_on_frozen_modules_and_compiled_blocks_are_refused_by_name():
             with cache.samples(keys):
                 model(inputs)
         assert any(words in note for note in cache.report().notes) and cache.report().hits == 0
+
+
+class Early(nn.Module):
+    """Counts its forwards, or reads a parameter that trains, before a frozen module runs."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.counts, self.first, self.head = counts, nn.Linear(6, 6), nn.Linear(6, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        shift = self.calls if self.counts else self.head.bias.tanh()
+        if self.counts:
+            self.calls += 1
+        return self.head(self.first(x).tanh()) + shift
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_what_runs_in_front_of_a_frozen_output_and_is_no_part_of_it_is_refused(counts):
+    data = torch.utils.data.TensorDataset(torch.randn(8, 6), torch.arange(8) % 4)
+    model, cache = Early(counts), FeatureCache(data, views=1, measure=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    FreezeOut(model, optimizer, total_steps=9, start_frozen=1, t_0=1.0, layers=["first", "head"], cache=cache)
+    for _ in range(2):
+        for inputs, _, keys in cache.loader(8):
+            with cache.samples(keys):
+                model(inputs)
+    (note,) = cache.report().notes
+    assert "runs in front of first" in note and cache.report().hits == 0 and model.calls == 2 * counts
+
+
+def test_what_float16_cannot_hold_is_not_kept_and_said():
+    data = Pictures(8)
+    data.images *= 1e8
+    losses = []
+    for cached in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Linear(4, 4))
+        found, cache, _ = train(
+            model, data, cached=cached, views=1, lr=1e-12, t_0=0.9, cache_arguments={"dtype": torch.float16}
+        )
+        losses.append(found)
+        assert not cached or "above 65504" in str(cache.report().notes)
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]))

@@ -77,6 +77,20 @@ def test_a_change_of_a_frozen_module_is_noticed_before_the_next_batch(name):
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)  # kernels may sum by the batch's size
 
 
+def test_a_change_between_a_batch_and_its_forward_is_an_error_that_names_the_change():
+    model, cache = net(), FeatureCache(Fixed(8), views=1, measure=False)
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.01), cache.loader(8)
+    FreezeOut(model, optimizer, total_steps=99, start_frozen=2, prefix="off", cache=cache)
+    for _ in range(2):
+        for inputs, _, keys in loader:
+            with cache.samples(keys):
+                model(inputs)
+    ((inputs, _, keys),) = loader
+    model[0].gain = 2.0
+    with cache.samples(keys), pytest.raises(RuntimeError, match=r"not read.* attribute .*was changed; change frozen"):
+        model(inputs)
+
+
 class Widths(Pictures):
     """Samples of different width, which a batch pads."""
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from .columns import row_bytes_of
 from .files import write_whole
 from .forwards import Forwards
-from .generations import Generations
+from .generations import Generation, Generations
+from .store import Store
 from .timing import Stopwatch, seconds_of
-from .views import MOST_VIEWS
+from .views import MOST_VIEWS, rank_and_processes
 
 # What showing each view 8 times costs in accuracy against fresh views, given as training time: a fresh cosine that is
 # shorter by exp(price) loses as much. The price depends on the part of the layers that is frozen.
@@ -82,17 +84,10 @@ class Choice:
         kept: what is kept, with its views.
         forwards: measure the frozen layers.
         loading: -> seconds in which a step waits for a sample that is read.
-        note: takes the decision, for the report.
     """
 
-    def __init__(
-        self,
-        kept: Generations,
-        forwards: Forwards,
-        loading: Callable[[], float | None],
-        note: Callable[[str], None],
-    ) -> None:
-        self._kept, self._forwards, self._loading, self._note = kept, forwards, loading, note
+    def __init__(self, kept: Generations, forwards: Forwards, loading: Callable[[], float | None]) -> None:
+        self._kept, self._forwards, self._loading = kept, forwards, loading
         self._views = kept.views
         self._tried: int | None = None
         self._step: Stopwatch | None = None  # of steps in which nothing was read
@@ -140,14 +135,18 @@ class Choice:
         )
         if not views:
             self._measured = None
-            self._note(f"views: none are worth keeping until the next freeze: {said}")
+            self._kept.note(f"views: none are worth keeping until the next freeze: {said}")
             if self._kept.latest is not None:
                 self._kept.latest.given_up = True
             return
         self._views.decide(views)
         self._views.first_epoch = epoch - 1  # later than at first where nothing was kept then
-        self._note(f"views: {views} of each sample: {said}")
-        self._kept.grow()
+        self._kept.note(f"views: {views} of each sample: {said}")
+        now, items = self._kept.latest, self._kept.items
+        if now is not None:
+            now.store.grow(self._kept.owned, self._kept.owned * (now.frontier.length or 0))
+        if items is not None:
+            items.grow(self._kept.owned)
         if self._kept.folder is not None and self._kept.rank == 0:
             write_whole(self._kept.folder / DECISION, self.state_dict())
 
@@ -187,30 +186,37 @@ class Choice:
             prefix=prefix,
             wait=self._loading() or 0.0,
             rest=max(0.0, step - prefix),
-            gather=self._gather_seconds(),
+            gather=self._gather_seconds(now.store),
             before=began / steps_per_epoch,
             epochs=left + len(now.store) / mine,
             left=left,
             frozen=self._forwards.num_frozen / (len(freezeout.layers.given) + len(freezeout.layers)),
-            fit=self._kept.fit(),
+            fit=self._fit(now),
         )
 
-    def _gather_seconds(self) -> float:
+    def _fit(self, now: Generation) -> int:
+        """-> how many views of all samples there is room for, those that are kept included; at least one."""
+        kept = self._kept
+        stores = [now.store] if kept.items is None else [now.store, kept.items]
+        per_row = sum(row_bytes_of(store.columns, now.frontier.length or 0) for store in stores)
+        one = kept.owned // self._views.count * per_row
+        # In memory the old rows stay until they have been copied.
+        here = 0 if kept.folder is None else sum(store.bytes_taken for store in stores)
+        return max(1, (kept.room(MOST_VIEWS * one) + here) // max(1, one))
+
+    def _gather_seconds(self, store: Store) -> float:
         """-> seconds a sample, the median of some batches of rows in a random order."""
-        now, device, waits = self._kept.latest, self._kept.device, self._kept.folder is not None
-        assert now is not None  # `_measure` asks
-        keys = now.store.keys()
+        device, waits, keys = self._kept.device, self._kept.folder is not None, store.keys()
         order = torch.randperm(len(keys), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-        taken = []
-        for some in (order[: TRIALS * self._batch]).split(self._batch):
-            taken.append(seconds_of(partial(now.store.gather, keys[some], device), device, waits=waits) / len(some))
-        return statistics.median(taken)
+        return statistics.median(
+            seconds_of(partial(store.gather, keys[some], device), device, waits=waits) / len(some)
+            for some in order[: TRIALS * self._batch].split(self._batch)
+        )
 
 
 def _of_all(measured: Measured | None, processes: int) -> Measured | None:
     """-> what the first process has measured, with the least room that any process has."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() != processes or processes == 1:
+    if processes == 1 or rank_and_processes()[1] != processes:
         return measured
     found: list[Any] = [None] * processes
     torch.distributed.all_gather_object(found, measured)

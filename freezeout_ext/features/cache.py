@@ -24,7 +24,7 @@ from .moves import Moves
 from .report import CacheReport
 from .serving import Serving
 from .timing import Stopwatch
-from .views import Views
+from .views import Views, rank_and_processes
 
 logger = logging.getLogger("freezeout_ext")
 
@@ -85,11 +85,11 @@ class FeatureCache:
         self._kept = Generations(self.views, os.fspath(store), dtype, limit, self._note)
         loading = Stopwatch(torch.device("cpu"), calls=1)
         moves = Moves(self._kept, loading.median) if measure else None
-        self._forwards = Forwards(self._kept, moves, note=self._note)
+        self._forwards = Forwards(self._kept, moves)
         self._paused: Callable[[], AbstractContextManager] = nullcontext
         self._untraced: Callable | None = None
-        self._closed = self._was_checked = False
-        self._choice = Choice(self._kept, self._forwards, loading.median, self._note)
+        self._was_checked = False
+        self._choice = Choice(self._kept, self._forwards, loading.median)
         self._serving = Serving(self._kept, self._forwards, self._choice, loading, self._follow)
         folder = self._kept.folder
         if folder is not None:
@@ -124,9 +124,9 @@ class FeatureCache:
             key_name: see `CacheLoader`.
             arguments: of torch's DataLoader (num_workers, pin_memory, persistent_workers, ...).
         """
-        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = (torch.distributed.get_rank() if spread else 0) if rank is None else rank
-        world_size = (torch.distributed.get_world_size() if spread else 1) if world_size is None else world_size
+        here, processes = rank_and_processes()
+        rank = here if rank is None else rank
+        world_size = processes if world_size is None else world_size
         self._kept.rank, self._kept.world_size = rank, world_size
         return CacheLoader(
             self._serving, batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate_fn, rank=rank,
@@ -203,7 +203,6 @@ class FeatureCache:
     def close(self) -> None:
         """Frees what is kept. Rows in a folder are brought to disk and stay there."""
         self._kept.close()
-        self._closed = True
 
     def state_dict(self) -> dict:
         """What the views are of, and how many there are. Rows in a folder are on disk when state_dict returns."""
@@ -281,7 +280,7 @@ class FeatureCache:
     def _follow(self) -> None:
         """Notices that layers were frozen or thawed."""
         freezeout = self._kept.freezeout
-        if freezeout is None or self._closed:
+        if freezeout is None or self._kept.closed:
             return
         num_frozen = len(freezeout.layers.given) + freezeout.num_frozen
         if num_frozen != self._forwards.num_frozen:
@@ -290,10 +289,8 @@ class FeatureCache:
             self._forwards.moved(num_frozen, {name: m for layer in layers for name, m in layer.modules.items()})
             self._serving.whole_due.restart()
 
-    # Checks
-
     def _check_open(self, name: str) -> None:
-        if self._closed:
+        if self._kept.closed:
             raise RuntimeError(f"{name}() must not be called after close()")
 
     def _note(self, text: str) -> None:

@@ -15,13 +15,8 @@ except ImportError:
     numpy = None  # type: ignore[assignment]  # None is its absence
 
 
-def tensors_in(args: Iterable, kwargs: Mapping) -> Iterator[Tensor]:
-    """-> the tensors among arguments, in lists and tuples too."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors_in(value, {})
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def written_by(func: Any, args: tuple, kwargs: Mapping) -> list[Tensor]:
@@ -33,13 +28,8 @@ def written_by(func: Any, args: tuple, kwargs: Mapping) -> list[Tensor]:
     for i, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found += tensors_in((value,), {})
+            found += tensors_in(value)
     return found
-
-
-def is_view_of(x: Tensor, operands: list[Tensor]) -> bool:
-    """Whether x shares the memory of one of these."""
-    return any(address_of(o) == address_of(x) for o in operands)
 
 
 def storage_of(x: Tensor) -> torch.UntypedStorage | None:
@@ -50,11 +40,6 @@ def address_of(x: Tensor) -> int:
     """-> a number that tensors share whose memory is one; 0: it has none."""
     storage = storage_of(x)
     return 0 if storage is None else storage._cdata
-
-
-def gives_tensors(output: Any) -> bool:
-    """Whether an operation gives no value that the host could read."""
-    return output is None or next(tensors_in((output,), {}), None) is not None
 
 
 def leaves_of(output: Any) -> Iterator[Tensor]:
@@ -73,8 +58,8 @@ def version_of(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
-def versions_of(given: Iterable) -> list[int]:
-    return [version_of(x) for x in given if isinstance(x, Tensor)]
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    return [version_of(x) for x in tensors]
 
 
 def host_states() -> tuple:
@@ -86,10 +71,10 @@ def host_states() -> tuple:
     return random.getstate(), (words.tobytes(), *rest)
 
 
-def device_states(tensors: Iterable) -> list[bytes]:
+def device_states(tensors: Iterable[Tensor]) -> list[bytes]:
     """The generators that an operation on these may draw from; none of them waits for the device."""
     found = [torch.get_rng_state().numpy().tobytes() if numpy else bytes(torch.get_rng_state().tolist())]
-    for index in {x.device.index for x in tensors if isinstance(x, Tensor) and x.device.type == "cuda"}:
+    for index in {x.device.index for x in tensors if x.device.type == "cuda"}:
         found.append(bytes(torch.cuda.get_rng_state(index).tolist()))
     return found
 

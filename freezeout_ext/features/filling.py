@@ -12,8 +12,6 @@ from .probe import lengths_of
 from .timing import Stopwatch
 from .watch import Refused
 
-WHOLE = slice(None)
-
 
 class Filling:
     """Computes rows that are missing, and keeps them as far as there is room.
@@ -21,7 +19,6 @@ class Filling:
     Args:
         kept: what is kept.
         unread: which inputs no batch brought.
-        note: takes what happened, for the report.
         watch: name -> what takes the time of "prefix".
 
     Attributes:
@@ -29,10 +26,8 @@ class Filling:
         hits, pushed, misses: see CacheReport.
     """
 
-    def __init__(
-        self, kept: Generations, unread: Unread, note: Callable[[str], None], watch: Callable[[str], Stopwatch]
-    ) -> None:
-        self._kept, self._unread, self._note, self._watch = kept, unread, note, watch
+    def __init__(self, kept: Generations, unread: Unread, watch: Callable[[str], Stopwatch]) -> None:
+        self._kept, self._unread, self._watch = kept, unread, watch
         self.lengths: Tensor | None = None
         self.hits = self.pushed = self.misses = 0
 
@@ -59,7 +54,7 @@ class Filling:
 
     def keep(
         self, now: Generation, base: Generation | None, keys: Tensor, rows: list[Tensor], kwargs: Mapping,
-        part: Tensor | slice = WHOLE,
+        part: Tensor | slice,
     ) -> None:  # fmt: skip
         """Keeps rows that were computed from `base`, or from inputs: those of a batch, or of its part."""
         if base is None:
@@ -74,5 +69,5 @@ class Filling:
                     raise Refused("it has no attention_mask, and its lengths were not given")
             now.store.put(keys, rows, lengths, now.origin(base, keys))
         except Refused as reason:
-            self._note(f"a batch was not kept: {reason}")
+            self._kept.note(f"a batch was not kept: {reason}")
         self._kept.retire()

@@ -28,7 +28,6 @@ class Forwards:
     Args:
         kept: what is kept.
         moves: decides where rows are kept; None: behind all frozen layers, also where reading is slower than computing.
-        note: takes what happened, for the report.
 
     Attributes:
         frozen: name -> module of what is frozen.
@@ -43,8 +42,8 @@ class Forwards:
         checks, difference: see CacheReport.
     """
 
-    def __init__(self, kept: Generations, moves: Moves | None, *, note: Callable[[str], None]) -> None:
-        self._kept, self._moves, self._note = kept, moves, note
+    def __init__(self, kept: Generations, moves: Moves | None) -> None:
+        self._kept, self._moves = kept, moves
         self.frozen: dict[str, nn.Module] = {}
         self.num_frozen = 0
         self.keys: Tensor | None = None
@@ -55,7 +54,7 @@ class Forwards:
         self.difference = 0.0
         self._checks_due = Schedule()
         self._watches: dict[str, Stopwatch] = {}
-        self.filling = Filling(kept, self.unread, note, self._watch)
+        self.filling = Filling(kept, self.unread, self._watch)
 
     def moved(self, num_frozen: int, frozen: dict[str, nn.Module]) -> None:
         """Other layers are frozen now."""
@@ -109,10 +108,13 @@ class Forwards:
         """original(*args, **kwargs), from what is kept where that is right."""
         if not (model.training and torch.is_grad_enabled()):
             return original(*args, **kwargs)
-        keys = self.keys
-        if self.given is not None and self.num_frozen:
+        keys, now = self.keys, self._kept.latest
+        if self.given is not None and now is not None:
+            if now.frontier.autocast != autocast_state(self._kept.device):
+                raise RuntimeError("a step on given rows must run under the autocast under which they were computed")
             self.count += 1
-            return self._from_given(original, args, kwargs)
+            with now.frontier.replaced(self.given):
+                return original(*args, **kwargs)
         assert keys is not None  # forwards go through here inside samples()
         absent = self.unread.among(keys)
         self._check_batch(keys, args, kwargs)
@@ -137,7 +139,7 @@ class Forwards:
         verdict = True if self._moves is None else self._moves.decide(now, self.frozen, self.seconds("gather"))
         if isinstance(verdict, str):
             self.refused = verdict
-            self._note(f"not kept behind {self.num_frozen} layers: {verdict}")
+            self._kept.note(f"not kept behind {self.num_frozen} layers: {verdict}")
             return True
         reason = unwatchable(self._kept.model, self.frozen)
         if reason is not None:
@@ -161,21 +163,17 @@ class Forwards:
 
     # The ways
 
-    def _from_given(self, original: Callable, args: tuple, kwargs: dict) -> Any:
-        now, given = self._kept.latest, self.given
-        assert now is not None and given is not None  # `rows` gathered them
-        if now.frontier.autocast != autocast_state(self._kept.device):
-            raise RuntimeError("a step on given rows must run under the autocast under which they were computed")
-        with now.frontier.replaced(given):
-            return original(*args, **kwargs)
-
     def _as_before(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
         """From what is kept, be it behind fewer layers than are frozen now."""
-        other = None if now is None else self._other(now, args, kwargs)
+        other, changed = None if now is None else self._other(now, args, kwargs), self._kept.changed
+        if now is None and changed is not None:
+            self.unread.refuse(absent, f"{changed}; change frozen layers between a step and the next batch")
         if other is not None:
-            self._note(f"a forward {other} ran as ever")
+            self._kept.note(f"a forward {other} ran as ever")
+            advice = "let all forwards in training run under one autocast, over samples of one shape"
+            self.unread.refuse(absent, f"it runs {other}; {advice}")
         if now is None or other is not None:
-            self.unread.refuse(absent, other)
+            self.unread.refuse(absent)
             return original(*args, **kwargs)
         have = now.store.has(keys)
         if not bool(have.all()):
@@ -186,7 +184,9 @@ class Forwards:
             self._kept.drop_changed(thorough=True)
             if now not in self._kept:
                 return self.run("", self._kept.model, original, args, kwargs)
-            self._spot_check(now, original, args, kwargs, keys)
+            difference = spot_check(self._kept, now, original, args, kwargs, keys, self._watch("prefix"))
+            if difference is not None:
+                self.difference, self.checks = max(self.difference, difference), self.checks + 1
         length, watch = now.length(args, kwargs), self._watch("gather")
         watch.start()
         rows = now.store.gather(keys, self._kept.device, length=length)
@@ -233,23 +233,13 @@ class Forwards:
         if self._moves is not None:
             self._moves.watch_seconds, begun.layers_seconds = seconds, self._moves.layers_seconds
         self._watches.clear()
-        self.filling.keep(begun, base, keys, forward.rows, kwargs)
+        self.filling.keep(begun, base, keys, forward.rows, kwargs, slice(None))
         return output
 
     def _refuse(self, reason: str) -> None:
         self.refused = reason
-        self._note(f"not kept behind {self.num_frozen} layers: {reason}")
+        self._kept.note(f"not kept behind {self.num_frozen} layers: {reason}")
         logger.warning("features are not kept behind %d layers: %s", self.num_frozen, reason)
-
-    def _spot_check(self, now: Generation, original, args, kwargs, keys: Tensor) -> None:
-        try:
-            difference = spot_check(self._kept, now, original, args, kwargs, keys, self._watch("prefix"))
-        except RuntimeError:
-            if self._kept.latest is None:
-                self.num_frozen = 0
-            raise
-        if difference is not None:
-            self.difference, self.checks = max(self.difference, difference), self.checks + 1
 
     def _watch(self, name: str) -> Stopwatch:
         if name not in self._watches:
@@ -261,7 +251,7 @@ class Forwards:
         prefix, gather = self.seconds("prefix"), self.seconds("gather")
         if self._moves is not None and prefix is not None and gather is not None and gather > prefix:
             now.given_up = True
-            self._note(
+            self._kept.note(
                 f"given up until the next freeze: reading a sample's features takes {1e6 * gather:.0f} us, computing "
                 f"them {1e6 * prefix:.0f} us"
             )

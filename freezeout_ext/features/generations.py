@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .columns import Column, row_bytes_of
+from .columns import row_bytes_of
 from .frontier import Frontier
 from .guard import Changes, Guard, fingerprint, unseen
 from .probe import padded_length
 from .room import room_for
 from .store import Store
-from .views import MOST_VIEWS, Views
+from .views import Views
 
 logger = logging.getLogger("freezeout_ext")
 
@@ -84,15 +84,18 @@ class Generations:
         freezeout: that has the cache.
         rank, world_size: of this process.
         items: the store of what batches hold besides features.
+        closed: whether the cache is closed.
+        changed: what of the frozen layers was changed, so that rows were dropped and none were kept since.
         changes: see `Guard`.
     """
 
     def __init__(
         self, views: Views, where: str, dtype: torch.dtype | None, limit: int | None, note: Callable[[str], None]
     ) -> None:
-        self.views, self.where, self.dtype, self.limit, self._note = views, where, dtype, limit, note
+        self.views, self.where, self.dtype, self.limit, self.note = views, where, dtype, limit, note
         self.folder = None if where in ("device", "host") else Path(where)
-        self.rank, self.world_size = 0, 1
+        self.rank, self.world_size, self.closed = 0, 1, False
+        self.changed: str | None = None
         self.items: Store | None = None
         self.freezeout: FreezeOutLike | None = None
         self.changes: Changes = unseen
@@ -167,7 +170,7 @@ class Generations:
         if base is None:
             return nullcontext()
         length = base.length(*inputs)
-        return base.frontier.replaced(base.store.gather(keys, self.device, length=length), length, whole=False)
+        return base.frontier.replaced(base.store.gather(keys, self.device, length=length), length)
 
     # Life
 
@@ -180,14 +183,14 @@ class Generations:
         for earlier in self:
             before = earlier.frontier
             if (before.autocast, before.shapes) != (frontier.autocast, frontier.shapes):
-                self._note(f"dropped behind {before.num_frozen} layers: what was of another autocast or another shape")
+                self.note(f"dropped behind {before.num_frozen} layers: what was of another autocast or another shape")
                 self._drop(earlier)
         length, folder, of = frontier.length or 0, None, ""
         row_bytes = row_bytes_of(frontier.columns, length)
         rows = self._rows(row_bytes)
-        guard = Guard(frontier.modules, {name: _place(self.model, name) for name in frontier.states}, self.changes)
+        guard = Guard(self.model, frontier.modules, frontier.states, self.changes)
         if self.folder is not None:
-            folder = self._part() / f"frozen-{frontier.num_frozen}"
+            folder = self.part() / f"frozen-{frontier.num_frozen}"
             of = f"{frontier.names} {frontier.autocast} {fingerprint(guard.tensors())}"
         store = Store(
             frontier.columns, self.views.num_keys, rows, self._store_device(), folder=folder, positions=rows * length,
@@ -196,36 +199,17 @@ class Generations:
         if folder is not None and store.files is not None and store.files.was_emptied is not None:
             emptied = store.files.was_emptied
             found = "was of other weights, and was emptied" if emptied else f"holds {len(store):,} rows"
-            self._note(f"the folder {folder.name} {found}")
+            self.note(f"the folder {folder.name} {found}")
             if store.files.damaged:
-                self._note(f"{store.files.damaged:,} of its rows were damaged on the disk, and are computed anew")
+                self.note(f"{store.files.damaged:,} of its rows were damaged on the disk, and are computed anew")
         self._begun.append(Generation(len(self._begun), frontier, store, guard))
         self._all.append(self._begun[-1])
+        self.changed = None
         logger.info(
             "features of %s are kept: %s bytes a view, %s for %s views, on %s",
             ", ".join(frontier.names), f"{row_bytes:,}", f"{rows * row_bytes:,}", f"{rows:,}", self.where,
         )  # fmt: skip
         return self._all[-1]
-
-    def fit(self) -> int:
-        """How many views of all samples there is room for, those that are kept included; at least one."""
-        now = self.latest
-        assert now is not None  # asked once something is kept
-        stores = [now.store] if self.items is None else [now.store, self.items]
-        per_row = row_bytes_of(now.store.columns, now.frontier.length or 0)
-        per_row += 0 if self.items is None else row_bytes_of(self.items.columns)
-        one = self.owned // self.views.count * per_row
-        # In memory the old rows stay until they have been copied.
-        here = 0 if self.folder is None else sum(store.bytes_taken for store in stores)
-        return max(1, (self._room(MOST_VIEWS * one) + here) // max(1, one))
-
-    def grow(self) -> None:
-        """Makes room for as many views as there are now, of what is read, and of batches' other entries."""
-        now = self.latest
-        if now is not None:
-            now.store.grow(self.owned, self.owned * (now.frontier.length or 0))
-        if self.items is not None:
-            self.items.grow(self.owned)
 
     def retire(self) -> None:
         """Frees generations whose rows are all in the latest one."""
@@ -237,7 +221,7 @@ class Generations:
     def thaw_to(self, num_frozen: int) -> None:
         for generation in self:
             if generation.frontier.num_frozen > num_frozen:
-                self._note(f"thawed to {num_frozen} layers: what was kept behind more was dropped")
+                self.note(f"thawed to {num_frozen} layers: what was kept behind more was dropped")
                 self._drop(generation)
 
     def drop_changed(self, *, thorough: bool = False) -> None:
@@ -245,21 +229,10 @@ class Generations:
         for generation in self:
             changed = generation.guard.changed(thorough=thorough)
             if changed is not None:
-                behind = f"what was kept behind {generation.frontier.num_frozen} layers"
-                self._note(f"{changed}: {behind} was dropped")
+                self.changed = changed
+                self.note(f"{changed}: what was kept behind {generation.frontier.num_frozen} layers was dropped")
                 generation.store.clear()  # a folder must not bring it back
                 self._drop(generation)
-
-    def open_items(self, columns: list[Column]) -> Store | None:
-        """-> a new store of batches' entries that are needed although features are kept; None without room."""
-        self._close_items()
-        needed = self.owned * row_bytes_of(columns)
-        if self.limit is not None and needed > self.limit // 4:
-            self._note(f"targets take {needed:,} bytes, too much beside the features: all samples are read")
-            return None
-        folder = None if self.folder is None else self._part() / "items"
-        self.items = Store(columns, self.views.num_keys, self.owned, "cpu", folder=folder, fingerprint="items")
-        return self.items
 
     def commit(self) -> None:
         for store in self.stores():
@@ -274,8 +247,8 @@ class Generations:
     def close(self) -> None:
         self._drop_all()
         self._begun.clear()
-        self._parameter = None
-        self._close_items()
+        self._parameter, self.closed = None, True
+        self.close_items()
 
     def _drop_all(self) -> None:
         for generation in self:
@@ -285,7 +258,7 @@ class Generations:
         self._all.remove(generation)
         generation.store.close()
 
-    def _close_items(self) -> None:
+    def close_items(self) -> None:
         if self.items is not None:
             self.items.close()
             self.items = None
@@ -295,7 +268,7 @@ class Generations:
     def fitting(self, row_bytes: int) -> tuple[int, bool]:
         """-> how many rows of so many bytes there would be room for, and whether earlier ones must make it."""
         wanted = self.owned * row_bytes
-        room, drops = self._room(wanted), False
+        room, drops = self.room(wanted), False
         if room < wanted and self._all:
             room, drops = min(wanted, room + sum(g.store.bytes_taken for g in self._all)), True
         return (room // row_bytes if row_bytes else self.owned), drops
@@ -304,7 +277,7 @@ class Generations:
         """How many rows there is room for; earlier generations make room."""
         rows, drops = self.fitting(row_bytes)
         if drops:
-            self._note("what was kept behind fewer layers was dropped to make room, and is computed from inputs again")
+            self.note("what was kept behind fewer layers was dropped to make room, and is computed from inputs again")
             self._drop_all()
             rows, _ = self.fitting(row_bytes)
         if rows == self.owned:
@@ -314,26 +287,21 @@ class Generations:
             where = self.folder or ("host memory" if self._store_device().type == "cpu" else self.device)
             raise MemoryError(
                 f"features of {self.views.num_samples} samples need {wanted:,} bytes on {where}, "
-                f"{self._room(wanted):,} of what is free may be taken: pass limit=, fewer views=, dtype=torch.int8 or "
+                f"{self.room(wanted):,} of what is free may be taken: pass limit=, fewer views=, dtype=torch.int8 or "
                 "another store="
             )
-        self._note(f"room: {rows:,} of {self.owned:,} views fit, {wanted:,} bytes would hold all")
+        self.note(f"room: {rows:,} of {self.owned:,} views fit, {wanted:,} bytes would hold all")
         return rows
 
-    def _room(self, wanted: int) -> int:
+    def room(self, wanted: int) -> int:
+        """-> how many of these bytes may be taken."""
         taken = sum(store.bytes_taken for store in self.stores())
         return room_for(wanted, self._store_device(), self.folder, self.limit, taken)
 
     def _store_device(self) -> torch.device:
         return self.device if self.where == "device" else torch.device("cpu")
 
-    def _part(self) -> Path:
+    def part(self) -> Path:
         """The folder of this process."""
         assert self.folder is not None  # asked for only then
         return self.folder if self.world_size == 1 else self.folder / f"rank-{self.rank}-of-{self.world_size}"
-
-
-def _place(model: nn.Module, name: str) -> tuple[dict, str]:
-    path, _, key = name.rpartition(".")
-    module = model.get_submodule(path)
-    return (module._parameters if key in module._parameters else module._buffers), key

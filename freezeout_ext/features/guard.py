@@ -24,13 +24,14 @@ class Guard:
     `thorough` compares all values: `p.data.copy_()` leaves version and address as they are.
 
     Args:
+        model: that holds the modules.
         modules: name -> module; all below them is guarded.
-        states: name -> (table, key) of further tensors.
+        states: names of further tensors of the model.
         changes: gives, for a module, a function that says what was changed of it besides its tensors.
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], states: Mapping[str, tuple[dict, str]], changes: Changes = unseen
+        self, model: nn.Module, modules: Mapping[str, nn.Module], states: Iterable[str], changes: Changes = unseen
     ) -> None:
         self.modules = dict(modules)
         self._changes = [changes(module) for module in modules.values()]
@@ -42,7 +43,7 @@ class Guard:
         ]
         self._tables = [(name, table) for name, m in inside for table in (m._parameters, m._buffers)]
         self._links = [m._modules for _, m in inside]
-        self._states = dict(states)
+        self._states = {name: _place(model, name) for name in states}
         self._quick = self._now()
         self._sums = {name: _checksum(t) for name, t in self.tensors()}
 
@@ -72,8 +73,7 @@ class Guard:
         found = dict(self.tensors())
         if found.keys() != self._sums.keys():
             return f"{next(iter(found.keys() ^ self._sums.keys()))} was changed"
-        suspects = found if thorough else dict(self._differing(now[0], found))
-        for name, t in suspects.items():
+        for name, t in found.items():
             if not torch.equal(_checksum(t).cpu(), self._sums[name].cpu()):
                 return f"{name} was changed"
         self._quick = now
@@ -84,11 +84,6 @@ class Guard:
         found = (vars(module).get("forward") for module in self.modules.values())
         return [None if type(f).__module__.startswith(__package__.split(".")[0]) else f for f in found]
 
-    def _differing(self, now: list, found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for old, new, (name, t) in zip(self._quick[0], now, found.items(), strict=True):
-            if old != new:
-                yield name, t
-
     def _now(self) -> tuple[list, list]:
         # At every step: the fewer calls the better.
         tensors = [t for _, table in self._tables for t in table.values() if t is not None]
@@ -98,6 +93,13 @@ class Guard:
         except RuntimeError:  # inference tensors have no version
             states = [(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
         return states, [id(module) for links in self._links for module in links.values()]
+
+
+def _place(model: nn.Module, name: str) -> tuple[dict, str]:
+    """-> the table that holds a tensor of the model, and its key there."""
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module._parameters if key in module._parameters else module._buffers), key
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .columns import Column
+from .columns import Column, row_bytes_of
 from .frontier import poison
 from .serving import Serving
 from .store import Store
@@ -54,13 +54,24 @@ class Items:
             return
         if self._store is None or not self._suffices():
             self._kept = [i for i in range(len(leaves)) if i not in needless]
-            columns = [Column.like(leaves[i]) for i in self._kept]
-            self._store = self._serving.kept.open_items(columns)
+            self._store = self._opened([Column.like(leaves[i]) for i in self._kept])
             self._off = self._store is None
         if self._store is not None:
             self._compare(keys, leaves)
             kept = keys >= 0
             self._store.put(keys[kept], [leaves[i][kept] for i in self._kept])
+
+    def _opened(self, columns: list[Column]) -> Store | None:
+        """-> a new store of these; None without room."""
+        kept = self._serving.kept
+        kept.close_items()
+        needed = kept.owned * row_bytes_of(columns)
+        if kept.limit is not None and needed > kept.limit // 4:
+            kept.note(f"targets take {needed:,} bytes, too much beside the features: all samples are read")
+            return None
+        folder = None if kept.folder is None else kept.part() / "items"
+        kept.items = Store(columns, kept.views.num_keys, kept.owned, "cpu", folder=folder, fingerprint="items")
+        return kept.items
 
     def _compare(self, keys: Tensor, leaves: list[Tensor]) -> None:
         """

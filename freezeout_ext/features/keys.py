@@ -102,23 +102,20 @@ class Unread:
         return self._unread[keys.clamp(min=0)] & (keys >= 0)
 
     @staticmethod
-    def refuse(unread: Tensor, other: str | None = None) -> None:
+    def refuse(unread: Tensor, reason: str | None = None) -> None:
         """
         Args:
-            other: in what the forward differs from the one that was watched; None: in nothing.
+            reason: why features cannot be used. None: they were dropped as layers froze or were thawed.
 
         Raises:
             RuntimeError: a forward needs inputs that are missing.
         """
-        if not bool(unread.any()):
-            return
-        advice = (
-            "Freeze and thaw between a step and the next batch, not between a batch and its forward, and let nothing "
-            "fetch batches far ahead"
-        )
-        if other is not None:
-            advice = f"It runs {other}: let all forwards in training run under one autocast, over samples of one shape"
-        raise RuntimeError(
-            f"{int(unread.sum())} samples of this batch were not read, since their features were kept, and these "
-            f"cannot be used in this forward. {advice}"
-        )
+        if bool(unread.any()):
+            reason = reason or (
+                "freeze and thaw between a step and the next batch, not between a batch and its forward, and let "
+                "nothing fetch batches far ahead"
+            )
+            raise RuntimeError(
+                f"{int(unread.sum())} samples of this batch were not read, since their features were kept, and these "
+                f"cannot be used in this forward: {reason}"
+            )

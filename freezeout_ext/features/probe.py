@@ -13,6 +13,7 @@ from .columns import masked
 from .effects import Generators, leaves_of
 from .frontier import Frontier, poison, sliced, through
 from .rounding import BOUNDS
+from .views import rank_and_processes
 from .watch import Refused, Watch
 
 
@@ -28,7 +29,7 @@ def unwatchable(model: nn.Module, frozen: Mapping[str, nn.Module]) -> str | None
     for name, m in model.named_modules():
         if getattr(m, "_compiled_call_impl", None) is not None or "_orig_mod" in m._modules:
             return f"{name or 'the model'} is compiled, which hides what it reads"
-        if isinstance(m, nn.SyncBatchNorm) and m.training and _is_spread():
+        if isinstance(m, nn.SyncBatchNorm) and m.training and rank_and_processes()[1] > 1:
             return f"{name} waits for other processes, whose forwards differ from this one's"
     hooks = torch.nn.modules.module
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
@@ -203,11 +204,3 @@ def _restored(model: nn.Module) -> Iterator[None]:
 def _has_hooks(module: nn.Module) -> bool:
     tables = module._forward_hooks, module._forward_pre_hooks
     return any(not getattr(hook, "observes_only", False) for table in tables for hook in table.values())
-
-
-def _is_spread() -> bool:
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    )

@@ -1,6 +1,5 @@
 """Room: how many bytes a device, the host or a disk has left for features."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -22,8 +21,5 @@ def _free(device: torch.device, folder: Path | None) -> int:
         return shutil.disk_usage(folder).free
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with open("/proc/meminfo") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))

@@ -1,23 +1,27 @@
-"""Rounding: rows as int8, x ~ q * scale[channel] * factor[row]; and how far what was kept may be from x."""
+"""Rounding: rows as int8, x ~ q * scale[channel] * factor[row]; and how far kept values may be from x."""
 
 import torch
 from torch import Tensor
 
-# Largest difference over the largest value of a row. None: kernels choose their order of summation by the size of the
-# batch. bfloat16, float16: half a unit in the last place, and that again for the order of summation.
+# How far a kept value may be from the same one computed anew, as a part of the row's largest value.
+# None: kernels choose their order of summation by the size of the batch.
+# bfloat16, float16: half a unit in the last place, and that again for the order of summation.
 BOUNDS = {None: 1e-4, torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.int8: 1 / 127}
 
 
 class Rounding:
     """q[r, c, ...] = round(x[r, c, ...] / (scale[c] * factor[r])) in -127..127.
 
-    scale: a channel's largest value in the first batch; it keeps quiet channels fine. factor: what makes a row's
-    largest quotient 127, so that no value is ever cut off, however later rows differ from the first.
+    A channel's scale is its largest value in the first batch. Quiet channels stay fine so.
+    A row's factor makes its largest quotient 127. No value is cut off so, however later rows differ from the first.
 
     Args:
         unit: shape of a stored row.
-        channel_first: of rows [C, H, W] as they lie in memory the channel is the first dimension, or, where they lie
-            channels-last, the last one; else it is the last.
+        channel_first: whether rows are [C, H, W]. In memory their channel is the first dimension, or the last one where
+            they lie channels-last. The channel of all other rows is the last dimension.
+
+    Attributes:
+        scale: float32 [channels]; None before the first batch.
     """
 
     def __init__(self, unit: tuple[int, ...], *, channel_first: bool) -> None:
@@ -27,7 +31,12 @@ class Rounding:
         self._channel = self._candidates[-1]
 
     def encode(self, x: Tensor, row_of: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
-        """x [R, *unit] -> (q int8 like x, factor float32 [rows]); row_of: the row of each x[i]."""
+        """x [R, *unit] -> (q int8 like x, factor float32 [rows]).
+
+        Args:
+            row_of: the row of each x[i]; None: i.
+            rows: how many rows there are.
+        """
         x = x.to(torch.float32)
         if self.scale is None:
             self._choose(x)
@@ -54,7 +63,7 @@ class Rounding:
         self.scale, self._channel = torch.tensor(state["scale"], device="cpu"), state["channel"]
 
     def _choose(self, x: Tensor) -> None:
-        """The dimension whose scales are the least in the mean: that of the channels."""
+        """Takes the dimension whose scales are the least in the mean for that of the channels."""
         found = {}
         for channel in self._candidates:
             others = [d for d in range(x.dim()) if d != channel]

@@ -99,7 +99,7 @@ def _passed(
         with standing_in:
             rows = generation.frontier.computed(forward, args, kwargs)
         rows = generation.store.rounded(rows, lengths)
-        standing_in = generation.frontier.replaced(rows, generation.length(args, kwargs), whole=False)
+        standing_in = generation.frontier.replaced(rows, generation.length(args, kwargs))
     with standing_in:
         return now.frontier.computed(forward, args, kwargs)
 

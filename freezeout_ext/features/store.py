@@ -163,16 +163,12 @@ class Store:
         length: what rows that differ in length are padded to, with 0; None: to the longest.
         """
         rows = torch.index_select(self._row_of, 0, keys)
+        if bool((rows < 0).any()):
+            raise KeyError(f"keys must be kept, {int((rows < 0).sum())} of {len(rows)} are not")
         device = self.device if device is None else torch.device(device)
-        if self.device.type != "cpu":
-            self._check_kept(rows)
-        try:
-            places = self._places(rows, length) if self._padded else None
-            index = rows.to(self.device, non_blocking=True)
-            return [stored.read(index, places, device) for stored in self._stored]
-        except IndexError:  # on a CPU index_select looks at each index itself
-            self._check_kept(rows)
-            raise
+        places = self._places(rows, length) if self._padded else None
+        index = rows.to(self.device, non_blocking=True)
+        return [stored.read(index, places, device) for stored in self._stored]
 
     def origin(self, keys: Tensor) -> Tensor:
         """-> int64 [B]: what `put` was given; -1 where that was lost with the process that wrote the file."""
@@ -222,10 +218,6 @@ class Store:
         self._row_of, self._spans = self._row_of[:0], self._spans[:0]
         if self.files is not None:
             self.files.close()
-
-    def _check_kept(self, rows: Tensor) -> None:
-        if bool((rows < 0).any()):
-            raise KeyError(f"keys must be kept, {int((rows < 0).sum())} of {len(rows)} are not")
 
     def _places(self, rows: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
         start, count = torch.index_select(self._spans, 0, rows).unbind(1)

@@ -141,6 +141,13 @@ class Views:
             )
 
 
+def rank_and_processes() -> tuple[int, int]:
+    """-> this process's rank, and how many processes there are, by torch.distributed."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def order_seed(seed: int, epoch: int) -> int:
     """-> the seed of an epoch's order."""
     return int(_mix(_mix(torch.tensor(seed, device="cpu")) ^ epoch) & (2**63 - 1))

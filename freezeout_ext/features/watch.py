@@ -12,9 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from .effects import (
     address_of,
     device_states,
-    gives_tensors,
     host_states,
-    is_view_of,
     leaves_of,
     storage_of,
     tensors_in,
@@ -100,14 +98,13 @@ class Watch(TorchDispatchMode):
             if module not in inside
             for name, t in _own_tensors(prefix, module)
         }
-        self._versions = {name: t._version for name, t in self._state_tensors.items() if not t.is_inference()}
+        self._versions = {name: version_of(t) for name, t in self._state_tensors.items()}
         for name, t in self._state_tensors.items():
             self._mark(t, Taint({ACTIVE} if t.requires_grad else {("state", name)}))
-        self.inputs = list(tree_leaves((args, kwargs)))
-        for i, x in enumerate(self.inputs):
+        for i, x in enumerate(tree_leaves((args, kwargs))):
             if isinstance(x, Tensor):
                 self._mark(x, Taint({("input", i)}))
-        self._input_storages = {address_of(x) for x in self.inputs if isinstance(x, Tensor)}
+        self._input_storages = {address_of(x) for x in tensors_in((args, kwargs))}
         self._own_storages = {address_of(t) for t in self._state_tensors.values()}
         self._host_states = host_states()
         self._dropouts = [
@@ -122,11 +119,11 @@ class Watch(TorchDispatchMode):
         """A call of a frozen module."""
         if self._depth:
             return original(*args, **kwargs)
-        given = tree_leaves((args, kwargs))
-        taint = self._of(x for x in given if isinstance(x, Tensor))
+        given, tensors = tree_leaves((args, kwargs)), tensors_in((args, kwargs))
+        taint = self._of(tensors)
         real = _real(taint)
         trains = any(p.requires_grad for p in module.parameters()) or any(m.training for m in module.modules())
-        if ACTIVE in taint or trains or any(isinstance(x, Tensor) and x.requires_grad for x in given):
+        if ACTIVE in taint or trains or any(x.requires_grad for x in tensors):
             self._is_active(real)
             return self._run(original, args, kwargs, Taint({ACTIVE}))
         if not real and RANDOM not in taint:
@@ -144,15 +141,17 @@ class Watch(TorchDispatchMode):
         if module in self._called:
             self._refuse(f"{name} is called more than once in a forward")
         self._called.add(module)
-        for state in (s for s in taint if isinstance(s, tuple) and s[0] == "state"):
-            self.states[state[1]] = self._state_tensors[state[1]]
+        names = [s[1] for s in taint if isinstance(s, tuple) and s[0] == "state"]
+        self.states.update({name: self._state_tensors[name] for name in names})
         buffers = list(module.buffers())
-        own, versions, drawn = versions_of(buffers), versions_of(given), device_states(given)
+        own, versions, drawn = versions_of(buffers), versions_of(tensors), device_states(tensors)
         output = self._run(original, args, kwargs, NONE)
         if versions_of(buffers) != own:
             self._refuse(f"{name} changes a buffer of its own at every call")
-        self._check_changed(name, given, versions)
-        if device_states(given) != drawn or host_states() != self._host_states:
+        changed = (x for x, v in zip(tensors, versions, strict=True) if version_of(x) != v)
+        if any(address_of(x) in self._input_storages for x in changed):
+            self._refuse(f"{name} changes an input of the model in place")
+        if device_states(tensors) != drawn or host_states() != self._host_states:
             self._refuse(f"{name} draws random numbers")
         self._source(name, module, output)
         return output
@@ -168,7 +167,7 @@ class Watch(TorchDispatchMode):
             if INSIDE in self._of([leaf]):
                 self._refuse("the model returns a value from inside a frozen module")
         for name in self.states:
-            if self._state_tensors[name]._version != self._versions.get(name, self._state_tensors[name]._version):
+            if version_of(self._state_tensors[name]) != self._versions[name]:
                 self._refuse(f"{name} goes into frozen modules and changes in each forward")
         if self._refusals:
             raise Refused("; ".join(list(dict.fromkeys(self._refusals))[:3]))
@@ -194,17 +193,9 @@ class Watch(TorchDispatchMode):
             output = original(*args, **kwargs)
         finally:
             self._depth -= 1
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self._mark(leaf, taint)
+        for x in tensors_in(output):
+            self._mark(x, taint)
         return output
-
-    def _check_changed(self, name: str, given: list, versions: list) -> None:
-        changed = [
-            x for x, v in zip((x for x in given if isinstance(x, Tensor)), versions, strict=True) if version_of(x) != v
-        ]
-        if any(address_of(x) in self._input_storages for x in changed):
-            self._refuse(f"{name} changes an input of the model in place")
 
     # Operations
 
@@ -212,19 +203,18 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._depth:
             output = func(*args, **kwargs)
-            for x in tensors_in((output,), {}):
+            for x in tensors_in(output):
                 if address_of(x) not in self._taints:
                     self._mark(x, Taint({INSIDE}))
             return output
         packet = getattr(func, "overloadpacket", func)
-        tensors = list(tensors_in(args, kwargs))
+        tensors = tensors_in((args, kwargs))
         # Before the call, whose results may overwrite an operand.
         taint = NONE if packet in SHAPE_ONLY else self._of(tensors)
         seeded = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         drawn = device_states(tensors) if seeded else None
         output = func(*args, **kwargs)
-        real = _real(taint)
-        written = written_by(func, args, kwargs)
+        real, results, written = _real(taint), tensors_in(output), written_by(func, args, kwargs)
         if packet in SHAPE_ONLY:
             pass
         elif ACTIVE in taint or any(x.requires_grad for x in tensors):
@@ -232,7 +222,7 @@ class Watch(TorchDispatchMode):
             if INSIDE in taint:
                 self._refuse(f"{packet} outside frozen modules reads a value from inside one")
             taint = Taint({ACTIVE})
-        elif READS & set(getattr(func, "tags", ())) or (real and not gives_tensors(output) and not written):
+        elif READS & set(getattr(func, "tags", ())) or (real and not (results or output is None or written)):
             self.needed |= real
             if RANDOM in taint:
                 self._refuse("random numbers are read by the host: the model draws which layers run")
@@ -243,8 +233,9 @@ class Watch(TorchDispatchMode):
                 self._is_active(real)
             self.mutated |= _real(self._of([x]))
             self._mark(x, self._of([x]) | taint)
-        for x in tensors_in((output,), {}):
-            self._mark(x, taint | (self._of([x]) if is_view_of(x, tensors) else NONE))
+        addresses = {address_of(x) for x in tensors}
+        for x in results:
+            self._mark(x, taint | (self._of([x]) if address_of(x) in addresses else NONE))
         return output
 
     def _is_active(self, real: Taint) -> None:
@@ -265,7 +256,7 @@ class Watch(TorchDispatchMode):
     def _of(self, tensors: Iterable) -> Taint:
         found = NONE
         for x in tensors:
-            if isinstance(x, Tensor) and (entry := self._taints.get(address_of(x))):
+            if entry := self._taints.get(address_of(x)):
                 found |= entry[1]
         return found
 

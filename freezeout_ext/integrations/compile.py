@@ -22,13 +22,15 @@ GRAPHS_PER_BLOCK = 8
 class CompiledLayers:
     """layer(x) -> torch.compile(layer)(x) for each block of each layer, in place, parameter names unchanged.
 
-    What torch compiles as one unit is compiled anew whenever something in it freezes, and turns eager for good at the
-    8th time. Here a transition makes two graphs: the layer that froze, without a backward, and the layer behind it,
-    whose input no longer needs a gradient. Blocks of one class share their graphs and their limit. The limit is raised
-    for these blocks alone. A graph break, and a limit that is reached all the same, is an error; nothing turns eager in
-    silence. `fullgraph=False` allows graph breaks.
+    What torch compiles as one unit is compiled anew whenever something in the unit freezes. The 8th time it turns eager
+    for good. With CompiledLayers a transition makes two graphs: of the layer that froze, without a backward, and of the
+    layer behind it, whose input no longer needs a gradient.
 
-    A compiled forward cannot be watched. Call this after the first `step()` to have the layers' order checked.
+    Blocks of one class share their graphs and their limit of graphs. The limit is raised for these blocks alone.
+    A graph break is an error, unless `fullgraph=False` is passed. A limit that is reached all the same is an error.
+
+    A compiled forward cannot be watched.
+    Make CompiledLayers after the first `step()` to have the layers' order checked.
 
     Args:
         freezeout: whose layers to compile, from its next forward on.
@@ -36,8 +38,8 @@ class CompiledLayers:
 
     Attributes:
         blocks: name -> compiled module.
-        left_out: name -> why it stays eager.
-        graphs: number of frozen layers -> graphs compiled meanwhile.
+        left_out: name -> why the module stays eager.
+        graphs: number of frozen layers -> graphs that were compiled meanwhile.
 
     Raises:
         TypeError: freezeout is none.

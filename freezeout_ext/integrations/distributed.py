@@ -30,13 +30,14 @@ class Traffic:
 class DDPFollower:
     """sum of the buckets' bytes == bytes of the parameters that still train, also after each transition.
 
-    Where layers froze or were thawed, the module is wrapped again at the top of the next iteration: once for several
-    layers, and without the broadcast of DDP's constructor. The DistributedDataParallel object stays the same, so that
-    whoever holds it (Accelerate, Lightning, Transformers) need not know. Buffers of frozen layers are no longer
-    broadcast.
+    Where layers froze or were thawed, the module is wrapped again at the top of the next iteration.
+    It is wrapped once for several layers, and without the broadcast of DDP's constructor.
+    The DistributedDataParallel object stays the same, so that whoever holds it (Accelerate, Lightning, Transformers)
+    need not know.
+    Buffers of frozen layers are no longer broadcast.
 
     Args:
-        freezeout: of the bare module. Schedule, layers and step must be the same on all ranks.
+        freezeout: of the bare module. Its schedule, layers and step must be the same on all ranks.
         ddp: what wraps the module. None: what is seen to wrap the module at its first forward.
 
     Attributes:

@@ -24,25 +24,28 @@ CACHE = "cache"
 
 
 class FreezeOutCallback(Callback):
-    """freezeout.step() once for each batch in which an optimizer stepped, resumed from the Trainer's own checkpoints.
+    """freezeout.step() once for each batch in which an optimizer stepped.
 
-    With one optimizer these are the optimizer's steps, under gradient accumulation too. Several optimizers may step
-    unequally often. FreezeOut anneals each layer on its own, so `configure_optimizers` returns no LR scheduler; with
-    `anneal=False` it may. total_steps is what the Trainer will run (max_steps, or max_epochs of its loader), unless
-    given.
+    A run that the Trainer resumes from its own checkpoint goes on, within an epoch too.
+    With one optimizer the batches counted are the optimizer's steps, under gradient accumulation too.
+    Several optimizers may step unequally often.
+    FreezeOut anneals each layer on its own, so `configure_optimizers` returns no LR scheduler.
+    With `anneal=False` it may return one.
 
     Args:
-        module: name of the submodule of the LightningModule whose layers to freeze. None: its only child with
-            trainable parameters, or else the LightningModule itself.
-        arguments: of FreezeOut (t_0, how_scale, layers, ...). With `cache=` the Trainer is given `cache.loader(...)`;
-            each training step then runs over the keys, which come last in the batch.
-
-    Raises:
-        TypeError, ValueError: module is no name of a submodule; at the start of a fit, an LR scheduler beside
-            annealing, or a total_steps that cannot be known.
+        module: name of the submodule of the LightningModule whose layers to freeze. None: the only child with trainable
+            parameters, or else the LightningModule itself.
+        arguments: of FreezeOut (t_0, how_scale, layers, ...). `total_steps` is what the Trainer will run (max_steps, or
+            max_epochs of its loader), unless given. With `cache=` the Trainer is given `cache.loader(...)`; each
+            training step then runs over the keys, which come last in the batch.
 
     Attributes:
         freezeout: the FreezeOut, from on_fit_start on.
+
+    Raises:
+        TypeError: module is no text.
+        ValueError: module is no name of a submodule; at the start of a fit, an LR scheduler beside annealing, or a
+            total_steps that cannot be known.
     """
 
     def __init__(self, *, module: str | None = None, **arguments: Any) -> None:

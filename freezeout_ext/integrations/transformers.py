@@ -69,16 +69,20 @@ def _saved_by(state: TrainerState) -> dict[str, Any]:
 def add_freezeout(trainer: Trainer, **arguments: Any) -> FreezeOutCallback:
     """Trains `trainer` with FreezeOut: each layer on its own cosine in place of the Trainer's LR scheduler.
 
-    The Trainer makes its optimizer as ever (or is given one, without a scheduler). The steps of the warm-up are those
-    of its arguments, total_steps is what it will run. `anneal=False` keeps the Trainer's scheduler and only freezes.
+    The Trainer makes its optimizer as ever, or is given one without a scheduler.
+    The steps of the warm-up are those of the Trainer's arguments.
+    `total_steps` is what the Trainer will run.
+    `anneal=False` keeps the Trainer's scheduler and only freezes.
 
     Args:
+        trainer: a transformers.Trainer.
         arguments: of FreezeOut (t_0, how_scale, layers, ...). With `cache=FeatureCache(train_dataset, ...)` the cache's
             loader takes the place of the Trainer's.
 
-    Returns: the callback, added to the trainer; its `freezeout` exists once training has started.
+    Returns: the callback, which was added to the trainer. Its `freezeout` exists once training has started.
 
     Raises:
+        TypeError: trainer is none.
         ValueError: the trainer was given an LR scheduler.
     """
     check_kind("trainer", trainer, Trainer, "a transformers.Trainer")
@@ -138,7 +142,7 @@ def _train_on(trainer: Trainer, cache: FeatureCache) -> None:
 
 
 class _Rates:
-    """The LR scheduler that the Trainer asks for: FreezeOut sets the rates, this one reports the last layer's."""
+    """The LR scheduler that the Trainer asks for. FreezeOut sets the rates. `_Rates` reports the last layer's rate."""
 
     def __init__(self, freezeout: FreezeOut) -> None:
         self._freezeout = freezeout
