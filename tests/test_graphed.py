@@ -197,7 +197,7 @@ def test_the_prefix_is_timed_before_the_capture(monkeypatch):
         if freezeout.num_frozen and step._graphs:
             frozen.add(freezeout.num_frozen)
             (chain,) = freezeout._prefix._chains
-            assert freezeout.prefix_is_settled and chain.runner.trial.engine and not chain.runner.trial.open
+            assert freezeout.prefix_is_settled and chain.trial.engine and not chain.trial.open
     assert len(frozen) == 2 and FailsInCapture.calls > 10
 
 

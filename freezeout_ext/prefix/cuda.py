@@ -122,7 +122,7 @@ class CudaEngine(Engine):
 
 
 def fuse(program: Program) -> list[Op]:
-    """-> what a GPU runs: affines with a ReLU inside the 1x1 convolution behind them, or the convolution before them."""
+    """-> what a GPU runs: affines with a ReLU inside the 1x1 convolution behind them, or the convolution in front."""
     uses = program.uses()
     ops = {op.out: replace(op) for op in program.ops}
     for op in list(ops.values()):

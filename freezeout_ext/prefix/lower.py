@@ -20,36 +20,31 @@ from .program import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Size, bat
 from .reads import TRUSTED
 from .simplify import simplify
 from .trace import IN_PLACE, Trace, Unlowerable, gives_size, trace
-from .units import Link
+from .units import Unit
 
 # A norm on running statistics, then the submodules of these names: the class says so, by exact name.
 NORM_ACTS = {("timm.layers.norm_act", "BatchNormAct2d"): ("drop", "act")}
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def lower_chain(
-    links: Sequence[Link], num_inputs: int, *, as_they_are: Container[nn.Module] = (), carried: bool = False
-) -> Program:
+def lower_chain(units: Sequence[Unit], num_inputs: int, as_they_are: Container[nn.Module] = ()) -> Program:
     """-> the Program of unit_n(... unit_1(inputs)).
 
     Args:
         as_they_are: units that are called and not written as ops.
-        carried: the first link is inside a chain. The last input is what the link before returned.
     """
     program = Program()
     lowering = Lowering(program)
-    inputs = tuple(Ref(program.new()) for _ in range(num_inputs))
-    x: Any = Ref(program.new()) if carried else None
-    program.inputs = [value.value for value in inputs] + ([x.value] if carried else [])
-    for link in links:
-        module, (args, kwargs) = link.unit.module, link.call.fill(x, inputs)
-        lowering.traces = link.traces  # hold as long as the link's guard does
+    inputs, x = tuple(Ref(program.new()) for _ in range(num_inputs)), None
+    program.inputs = [value.value for value in inputs]
+    for unit in units:
+        module, (args, kwargs) = unit.module, unit.call.fill(x, inputs)
         if module in as_they_are:
-            output = lowering.call(module.forward, args, kwargs, link.unit.name)
+            output = lowering.call(module.forward, args, kwargs, unit.name)
         else:
             output = lowering.module(module, args, kwargs, type(module).__name__)
-        x = lowering.carried(output, link.result)
-    program.output = x.value
+        x = lowering.carried(output, unit.result)
+    program.output = cast("Ref", x).value
     return simplify(program)
 
 
@@ -69,12 +64,10 @@ class Lowering:
 
     Attributes:
         program: is added to.
-        traces: of modules by what they are given. New ones are kept there.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.traces: dict = {}
         self.forgotten = set[int]()
         self.renamed: dict[int, int] = {}  # what was changed in place is a new value from then on
 
@@ -103,9 +96,7 @@ class Lowering:
                 known = self._known(module, args[0])
             if known is None and _is_torch(module):
                 known = self._torch_module(module, args, kwargs, name)
-            return known or self._graph(
-                self._trace(module, args, kwargs), args, kwargs, inner or not _sequential(module)
-            )
+            return known or self._graph(trace(module, args, kwargs), args, kwargs, inner or not _sequential(module))
         except Unlowerable as error:
             del program.ops[mark[0] :]
             self.renamed, self.forgotten = mark[1], mark[2]
@@ -143,12 +134,6 @@ class Lowering:
         averages = type(module) is nn.AvgPool2d and not any(_pair(module.padding)) and not module.ceil_mode
         flags = {"any_layout": isinstance(module, LAYOUT_SAFE), "averages": module if averages else None}
         return self.call(module.forward, args, kwargs, name, **flags)
-
-    def _trace(self, module: nn.Module, args: tuple, kwargs: dict) -> Trace:
-        key = module, repr(map_tree(_described, (args, kwargs)))
-        if key not in self.traces:
-            self.traces[key] = trace(module, args, kwargs)
-        return self.traces[key]
 
     def _graph(self, traced: Trace, args: tuple, kwargs: dict, inner: bool) -> Any:
         given: list[Any] = []
@@ -227,12 +212,6 @@ def _leaf(tree: Any, at: int) -> Any:
 
 def _call_method(name: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(obj, name)(*args, **kwargs)
-
-
-def _described(leaf: Any) -> Any:
-    if isinstance(leaf, Ref):
-        return type(leaf).__name__
-    return f"tensor {id(leaf)}" if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _of_images(node: fx.Node) -> bool:

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-from .judge import Refused, first_line, random_states
+from ..torch_state import generator_states
+from .judge import Refused, first_line
 from .program import Ref, Size, map_tree
 from .reads import asks
 
@@ -176,7 +177,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
     args, kwargs = map_tree(stand_in, (args, kwargs))
     sizes = _list_sizes((args, kwargs))
     inner = [m for m in module.modules() if m is not module]
-    before, states = [(m, dict(vars(m))) for m in module.modules()], random_states()
+    before, states = [(m, dict(vars(m))) for m in module.modules()], generator_states()
     for each in inner:
         object.__setattr__(each, "forward", partial(tracer.call, each, each.forward))
     during = [dict(vars(m)) for m, _ in before]
@@ -193,7 +194,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
         raise Unlowerable(tracer.refused)
     if writes:
         raise Unlowerable("its forward writes an attribute")
-    if random_states() != states:
+    if generator_states() != states:
         raise Unlowerable("its forward draws random numbers")
     if sizes != _list_sizes((args, kwargs)):
         raise Unlowerable("its forward changes a list that it was given")
