@@ -172,7 +172,7 @@ def test_transition_of_one_layer(benchmark, name, mode):
     def settled() -> tuple[float, int]:
         """Milliseconds until the trial is over, and in how many calls."""
         start, calls = time.perf_counter(), 0
-        while not calls or prefix._chains[0].runner.trial.open:
+        while not calls or prefix._chains[0].trial.open:
             model(x)
             calls += 1
         return 1e3 * (time.perf_counter() - start), calls

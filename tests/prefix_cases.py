@@ -274,8 +274,8 @@ def perturb_frontier(prefix: Prefix, size: float, seed: int) -> None:
         return leaf
 
     for part in prefix._chains:
-        engine = part.runner.engine
-        part.runner.engine = lambda *inputs, engine=engine: tree_map(noisy, engine(*inputs))
+        engine = part.trial.engine
+        part.trial.engine = lambda *inputs, engine=engine: tree_map(noisy, engine(*inputs))
 
 
 def assert_within_perturbation(

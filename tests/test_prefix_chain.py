@@ -1,11 +1,10 @@
 """What stands for a value between two units: nobody can tell it from the value, then or later."""
 
-import copy
 import math
 
 import pytest
 import torch
-from prefix_cases import conv_bn, freeze, one_step, pair, steps_until_installed, trained
+from prefix_cases import conv_bn, freeze
 from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -203,72 +202,3 @@ def test_a_derivative_in_forward_mode_goes_through_the_frozen_modules(mode):
             return forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
 
     assert_as_plain(Lowered, mode, run)
-
-
-@pytest.mark.parametrize("mode", ["exact", "folded"])
-@pytest.mark.parametrize("batch", [6, 3])
-def test_a_chain_goes_on_while_the_layer_behind_it_is_watched(mode, batch):
-    plain = trained("vgg")
-    later = find_layers(plain)
-    _, model, prefix = pair(copy.deepcopy(plain), 3, mode)
-    steps_until_installed(model, prefix)
-    before = prefix._chains[0].runner
-    calls = before.calls
-    freeze(model, 4, prefix.layers), freeze(plain, 4, later)
-    prefix.freeze(4)
-    for seed, batch_size in enumerate((batch, 6)):
-        plain.load_state_dict(model.state_dict())
-        expected, found = one_step(plain, seed, batch_size), one_step(model, seed, batch_size)
-        torch.testing.assert_close(found["loss"], expected["loss"], rtol=0 if mode == "exact" else 1e-4, atol=0)
-        assert before.calls == calls + 1
-        report, runner = prefix.report(), prefix._chains[0].runner
-        assert (report.route, report.units, report.calls) == ("chain", 4, seed), report
-    # What eager takes of the first three layers is known for batches of 6.
-    assert (runner.trial.eager > before.trial.eager) if batch == 6 else (runner.trial.eager == [])
-
-
-class Turning(nn.Module):
-    """Runs its frozen layers otherwise once `how` is set."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two, self.three = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
-        self.head, self.how = nn.Linear(4, 10), None
-
-    def forward(self, x):
-        y = self.one(x)
-        if self.how == "changes the input":
-            x.mul_(2)
-        y = self.two(y)
-        if self.how == "writes between":
-            y.mul_(2)
-        if self.how == "runs twice":
-            y = self.two(self.one(x)) + y
-        return self.head(self.three(y).mean((2, 3)))
-
-
-@pytest.mark.parametrize("how, units", [
-    ("changes the input", 3), ("writes between", 3), ("runs twice", 1), ("other weights", 3), ("evaluates first", 3),
-])  # fmt: skip
-def test_a_chain_that_goes_on_otherwise_is_captured_anew(how, units):
-    model, names = Turning().train(), ["one", "two", "three", "head"]
-    plain = copy.deepcopy(model)
-    layers, later = find_layers(model, names), find_layers(plain, names)
-    freeze(model, 2, layers)
-    prefix = Prefix(model, layers, mode="folded", measure=False)
-    prefix.freeze(2)
-    steps_until_installed(model, prefix)
-    freeze(model, 3, layers), freeze(plain, 3, later)
-    prefix.freeze(3)
-    for net in (plain, model):
-        net.how = how
-        if how == "other weights":
-            net.one.weight.data.mul_(2)
-        if how == "evaluates first":
-            net.eval()(images()), net.train()
-    for seed in range(5):
-        plain.load_state_dict(model.state_dict())
-        expected, found = one_step(plain, seed), one_step(model, seed)
-        torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-4, atol=0)  # folding
-    report = prefix.report()
-    assert report.units == units and report.calls, report

@@ -560,8 +560,8 @@ AS_THEY_ARE = {"branches": {"fork"}, "shared": {"twice.0", "twice.1", "twice.2"}
 
 def assert_engines(prefix: Prefix, name: str) -> None:
     """Every frozen unit is in an engine, but those of AS_THEY_ARE, of which the report speaks."""
-    report, covered = prefix.report(), {link.unit.name for chain in prefix._chains for link in chain.links}
-    left_out = {unit.name for unit in prefix._units()} - covered
+    report, covered = prefix.report(), {unit.name for chain in prefix._chains for unit in chain.units}
+    left_out = set(prefix._names().values()) - covered
     assert left_out <= AS_THEY_ARE.get(name, set()), str(report)
     assert all(any(line.startswith(f"{unit} runs as it is") for line in report.fallbacks) for unit in left_out)
     whole = "chain" if len(prefix._chains) == 1 and not left_out else "split"
@@ -585,7 +585,7 @@ def test_every_frontier_of_every_net_is_bit_equal(device: str, name: str) -> Non
         plain, ours, prefix = cases.pair(copy.deepcopy(model).to(device), num_frozen, "exact")
         cases.assert_same_steps(plain, ours, batches=(6, 6, 6, 5, 6, 6), run=on(device))
         assert_engines(prefix, name)
-        graphs_held = [chain.runner.engine.fused().get("CUDA graph", 0) for chain in prefix._chains]
+        graphs_held = [chain.trial.engine.fused().get("CUDA graph", 0) for chain in prefix._chains]
         assert device == "cpu" or graphs_held == [1] * len(prefix._chains), str(prefix.report())
 
 
@@ -614,7 +614,7 @@ def test_every_frontier_of_every_net_in_the_fused_modes(device: str, name: str, 
             # The active layers may amplify what the frontier is off by.
             assert error(found, wanted) <= 10 * limit, (num_frozen, seed, str(prefix.report()))
         assert_engines(prefix, name)
-        assert all(chain.runner.engine.fused() for chain in prefix._chains), str(prefix.report())
+        assert all(chain.trial.engine.fused() for chain in prefix._chains), str(prefix.report())
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -16,7 +16,7 @@ from torch import nn
 
 from freezeout_ext.layers import find_layers
 from freezeout_ext.prefix import Prefix
-from freezeout_ext.prefix.guard import Guard
+from freezeout_ext.prefix.guard import STALE, Guard
 from freezeout_ext.prefix.judge import Refused
 
 FACTOR = [1.0]
@@ -474,3 +474,100 @@ def test_what_cannot_be_compared_is_refused_only_where_the_forward_reads_it():
         block.gain = block.handle
         with pytest.raises(Refused, match="attribute gain of a Block is a TextIOWrapper, which cannot be compared"):
             Guard(block)
+
+
+STORE = {"k": 1.0}
+
+
+class Config:
+    """Reads a global by operators, which no code names, and by methods that other classes' code names."""
+
+    class Inner:
+        k = STORE
+
+    def __getitem__(self, key):
+        return STORE[key]
+
+    def __float__(self):
+        return STORE["k"]
+
+    def __bool__(self):
+        return STORE["k"] > 1
+
+    def __enter__(self):
+        return STORE["k"]
+
+    def __exit__(self, *error):
+        return None
+
+    def get(self):
+        return STORE["k"]
+
+
+class Descriptor:
+    def __get__(self, module, kind=None):
+        return STORE["k"]
+
+
+class Inner(nn.Module):
+    def features(self, x):
+        return x * STORE["k"]
+
+
+class ReadsByOperator(nn.Module):
+    gain = Descriptor()
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.config, self.inner = how, Config(), Inner()
+        self.eval()
+
+    def scaled(self, x):
+        return x * STORE["k"]
+
+    def forward(self, x):
+        return self.how(self, x)
+
+
+def entered(module, x):
+    with module.config as k:
+        return x * k
+
+
+class Magic(ReadsByOperator):
+    def __getattribute__(self, name):
+        return STORE["k"] if name == "magic" else super().__getattribute__(name)
+
+
+OPERATORS = {
+    "element": lambda module, x: x * module.config["k"],
+    "number": lambda module, x: x * float(module.config),
+    "truth": lambda module, x: x * (3.0 if module.config else 1.0),
+    "context": entered,
+    "descriptor": lambda module, x: x * module.gain,
+    "method of an object": lambda module, x: x * module.config.get(),
+    "method of a submodule": lambda module, x: module.inner.features(x),
+    "method by a helper": lambda module, x: module.scaled(x),
+    "made in the forward": lambda module, x: x * Config().get(),
+    "nested class": lambda module, x: x * Config.Inner.k["k"],
+    "any attribute": lambda module, x: x * module.magic,
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_what_is_read_by_an_operator_or_by_another_class_s_code_is_guarded(name):
+    STORE["k"] = 1.0
+    guard = Guard((Magic if name == "any attribute" else ReadsByOperator)(OPERATORS[name]))
+    assert guard.broken() is None
+    STORE["k"] = 3.0
+    assert guard.broken() == STALE
+
+
+@pytest.mark.parametrize("function", [setattr, getattr, isinstance, print])
+def test_a_function_that_is_known_by_its_name_must_not_have_another(function):
+    class Block(nn.Module):
+        def forward(self, x, renamed=function):
+            return x
+
+    with pytest.raises(Refused, match=function.__name__):
+        Guard(Block().eval())

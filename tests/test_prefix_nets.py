@@ -91,5 +91,5 @@ def test_blocks_that_are_called_with_masks_and_positions_are_one_chain(name, mod
     prefix.freeze(len(layers) - 1)
     for _ in range(9):
         model(**batch())
-    longest = max(len(chain.links) for chain in prefix._chains)
+    longest = max(len(chain.units) for chain in prefix._chains)
     assert longest >= 2 and prefix.report().calls, prefix.report()

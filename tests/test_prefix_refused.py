@@ -298,3 +298,24 @@ def test_an_equal_number_is_no_change_and_a_missing_one_is():
     del model.block.factor
     with pytest.raises(AttributeError, match="factor"):
         model(images())
+
+
+OTHER: list[torch.Tensor] = []
+
+
+class Pair(Block):
+    def forward(self, x, side):
+        return self.conv(x) + side
+
+    def called(self, x):
+        return self(x, OTHER[0] if OTHER else x)
+
+
+def test_two_arguments_that_were_one_tensor_at_the_capture_may_differ_later(monkeypatch):
+    plain, model, prefix = frozen(Pair(), ["block", "last", "head"])
+    same_steps(plain, model, 3)
+    calls = prefix.report().calls
+    assert calls
+    monkeypatch.setitem(globals(), "OTHER", [torch.zeros(6, 4, 16, 16)])
+    same_steps(plain, model, 1)
+    assert prefix.report().calls == calls

@@ -313,7 +313,7 @@ def test_whoever_looks_at_an_inner_value_sees_that_of_eager(look, mode, since):
             torch.testing.assert_close(found[name], value, rtol=0 if mode == "exact" else 1e-4, atol=1e-6)
     assert prefix.report().calls
     cut = [2, 1] if look == "after the input changed" else [1, 1]  # behind the unit whose value was looked at
-    assert [len(chain.links) for chain in prefix._chains] == cut
+    assert [len(chain.units) for chain in prefix._chains] == cut
 
 
 class Swapping(nn.Module):

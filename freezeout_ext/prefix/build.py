@@ -1,17 +1,20 @@
 """The engine for a chain: chosen by mode and device, checked against eager on a few samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..torch_state import Generators
 from .cpu import CpuEngine, unsupported_dtype
 from .graphs import ExactEngine
-from .judge import TOLERANCE, Refused, error_of, first_line, quietly
+from .judge import TOLERANCE, Refused, constant, error_of, first_line
 from .lower import lower_chain
 from .program import Program
-from .units import Units
+from .units import Unit, run_units, values_of
 from .watch import Segment
 
 MODES = ("exact", "folded", "bf16", "fp16", "off")
@@ -23,12 +26,11 @@ class Builder:
 
     Args:
         mode: see Prefix.
-        units: of the segment.
         segment: seen in the watched forward.
     """
 
-    def __init__(self, mode: str, units: Units, segment: Segment) -> None:
-        self.mode, self.units, self.segment = mode, units, segment
+    def __init__(self, mode: str, segment: Segment) -> None:
+        self.mode, self.segment = mode, segment
         self.few = tuple(segment.few_inputs)
         self.half = segment.autocast[1] if segment.autocast[0] else None
         names = {dtype: name for name, dtype in HALF.items()}
@@ -42,48 +44,46 @@ class Builder:
         Raises:
             Refused: nothing here runs this mode on this device, or the engine is off.
         """
-        segment = self.segment
+        segment, units = self.segment, self.segment.units
         if any(_storage(segment.y) == _storage(x) for x in segment.inputs):
             raise Refused("its output shares memory with its input")
-        with quietly(segment.y.device, segment.autocast):
-            few_y = self.units(*self.few)[0].clone() if segment.few_y is None else segment.few_y
+        with _for_the_probe(segment.y.device, segment.autocast):
+            y = segment.few_y
             if self.mode == "exact":
-                for link in segment.links:
-                    link.guard.drop_values()  # the modules read their weights at each call
-                engine = ExactEngine(self.units)
-                self._error(engine, self.few, few_y, TOLERANCE["bf16" if self.half else "folded"])
+                for unit in units:
+                    unit.guard.drop_values()  # the modules read their weights at each call
+                engine = ExactEngine(partial(run_units, units))
+                self._error(engine, y, TOLERANCE["bf16" if self.half else "folded"])
                 return engine, 0.0  # another batch size rounds otherwise
             try:
-                return self._engine_of(segment.links, self.few, few_y)
+                return self._engine_of(units, y)
             except Refused as reason:
                 wrong = self._wrong_units()
                 if not wrong:
                     raise
-                engine, error = self._engine_of(segment.links, self.few, few_y, as_they_are=wrong)
+                engine, error = self._engine_of(units, y, wrong)
                 engine.notes += [f"{name} runs as it is: {reason}" for name in wrong.values()]
                 return engine, error
 
     def _wrong_units(self) -> dict[nn.Module, str]:
-        """-> the units whose own engine fails or is off on the few samples."""
+        """-> the units by which an engine of the units so far fails, or is off, on the few samples."""
+        units = self.segment.units
         wrong: dict[nn.Module, str] = {}
-        before: list[Tensor] = []
-        for i, (link, y) in enumerate(zip(self.segment.links, self.units.values(*self.few), strict=True)):
-            y = y.clone()  # which the next unit may write
+        for i, y in enumerate(values_of(units, self.few)):
             try:
-                self._engine_of([link], (*self.few, *before), y, carried=i > 0)
+                self._engine_of(units[: i + 1], y.clone(), wrong)  # the next unit may write y
             except Refused:
-                wrong[link.unit.module] = link.unit.name
-            before = [y]
+                wrong[units[i].module] = units[i].name
         return wrong
 
-    def _engine_of(self, links: Any, inputs: tuple, y: Tensor, **how: Any) -> tuple[Any, float]:
-        """-> an engine that gives y for the inputs, and its error."""
-        engine = self._engine(lower_chain(links, len(self.few), **how), y)
-        return engine, self._error(engine, inputs, y, max(self.tolerance, engine.tolerance))  # TF32 has its own
+    def _engine_of(self, units: list[Unit], y: Tensor, as_they_are: Container[nn.Module] = ()) -> tuple[Any, float]:
+        """-> an engine that gives y for the few samples, and its error."""
+        engine = self._engine(lower_chain(units, len(self.few), as_they_are), y)
+        return engine, self._error(engine, y, max(self.tolerance, engine.tolerance))  # TF32 has its own
 
-    def _error(self, engine: Callable[..., tuple], inputs: tuple, y: Tensor, allowed: float) -> float:
+    def _error(self, engine: Callable[..., tuple], y: Tensor, allowed: float) -> float:
         try:
-            (found,) = engine(*inputs)
+            (found,) = engine(*self.few)
         except Exception as failure:  # whatever a module raises on the probe, eager did not
             raise Refused(f"fails on the probe: {first_line(failure)}") from failure
         if not (error := error_of(found, y)) <= allowed:
@@ -108,6 +108,17 @@ class Builder:
             program.notes.insert(0, f"{self.mode} runs as folded float32: {missing}")
             dtype = torch.float32
         return CpuEngine(program, dtype=dtype, **given)
+
+
+@contextmanager
+def _for_the_probe(device: torch.device, autocast: tuple[bool, torch.dtype]) -> Iterator[None]:
+    """No graph, the user's autocast, and no random number of the user's is drawn."""
+    generators, (enabled, dtype) = Generators(), autocast
+    try:
+        with constant(), torch.autocast(device.type, enabled=enabled, dtype=dtype):
+            yield
+    finally:
+        generators.restore()
 
 
 def _storage(t: Tensor) -> int:

@@ -4,34 +4,24 @@ The first unit's call runs the engine for all units. All units but the last retu
 unit returns what the engine gave. Each unit looks again, at its own call, whether it is called as at the capture.
 """
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..attach import OwnForward
+from ..torch_state import autocast_state, version_of
 from .forms import Input
-from .guard import (
-    STALE,
-    autocast_state,
-    has_global_hooks,
-    other_values,
-    plain_tensor,
-    version_of,
-    watched_by_user,
-)
-from .judge import Runner, constant
-from .units import Link, Units
-
-# Placeholders, before dead ones are forgotten: where units are called outside of the model's forward.
-MANY = 1000
+from .guard import HOOKED, STALE, has_global_hooks, other_values, plain_tensor, watched_by_user
+from .judge import Trial, constant
+from .units import Unit, values_of
 
 
 @dataclass
@@ -67,15 +57,15 @@ class Passage:
             RuntimeError: the chain's input was changed since.
         """
         if not self.values:
+            units = self.chain.units
             if self.inputs is self.given and not self.is_as_it_was():
-                first, name = (self.chain.units.links[i].unit.name for i in (0, index))
                 raise RuntimeError(
-                    f"the output of frozen module {name} was looked at after the input of {first} was changed in "
-                    "place: it cannot be computed any more; pass prefix='off'"
+                    f"the output of frozen module {units[index].name} was looked at after the input of {units[0].name} "
+                    "was changed in place: it cannot be computed any more; pass prefix='off'"
                 )
             enabled, dtype = self.chain.autocast
             with constant(), torch.autocast(self.given[0].device.type, enabled=enabled, dtype=dtype):
-                self.values = list(islice(self.chain.units.values(*self.inputs), self.reached + 1))
+                self.values = list(islice(values_of(units, self.inputs), self.reached + 1))
         return self.values[index]
 
 
@@ -91,7 +81,7 @@ class Deferred(torch.Tensor):
         # No size that anyone could use by mistake; everything below goes through value().
         self = torch.Tensor._make_wrapper_subclass(cls, (0,), dtype=dtype, device=device)
         self.__dict__.update(passage=passage, unit=unit)
-        passage.chain.placeholders.append(weakref.ref(self))
+        passage.chain.placeholders.add(self)
         return self
 
     @property  # type: ignore[misc]  # it can only be read
@@ -137,7 +127,7 @@ def real(tree: Any, value: Callable[[Deferred], Tensor] = Deferred.value) -> Any
 
 
 class Chain:
-    """y = unit_n(... unit_1(x)) by a runner, installed as the units' own forwards.
+    """y = unit_n(... unit_1(x)) by an engine on trial, installed as the units' own forwards.
 
     A call that the chain was not captured for (an input that needs a gradient, another dtype, device or autocast,
     changed state of a unit) runs the units' own forwards. A unit that is called otherwise than at the capture, or whose
@@ -146,42 +136,28 @@ class Chain:
     Attributes:
         error: of the engine against the units, on the probe.
         kinds: dtype, device, rank and memory format of each input.
-        placeholders: that were handed out since the model's forward ended last.
+        placeholders: that were handed out since the model's forward ended last, and are held.
         passed: whether all units ran once in a row, called as at the capture.
         looked_inside: units whose output was used by something else than the next unit.
         bypassed: calls that ran the units as they are, by reason.
-        on_bypass: called with the reason.
-        on_loss: called with the chain once its trial has ended for eager.
-        on_end: called with each passage at the last unit's call.
-        is_paused: whether nothing is noted or timed now.
+        was_changed: whether one of them ran so because of a change of a unit.
     """
 
     def __init__(
-        self, units: Units, inputs: list[Tensor], autocast: tuple[bool, torch.dtype], runner: Runner, error: float
+        self, units: list[Unit], inputs: list[Tensor], autocast: tuple[bool, torch.dtype], trial: Trial, error: float
     ) -> None:
-        self.units, self.autocast, self.runner, self.error = units, autocast, runner, error
+        self.units, self.autocast, self.trial, self.error = units, autocast, trial, error
         self.kinds = list(map(_kind, inputs))
-        self.passed = False
+        self.passed = self.was_changed = False
         self.looked_inside: set[int] = set()
         self.bypassed = Counter[str]()
-        self.on_bypass: Callable[[str], None] = lambda reason: None
-        self.on_loss: Callable[[Chain], None] = lambda chain: None
-        self.on_end: Callable[[Passage], None] | None = None
-        self.is_paused: Callable[[], bool] = lambda: False
-        self.placeholders: list[weakref.ref[Deferred]] = []
-        self._forwards: list[OwnForward] = []
-
-    @property
-    def links(self) -> Sequence[Link]:
-        return self.units.links
+        self.placeholders: WeakSet[Deferred] = WeakSet()
+        self._forwards = [OwnForward(unit.module, partial(self._forward, i)) for i, unit in enumerate(units)]
 
     @property
     def is_settled(self) -> bool:
         """Whether the chain has shown that nobody looks inside, and is not timed any more."""
-        return self.passed and not self.looked_inside and not self.runner.trial.open
-
-    def install(self) -> None:
-        self._forwards = [OwnForward(link.unit.module, partial(self._forward, i)) for i, link in enumerate(self.links)]
+        return self.passed and not self.looked_inside and not self.trial.open
 
     def remove(self) -> None:
         for forward in self._forwards:
@@ -191,8 +167,7 @@ class Chain:
     def settle(self) -> None:
         """The model's forward is over: placeholders that somebody has kept become values, before a weight changes."""
         for placeholder in self.placeholders:
-            if (kept := placeholder()) is not None:
-                kept.value()
+            placeholder.value()
         self.placeholders.clear()
 
     @torch.compiler.disable
@@ -200,36 +175,25 @@ class Chain:
         passage = self._start(args, kwargs) if i == 0 else self._goes_on(i, args, kwargs)
         if passage is None or passage.values:
             value = Deferred.value if passage is None else Deferred.known
-            return self.units.forwards[i](*real(args, value), **real(kwargs, value))
-        passage.reached, is_last = i, i == len(self.links) - 1
+            return self.units[i].forward(*real(args, value), **real(kwargs, value))
+        passage.reached, is_last = i, i == len(self.units) - 1
         self.passed |= is_last
-        if is_last and self.on_end is not None:
-            self.on_end(passage)
-        return self.links[i].result.fill(passage.y if is_last else Deferred(passage, i), passage.given)
+        return self.units[i].result.fill(passage.y if is_last else Deferred(passage, i), passage.given)
 
     def _start(self, args: tuple, kwargs: dict) -> Passage | None:
         """The first unit's call -> the passage; None where the units run as they are."""
-        call = self.links[0].call
-        found = call.match((args, kwargs))
-        known = zip(found or (), call.leaves, strict=False)
-        inputs = {kind.index: leaf for leaf, kind in known if type(kind) is Input}
-        given = tuple(inputs[i] for i in sorted(inputs))
-        reason = "called otherwise than at the capture" if found is None else self._unusable(given)
-        paused = self.is_paused()
-        if reason is not None:
-            if not paused:
-                self.bypassed[reason] += 1
-                self.on_bypass(reason)
+        call = self.units[0].call
+        leaves = call.match((args, kwargs))
+        given = None if leaves is None else call.inputs(leaves)
+        reason = "called otherwise than at the capture" if given is None else self._unusable(given)
+        if given is None or reason is not None:
+            self.bypassed[str(reason)] += 1
+            self.was_changed |= reason in (STALE, HOOKED)
             return None
-        if len(self.placeholders) > MANY:
-            self.placeholders = [p for p in self.placeholders if p() is not None]
         copies = given if self.passed else tuple(x.clone() for x in given)
         versions = list(map(version_of, given))
-        (y,) = self.runner(*given, timed=not paused)
-        passage = Passage(self, given, y, copies, versions)
-        if self.runner.trial.eager_wins():
-            self.on_loss(self)
-        return passage
+        (y,) = self.trial(*given)
+        return Passage(self, given, y, copies, versions)
 
     def _unusable(self, inputs: tuple) -> str | None:
         for x, kind in zip(inputs, self.kinds, strict=True):
@@ -245,25 +209,25 @@ class Chain:
             return "a global module hook is registered"
         if watched_by_user():
             return "a mode is active that sees each operation"
-        guards = [link.guard for link in self.links]
+        guards = [unit.guard for unit in self.units]
         reasons = (reason for guard in guards if (reason := guard.broken(values=False)))
         return next(reasons, None) or (STALE if other_values(guards) else None)
 
     def _goes_on(self, i: int, args: tuple, kwargs: dict) -> Passage | None:
         """A later unit's call -> the passage whose value the unit was given; None where the unit runs as it is."""
-        link = self.links[i]
-        found = args if link.call.alone and len(args) == 1 and not kwargs else link.call.match((args, kwargs))
-        value = found and found[link.call.at]
+        unit = self.units[i]
+        found = args if unit.call.alone and len(args) == 1 and not kwargs else unit.call.match((args, kwargs))
+        value = found and found[unit.call.at]
         if type(value) is not Deferred or value.passage.chain is not self or value.unit != i - 1:
             return None
         passage = value.passage
-        same = link.call.alone or all(
+        same = unit.call.alone or all(
             leaf is passage.given[known.index]
-            for leaf, known in zip(found or (), link.call.leaves, strict=True)
+            for leaf, known in zip(found or (), unit.call.leaves, strict=True)
             if type(known) is Input
         )
         # Bytes were compared at the first unit's call.
-        changed = link.guard.broken(values=False) or autocast_state(passage.given[0].device) != self.autocast
+        changed = unit.guard.broken(values=False) or autocast_state(passage.given[0].device) != self.autocast
         if passage.values or (same and not changed and (len(passage.given) == 1 or passage.is_as_it_was())):
             return passage
         self.looked_inside.add(i - 1)

@@ -18,10 +18,17 @@ WRITING_METHODS = {
 }  # fmt: skip
 # What a traced value answers otherwise than a tensor.
 ASKS = {
-    "hasattr", "type", "callable", "id", "__class__", "is_torch_fx_proxy",
+    "hasattr", "type", "callable", "id", "is_torch_fx_proxy",
     # What is no function of the arguments: a trace would keep the answer.
     "get_default_dtype", "are_deterministic_algorithms_enabled", "is_grad_enabled", "is_inference_mode_enabled",
     "get_float32_matmul_precision", "get_num_threads", "is_autocast_enabled", "get_autocast_dtype", "initial_seed",
+    "fork_rng", "get_rng_state", "set_rng_state", "manual_seed", "default_generator", "a match statement",
+}  # fmt: skip
+# Methods that no operator calls, or an operator that `writes` finds.
+NOT_WHILE_RUNNING = {
+    "__init__", "__new__", "__post_init__", "__del__", "__init_subclass__", "__set_name__", "__dir__", "__sizeof__",
+    "__repr__", "__str__", "__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__",
+    "__setattr__", "__delattr__", "__setitem__", "__delitem__", "__set__", "__delete__", "__prepare__",
 }  # fmt: skip
 LIST_WRITERS = {"append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse"}
 
@@ -55,6 +62,8 @@ def code_of(code: types.CodeType) -> Code:
                 writes = writes or (name if isinstance(name, str) else "an element of a container or tensor")
             elif op in ("LOAD_GLOBAL", "LOAD_NAME"):
                 globals_.add(name)
+            elif op.startswith("MATCH_"):
+                names.add("a match statement")
             elif op == "INPLACE_ADD" or (op == "BINARY_OP" and instruction.argrepr.endswith("=")):
                 adds = True
             elif op == "IMPORT_NAME":
@@ -92,6 +101,12 @@ def of_user(cls: type) -> list[type]:
     return [each for each in cls.__mro__ if not each.__module__.startswith(("torch.", "builtins"))]
 
 
+def operators_of(classes: list[type]) -> set[str]:
+    """-> the methods of the classes that Python calls by itself while other code runs."""
+    found = {name for each in classes for name, value in vars(each).items() if isinstance(value, types.FunctionType)}
+    return {name for name in found if name.startswith("__") and name.endswith("__")} - NOT_WHILE_RUNNING
+
+
 def functions_of(value: Any) -> list[types.FunctionType]:
     """The functions behind a class's attribute: a method, a static or class method, a property."""
     if isinstance(value, staticmethod | classmethod):
@@ -121,16 +136,11 @@ def _codes(cls: type, *, torchs: bool = True) -> list[Code]:
 def entered(cls: type) -> set[str]:
     """-> the methods of a class with which a call of a module begins, with those that a forward of torch's names."""
     own = of_user(cls)
-    names = {name for name in ("__call__", "__getattr__") if any(name in vars(c) for c in own)} | {"forward"}
+    names = {"forward"}
     torchs = next((c for c in cls.__mro__ if "forward" in vars(c)), nn.Module)
     if torchs not in own:
         names.update(*(code.names for code in _codes(torchs)), ())
     return names - {"__init__"}
-
-
-def asks(cls: type) -> str | None:
-    """-> by which function the forward of a class would take a traced value for something else than a tensor."""
-    return next((name for code in codes_of(cls) for name in sorted((code.globals | code.names) & ASKS)), None)
 
 
 def may_write_lists(cls: type) -> bool:

@@ -1,6 +1,6 @@
 """How a module is called and what it returns: trees of the value that goes on, of other tensors, and of constants."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -32,29 +32,14 @@ class Form:
     leaves: tuple
 
     @classmethod
-    def of(cls, tree: Any, carried: Tensor | None, inputs: list[Tensor], new: Callable[[Tensor], object]) -> "Form":
+    def of(cls, tree: Any, carried: Tensor | None, inputs: Sequence[Tensor]) -> "Form":
         """-> the form of what was seen.
 
-        Args:
-            new: called with a tensor that is neither. Notes the tensor as the next input, or raises.
-
         Raises:
-            Refused: a leaf is neither a tensor nor a constant.
+            Refused: a leaf is neither of these tensors nor a constant.
         """
         found, spec = flatten(tree)
-        leaves: list[Any] = []
-        for leaf in found:
-            if carried is not None and leaf is carried:
-                leaves.append(Carried)
-            elif isinstance(leaf, Tensor):
-                if not any(leaf is x for x in inputs):
-                    new(leaf)
-                leaves.append(next(Input(i) for i, x in enumerate(inputs) if x is leaf))
-            elif type(leaf) in PLAIN or isinstance(leaf, Enum):
-                leaves.append(leaf)
-            else:
-                raise Refused(f"a {type(leaf).__name__}")
-        return cls(spec, tuple(leaves))
+        return cls(spec, tuple(_place(leaf, carried, inputs) for leaf in found))
 
     @cached_property
     def at(self) -> int:
@@ -84,6 +69,27 @@ class Form:
             if type(leaf) is not type(known) or leaf != known or repr(leaf) != repr(known):  # 0.0 == -0.0
                 return None
         return found
+
+    def inputs(self, leaves: list) -> tuple | None:
+        """-> the inputs by number among leaves that match, None where one that stands twice is two tensors now."""
+        given: dict[int, Any] = {}
+        for leaf, known in zip(leaves, self.leaves, strict=True):
+            if type(known) is Input and given.setdefault(known.index, leaf) is not leaf:
+                return None
+        return tuple(given[i] for i in sorted(given))
+
+
+def _place(leaf: Any, carried: Tensor | None, inputs: Sequence[Tensor]) -> Any:
+    if isinstance(leaf, Tensor):
+        if leaf is carried:
+            return Carried
+        for i, x in enumerate(inputs):
+            if leaf is x:
+                return Input(i)
+        raise Refused("the value that it was given")
+    if type(leaf) in PLAIN or isinstance(leaf, Enum):
+        return leaf
+    raise Refused(f"a {type(leaf).__name__}")
 
 
 def flatten(tree: Any) -> tuple[list, TreeSpec]:

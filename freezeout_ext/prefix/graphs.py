@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cuda_graphs import capture, own_stream
-from .guard import autocast_state
+from ..torch_state import autocast_state
 from .judge import first_line
 
 logger = logging.getLogger("freezeout_ext")

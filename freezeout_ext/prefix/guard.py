@@ -2,7 +2,7 @@
 
 import ctypes
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from ..torch_state import version_of
 from .judge import Refused
 from .reads import HOOKS, PLAIN, read
 
@@ -50,7 +51,7 @@ class Guard:
         self._own: dict[str, Any] = {} if tensors else vars(module)
         self._entries, self._facts = self._entries_now(), self._facts_now()
         self._versions = list(map(version_of, self._tensors))
-        self._values: _Values | None = _Values(self._tensors)
+        self.values = [(t, t.clone()) for t in map(_bytes, self._tensors)]
 
     def broken(self, *, values: bool = True) -> str | None:
         """-> what keeps the captured prefix from running at this call, None if nothing does.
@@ -72,11 +73,11 @@ class Guard:
 
     def drop_values(self) -> None:
         """From now on the bytes of tensors may change."""
-        self._values = None
+        self.values = []
 
     @property
     def bytes_held(self) -> int:
-        return self._values.nbytes if self._values else 0
+        return sum(kept.nbytes for _, kept in self.values)
 
     def _entries_now(self) -> list:
         return list(chain.from_iterable([source() for source in self._sources]))
@@ -106,26 +107,12 @@ class Guard:
         return False
 
 
-class _Values:
-    """Copies of the bytes of tensors, beside the tensors."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._pairs = [(t, t.clone()) for t in map(_bytes, tensors)]
-        self.nbytes = sum(kept.nbytes for _, kept in self._pairs)
-        self.elsewhere = [(t, kept) for t, kept in self._pairs if not t.is_cpu]
-        on_cpu = [(t.data_ptr(), kept.data_ptr(), t.numel()) for t, kept in self._pairs if t.is_cpu]
-        self._columns = list(zip(*on_cpu, strict=True)) or [(), (), ()]
-
-    def differ_on_cpu(self) -> bool:
-        return any(map(_memcmp, *self._columns))
-
-
 def other_values(guards: Iterable[Guard]) -> bool:
     """Whether a tensor holds other bytes than a guard has kept. For tensors on a GPU the host waits once."""
-    values = [guard._values for guard in guards if guard._values is not None]
-    if any(v.differ_on_cpu() for v in values):
+    pairs = [pair for guard in guards for pair in guard.values]
+    if any(_memcmp(t.data_ptr(), kept.data_ptr(), len(t)) for t, kept in pairs if t.is_cpu):
         return True
-    elsewhere = [pair for v in values for pair in v.elsewhere]
+    elsewhere = [pair for pair in pairs if not pair[0].is_cpu]
     if not elsewhere or torch.cuda.is_current_stream_capturing():
         return False
     now, kept = (torch.cat(tensors) for tensors in zip(*elsewhere, strict=True))
@@ -136,10 +123,6 @@ def _bytes(t: Tensor) -> Tensor:
     """The memory from the tensor's first element to its last."""
     length = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
     return t.detach().as_strided((length,), (1,)).view(torch.uint8)
-
-
-def version_of(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -168,10 +151,6 @@ def _inconstant(module: nn.Module) -> str | None:
         if isinstance(inner, nn.RNNBase):
             return f"a {kind} computes other bits without a graph"
     return next((f"{name} still trains" for name, p in module.named_parameters() if p.requires_grad), None)
-
-
-def autocast_state(device: torch.device) -> tuple[bool, torch.dtype]:
-    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
 def watched_by_user() -> bool:

@@ -1,14 +1,10 @@
 """Whether an engine is right and faster: the error against eager, the time in turn with eager."""
 
-import pickle
-import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,36 +30,6 @@ def constant() -> Iterator[None]:
     """No graph, and ordinary tensors: what is made under inference_mode cannot be saved for backward later."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-@contextmanager
-def quietly(device: torch.device, autocast: tuple[bool, torch.dtype]) -> Iterator[None]:
-    """For a probe: no graph, the user's autocast, and no random number of the user's is drawn."""
-    devices, (pythons, numpys) = [device] if device.type == "cuda" else [], _foreign_states()
-    with (
-        torch.random.fork_rng(devices=devices),
-        constant(),
-        torch.autocast(device.type, enabled=autocast[0], dtype=autocast[1]),
-    ):
-        try:
-            yield
-        finally:
-            random.setstate(pythons)
-            if numpys is not None:
-                sys.modules["numpy"].random.set_state(numpys)
-
-
-def random_states() -> tuple:
-    """The states of torch's, Python's and numpy's global generators, to be compared."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
-    return *(bytes(state.tolist()) for state in states), pickle.dumps(_foreign_states())
-
-
-def _foreign_states() -> tuple:
-    numpy = sys.modules.get("numpy")  # from a numpy that nobody has imported nobody draws
-    return random.getstate(), None if numpy is None else numpy.random.get_state()
 
 
 @contextmanager
@@ -99,85 +65,76 @@ def error_of(x: Tensor, y: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-@dataclass
 class Trial:
-    """Times eager and the engine in turn on real calls: eager wins unless the engine's median is smaller.
+    """(y,) = engine(*inputs) or originals(*inputs), never a graph. The originals stay unless the engine is faster.
 
-    Attributes:
-        shape: of the inputs of calls that are timed. None: that of the first call.
-        eager: seconds of each call.
-        engine: seconds of each call.
-        warm: whether the engine has run once on this shape.
-        open: whether more calls are to be timed.
-    """
+    The two take turns on calls of one shape. The engine wins if its median is smaller.
 
-    shape: Any = None
-    eager: list[float] = field(default_factory=list)
-    engine: list[float] = field(default_factory=list)
-    warm: bool = False
-    open: bool = True
-
-    def turn(self, shape: Any) -> str:
-        """ "engine" or "eager" for a call that is timed, "untimed" for the engine outside the trial."""
-        self.shape = self.shape or shape
-        if not self.open or shape != self.shape:
-            return "untimed"
-        if not self.warm:
-            self.warm = True  # what depends on the shape is prepared now
-            return "untimed"
-        return "eager" if len(self.eager) <= len(self.engine) else "engine"
-
-    def note(self, turn: str, seconds: float) -> None:
-        (self.eager if turn == "eager" else self.engine).append(seconds)
-        rounds = len(self.engine)
-        is_clear = rounds in CLEAR and max(self.engine) < CLEAR[rounds] * min(self.eager)
-        self.open = rounds < ROUNDS and not is_clear
-
-    def eager_wins(self) -> bool:
-        # Where nothing is measured, no call of the engine is timed.
-        return not self.open and bool(self.engine) and median(self.engine) >= median(self.eager)
-
-
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else float("nan")
-
-
-class Runner:
-    """(y,) = engine(*inputs) or originals(*inputs), whichever the trial says, never a graph.
+    Args:
+        shapes: of the inputs of calls that are timed.
+        watched: seconds of the originals in the watched forward, the first of their times.
+        open: whether calls are timed.
 
     Attributes:
         calls: how often the engine ran.
+        eager: seconds of each timed call of the originals.
+        timed: seconds of each timed call of the engine.
+        open: whether more calls are to be timed.
     """
 
-    def __init__(self, engine: Any, originals: Callable[..., tuple], trial: Trial) -> None:
-        self.engine, self.originals, self.trial = engine, originals, trial
+    def __init__(
+        self, engine: Any, originals: Callable[..., tuple], shapes: list, *, watched: float, open: bool
+    ) -> None:
+        self.engine, self.originals, self.shapes, self.open = engine, originals, shapes, open
         self.calls = 0
+        self.eager = [watched]
+        self.timed: list[float] = []
+        self._warm = False  # whether what depends on the shape is prepared
         self._busy = threading.Lock()
 
-    def __call__(self, *inputs: Tensor, timed: bool = True) -> tuple[Tensor]:
-        """-> (y,).
-
-        Args:
-            timed: the call may be a turn of the trial.
-        """
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor]:
+        """-> (y,)."""
         if not self._busy.acquire(blocking=False):
             with constant():
                 return self.originals(*inputs)  # another thread is in the engine, whose buffers are one call's
         try:
             with constant():
-                return self._run(inputs, self.trial.open and timed)
+                return self._run(inputs)
         finally:
             self._busy.release()
 
-    def _run(self, inputs: tuple, timed: bool) -> tuple[Tensor]:
-        turn = self.trial.turn(shapes_of(inputs)) if timed else "untimed"
+    def _run(self, inputs: tuple) -> tuple[Tensor]:
+        turn = self.turn(shapes_of(inputs))
         self.calls += turn != "eager"
         if turn == "untimed":
             return self.engine(*inputs)
         start = now(inputs)
         outputs = self.originals(*inputs) if turn == "eager" else self.engine(*inputs)
-        self.trial.note(turn, now(inputs) - start)
+        self.note(turn, now(inputs) - start)
         return outputs
+
+    def turn(self, shapes: list) -> str:
+        """ "engine" or "eager" for a call that is timed, "untimed" for the engine outside the trial."""
+        if not self.open or shapes != self.shapes:
+            return "untimed"
+        if not self._warm:
+            self._warm = True
+            return "untimed"
+        return "eager" if len(self.eager) <= len(self.timed) else "engine"
+
+    def note(self, turn: str, seconds: float) -> None:
+        (self.eager if turn == "eager" else self.timed).append(seconds)
+        rounds = len(self.timed)
+        is_clear = rounds in CLEAR and max(self.timed) < CLEAR[rounds] * min(self.eager)
+        self.open = rounds < ROUNDS and not is_clear
+
+    def eager_wins(self) -> bool:
+        # Where nothing is measured, no call of the engine is timed.
+        return not self.open and bool(self.timed) and median(self.timed) >= median(self.eager)
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def shapes_of(inputs: Sequence[Tensor]) -> list[torch.Size]:

@@ -17,38 +17,34 @@ from torch import fx, nn
 from ..attach import OwnMethod
 from .forms import Carried, Form, flatten
 from .program import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Size, batch_norm_affine, map_tree
+from .reads import TRUSTED
 from .simplify import simplify
-from .trace import Trace, Unlowerable, gives_size, trace
-from .units import Link
+from .trace import IN_PLACE, Trace, Unlowerable, gives_size, trace
+from .units import Unit
 
 # A norm on running statistics, then the submodules of these names: the class says so, by exact name.
 NORM_ACTS = {("timm.layers.norm_act", "BatchNormAct2d"): ("drop", "act")}
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def lower_chain(
-    links: Sequence[Link], num_inputs: int, *, as_they_are: Container[nn.Module] = (), carried: bool = False
-) -> Program:
+def lower_chain(units: Sequence[Unit], num_inputs: int, as_they_are: Container[nn.Module] = ()) -> Program:
     """-> the Program of unit_n(... unit_1(inputs)).
 
     Args:
         as_they_are: units that are called and not written as ops.
-        carried: the first link is inside a chain. The last input is what the link before returned.
     """
     program = Program()
     lowering = Lowering(program)
-    inputs = tuple(Ref(program.new()) for _ in range(num_inputs))
-    x: Any = Ref(program.new()) if carried else None
-    program.inputs = [value.value for value in inputs] + ([x.value] if carried else [])
-    for link in links:
-        module, (args, kwargs) = link.unit.module, link.call.fill(x, inputs)
-        lowering.traces = link.traces  # hold as long as the link's guard does
+    inputs, x = tuple(Ref(program.new()) for _ in range(num_inputs)), None
+    program.inputs = [value.value for value in inputs]
+    for unit in units:
+        module, (args, kwargs) = unit.module, unit.call.fill(x, inputs)
         if module in as_they_are:
-            output = lowering.call(module.forward, args, kwargs, link.unit.name)
+            output = lowering.call(module.forward, args, kwargs, unit.name)
         else:
             output = lowering.module(module, args, kwargs, type(module).__name__)
-        x = lowering.carried(output, link.result)
-    program.output = x.value
+        x = lowering.carried(output, unit.result)
+    program.output = cast("Ref", x).value
     return simplify(program)
 
 
@@ -68,12 +64,11 @@ class Lowering:
 
     Attributes:
         program: is added to.
-        traces: of modules by what they are given. New ones are kept there.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.traces: dict = {}
+        self.forgotten = set[int]()
         self.renamed: dict[int, int] = {}  # what was changed in place is a new value from then on
 
     def carried(self, output: Any, form: Form) -> Ref:
@@ -86,11 +81,13 @@ class Lowering:
     def current(self, leaf: Any) -> Any:
         while isinstance(leaf, Ref) and leaf.value in self.renamed:
             leaf = Ref(self.renamed[leaf.value])
+        if isinstance(leaf, Ref) and leaf.value in self.forgotten:
+            raise Unlowerable("it reads what may share memory with what was changed in place")
         return leaf
 
-    def module(self, module: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:
+    def module(self, module: nn.Module, args: tuple, kwargs: dict, name: str, *, inner: bool = False) -> Any:
         program = self.program
-        mark = len(program.ops), dict(self.renamed)
+        mark = len(program.ops), dict(self.renamed), set(self.forgotten)
         try:
             if replaced := _replaced(module):
                 raise Unlowerable(f"its {replaced} was replaced on the instance")
@@ -99,10 +96,12 @@ class Lowering:
                 known = self._known(module, args[0])
             if known is None and _is_torch(module):
                 known = self._torch_module(module, args, kwargs, name)
-            return known or self._graph(self._trace(module, args, kwargs), args, kwargs)
+            return known or self._graph(trace(module, args, kwargs), args, kwargs, inner or not _sequential(module))
         except Unlowerable as error:
             del program.ops[mark[0] :]
-            self.renamed = mark[1]
+            self.renamed, self.forgotten = mark[1], mark[2]
+            if inner and not _of_library(module):
+                raise  # it may write what it is given, which the code around it sees
             program.notes.append(f"{name} ({type(module).__name__}) runs as it is: {error}")
             return self.call(module.forward, args, kwargs, name)
 
@@ -136,13 +135,7 @@ class Lowering:
         flags = {"any_layout": isinstance(module, LAYOUT_SAFE), "averages": module if averages else None}
         return self.call(module.forward, args, kwargs, name, **flags)
 
-    def _trace(self, module: nn.Module, args: tuple, kwargs: dict) -> Trace:
-        key = module, repr(map_tree(_described, (args, kwargs)))
-        if key not in self.traces:
-            self.traces[key] = trace(module, args, kwargs)
-        return self.traces[key]
-
-    def _graph(self, traced: Trace, args: tuple, kwargs: dict) -> Any:
+    def _graph(self, traced: Trace, args: tuple, kwargs: dict, inner: bool) -> Any:
         given: list[Any] = []
         map_tree(lambda leaf: given.append(leaf) if isinstance(leaf, Ref) else None, (args, kwargs))
         remaining = iter(given)
@@ -163,15 +156,27 @@ class Lowering:
                 return args[0]
             if node.op == "call_module":
                 module = traced.modules[node.target]
-                env[node] = self.module(module, args, kwargs, node.target)
+                env[node] = self.module(module, args, kwargs, node.target, inner=inner)
                 in_place = getattr(module, "inplace", False)
             else:
                 env[node], in_place = self._function(node, args, kwargs)
                 if gives_size(node) and isinstance(env[node], Ref):
                     env[node] = Size(env[node].value)
             if in_place and isinstance(args[0], Ref) and env[node] != args[0]:
+                self._forget_aliases(args[0].value)
                 self.renamed[args[0].value] = env[node].value
         raise Unlowerable("graph without output")
+
+    def _forget_aliases(self, value: int) -> None:
+        """What may share memory with a value that was changed in place must not be read any more."""
+        aliases = {value}
+        for op in reversed(self.program.ops):
+            if isinstance(op, Call) and _may_be_view(op) and op.out in aliases:
+                aliases.update(op.inputs())
+        for op in self.program.ops:
+            if isinstance(op, Call) and _may_be_view(op) and aliases.intersection(op.inputs()):
+                aliases.add(op.out)
+        self.forgotten |= aliases - {value}
 
     def _function(self, node: fx.Node, args: tuple, kwargs: dict) -> tuple[Any, bool]:
         """-> what the call gives, and whether the call also changed its first argument."""
@@ -180,7 +185,7 @@ class Lowering:
         if target is operator.getitem and isinstance(args[0], tuple | list | dict) and not isinstance(args[1], Ref):
             return args[0][args[1]], False
         tensors = bool(args) and isinstance(args[0], Ref)
-        in_place = bool(kwargs.get("inplace", False)) or (target is F.relu and len(args) > 1 and bool(args[1]))
+        in_place = bool(kwargs.get("inplace", False))
         if tensors and (target in (F.relu, torch.relu, torch.relu_) or name in ("relu", "relu_")):
             return emit(Relu, x=args[0].value), in_place or name == "relu_"
         adds = target in (operator.add, operator.iadd, torch.add) or name in ("add", "add_")
@@ -192,6 +197,8 @@ class Lowering:
                 return emit(Cat, xs=[x.value for x in args[0]]), False
         if target is F.dropout and (args[2] if len(args) > 2 else kwargs.get("training", True)) is False:
             return args[0], False
+        if target in IN_PLACE and tensors and isinstance(args[1], int | float) and hasattr(operator, name[1:]):
+            return self.call(getattr(operator, name[1:]), args, {}, name[1:]), True
         if in_place or mutates(node):
             raise Unlowerable(f"{name} changes its argument in place")
         if isinstance(target, str):
@@ -207,21 +214,9 @@ def _call_method(name: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(obj, name)(*args, **kwargs)
 
 
-def _described(leaf: Any) -> Any:
-    if isinstance(leaf, Ref):
-        return type(leaf).__name__
-    return f"tensor {id(leaf)}" if isinstance(leaf, torch.Tensor) else leaf
-
-
 def _of_images(node: fx.Node) -> bool:
     """Whether an add joins two results of modules or functions, so that both are tensors and not sizes."""
     return all(isinstance(arg, fx.Node) and not gives_size(arg) for arg in node.args)
-
-
-IN_PLACE = {
-    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-    operator.ior, operator.iand, operator.ixor, operator.imatmul, operator.ipow, operator.imod,
-}  # fmt: skip
 
 
 def mutates(node: fx.Node) -> bool:
@@ -229,11 +224,10 @@ def mutates(node: fx.Node) -> bool:
     if node.kwargs.get("inplace") or "out" in node.kwargs:
         return True
     if isinstance(node.target, str):  # a method
-        return (node.target.endswith("_") and not node.target.endswith("__")) or node.target == "__setitem__"
+        in_place = {f"__{name}__" for name in ("setitem", *(function.__name__ for function in IN_PLACE))}
+        return (node.target.endswith("_") and not node.target.endswith("__")) or node.target in in_place
     name = getattr(node.target, "__name__", "")
-    positional = node.target in (F.relu, F.relu6, F.selu, F.celu, F.silu, F.mish, F.hardswish, F.hardsigmoid)
-    flagged = positional and len(node.args) > 1 and node.args[-1] is True
-    return node.target in IN_PLACE or flagged or (name.endswith("_") and not name.endswith("__"))
+    return node.target in (operator.setitem, *IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
 
 
 LAYOUT_SAFE = (
@@ -244,6 +238,7 @@ LAYOUT_SAFE = (
     nn.Linear,
     nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Upsample,
 )  # fmt: skip
+VIEWS = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 
 
 def _norm_act(module: nn.Module) -> tuple[str, ...] | None:
@@ -264,6 +259,22 @@ def _replaced(module: nn.Module) -> str | None:
 def _is_torch(module: nn.Module) -> bool:
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return type(module).__module__.startswith("torch.nn") and not isinstance(module, containers)
+
+
+def _may_be_view(op: Call) -> bool:
+    """Whether what a call gives may share memory with what the call is given."""
+    module = getattr(op.function, "__self__", None)
+    if isinstance(module, nn.Module):
+        return not _is_torch(module) or isinstance(module, VIEWS)
+    return op.function is operator.getitem or getattr(op.function, "__module__", None) != "_operator"
+
+
+def _sequential(module: nn.Module) -> bool:
+    return type(module) is nn.Sequential
+
+
+def _of_library(module: nn.Module) -> bool:
+    return all(type(each).__module__.split(".")[0] in TRUSTED for each in module.modules())
 
 
 def _pair(value: int | tuple) -> tuple:

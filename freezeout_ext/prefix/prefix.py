@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +16,9 @@ from .build import MODES, Builder
 from .chain import Chain
 from .code import asks_identity
 from .guard import HOOKED, STALE, changes_of
-from .judge import Refused, Runner, Trial, first_line, median, shapes_of, signals_held
+from .judge import Refused, Trial, first_line, median, shapes_of, signals_held
 from .report import PrefixReport
-from .units import Unit, Units
+from .units import name_of, run_units
 from .watch import Recorder, Segment
 
 logger = logging.getLogger("freezeout_ext")
@@ -35,12 +36,11 @@ class LayerLike(Protocol):
 class Prefix:
     """frontier = frozen layers(inputs), under no_grad, at every call of the model from the freeze on.
 
-    `freeze(n)` is cheap and cannot fail half-way. Engines go on where layers are added, and are taken down where not.
-    The model's next forward in training mode is watched: that batch is the probe. Modules without an engine run as they
-    are in it. At its end the prefix is captured, checked on a few samples against the modules, and installed. The next
-    forward shows whether anyone looks at a value inside a chain. The chain is then cut there. The engine and eager take
-    turns, timed, on up to 6 calls of the same shape, the watched one among them. Eager stays unless the engine's median
-    is smaller.
+    `freeze(n)` is cheap and cannot fail half-way. It takes all engines down. The model's next forward in training mode
+    is watched: that batch is the probe. At its end the prefix is captured, checked on a few samples against the
+    modules, and installed. The next forward shows whether anyone looks at a value inside a chain. The chain is then cut
+    there. The engine and eager take turns, timed, on up to 6 calls of the same shape, the watched one among them. Eager
+    stays unless the engine's median is smaller.
 
     A module is part of the prefix only if all that its forward can read is under guard. The others run as they are, and
     the report says why. Once anything of a guarded module changes, by `p.data.copy_()` too, the modules run as they are
@@ -69,7 +69,7 @@ class Prefix:
         self._recorder: Recorder | None = None
         self._sentinel: OwnForward | None = None
         self._paused = 0
-        self._suspects = False  # whether a chain was left because of a change
+        self._inside = False  # the model's own forward
         self._begin(waits=False)
 
     def freeze(self, num_frozen: int) -> None:
@@ -80,21 +80,21 @@ class Prefix:
         """
         if not 0 <= num_frozen <= len(self.layers):
             raise ValueError(f"num_frozen must be in 0..{len(self.layers)}, got {num_frozen}")
-        grows = num_frozen > self.num_frozen and all(chain.is_settled for chain in self._chains)
-        self._take_down(self._chains if grows else [])
+        self._take_down()
         for handle in self._handles:
             handle.remove()
         self.num_frozen, self._handles = num_frozen, []
-        waits = num_frozen > 0 and self.mode != "off" and not self._gains_nothing()
+        same = self._gains_nothing()
+        waits = num_frozen > 0 and self.mode != "off" and not same
         self._begin(waits)
-        if num_frozen and self.mode == "exact" and not waits:
+        if num_frozen and same:
             self._fallbacks.append(SAME_MODULES)
         if waits:
             self._handles = [
                 self.model.register_forward_pre_hook(TransientHook(self._before), with_kwargs=True),
                 self.model.register_forward_hook(TransientHook(self._after), with_kwargs=True),
             ]
-            first = self._units()[0].module
+            first = next(iter(self._names()))
             self._sentinel = OwnForward(first, self._called_alone) if first is not self.model else None
 
     @property
@@ -119,35 +119,31 @@ class Prefix:
 
     def report(self) -> PrefixReport:
         """-> what runs now."""
-        chains, units = self._chains, self._units()
-        engines = [chain.runner.engine for chain in chains]
-        timed = [t for t in [c.runner.trial for c in chains] + self._lost if t.eager and t.engine]
-        fallbacks, fused = list(self._fallbacks), sum((Counter(e.fused()) for e in engines), Counter[str]())
+        chains, names = self._chains, self._names()
+        engines = [chain.trial.engine for chain in chains]
+        units = [unit for chain in chains for unit in chain.units]
+        timed = [chain.trial for chain in chains if chain.trial.eager and chain.trial.timed]
+        fallbacks = list(self._fallbacks)
         for engine, chain in zip(engines, chains, strict=True):
             fallbacks += engine.fallbacks
             fallbacks += [f"{count} calls ran as they are: {reason}" for reason, count in chain.bypassed.items()]
-        covered = {link.unit.module for chain in chains for link in chain.links}
-        held = [*engines, *(link.guard for chain in chains for link in chain.links)]
+        whole = len(chains) == 1 and len(units) == len(names)
+        route = "waiting" if self._waits else "chain" if whole else "split" if chains else "eager"
         return PrefixReport(
             mode=self.mode,
-            route="off" if self.mode == "off" else "waiting" if self._waits else self._route(units),
+            route="off" if self.mode == "off" else route,
             num_frozen=self.num_frozen,
-            units=sum(unit.module in covered for unit in units),
-            of_units=len(units),
-            fused=dict(fused),
+            units=len(units),
+            of_units=len(names),
+            fused=dict(sum((Counter(engine.fused()) for engine in engines), Counter[str]())),
             fallbacks=tuple(dict.fromkeys(fallbacks)),
             error=max((chain.error for chain in chains), default=None),
             eager_ms=sum(1e3 * median(trial.eager) for trial in timed) if timed else None,
-            prefix_ms=sum(1e3 * median(trial.engine) for trial in timed) if timed else None,
-            bytes_held=sum(each.bytes_held for each in held),
+            prefix_ms=sum(1e3 * median(trial.timed) for trial in timed) if timed else None,
+            bytes_held=sum(each.bytes_held for each in [*engines, *(unit.guard for unit in units)]),
             seconds=self._seconds,
-            calls=sum(chain.runner.calls for chain in chains),
+            calls=sum(chain.trial.calls for chain in chains),
         )
-
-    def _route(self, units: list[Unit]) -> str:
-        if not self._chains:
-            return "eager"
-        return "chain" if [len(chain.links) for chain in self._chains] == [len(units)] else "split"
 
     # One watched forward
 
@@ -166,30 +162,31 @@ class Prefix:
             return
         changed = self._changed()
         if self._waits or changed:
-            self._take_down([] if changed else self._chains)
+            self._take_down()
             with signals_held():
-                units, chains = self._units(), list(self._chains)
-                cut_after = self._cut_after | {u.module for u in units if asks_identity(self.model, u.name)}
-                self._recorder = Recorder(units, chains, cut_after=cut_after, refused=self._left_out)
+                names = self._names()
+                cut_after = self._cut_after | {m for m, name in names.items() if asks_identity(self.model, name)}
+                self._recorder = Recorder(names, cut_after=cut_after, refused=self._left_out)
 
     def _changed(self) -> bool:
         """Whether the chains have to be captured anew. Where to cut them, and what to leave out, is noted."""
-        cut = {chain.links[i].unit.module for chain in self._chains for i in chain.looked_inside}
+        cut = {chain.units[i].module for chain in self._chains for i in chain.looked_inside}
         self._cut_after |= cut
-        broken = []
-        if self._suspects:
-            links = [(chain, link) for chain in self._chains for link in chain.links]
-            broken = [(chain, link.unit.module) for chain, link in links if link.guard.broken() in (STALE, HOOKED)]
-        self._suspects = False
-        self._strikes.update(module for chain, module in broken if chain.runner.calls <= 2)
+        suspects = [unit for chain in self._chains if chain.was_changed for unit in chain.units]
+        broken = [unit.module for unit in suspects if unit.guard.broken() in (STALE, HOOKED)]
+        for chain in self._chains:
+            chain.was_changed = False
+        self._strikes.update(broken)
         self._left_out |= {module: FICKLE for module, count in self._strikes.items() if count > 2}
         return bool(cut or broken)
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if model is not self.model:
             return
-        for chain in self._chains:
+        for chain in list(self._chains):
             chain.settle()
+            if chain.trial.eager_wins():
+                self._lose(chain)
         if self._paused:
             return
         self._inside = False
@@ -215,46 +212,30 @@ class Prefix:
         assert self._recorder is not None  # the forward was watched
         seen = self._recorder
         seen.finish()
-        went_on = [segment.chain for segment in seen.segments]
-        stopped = any(chain not in went_on for chain in self._chains)
-        self._begin(waits=bool(seen.left_out or seen.written or stopped), anew=False)
+        self._begin(waits=bool(seen.left_out or seen.written), anew=False)
         self._left_out.update(seen.left_out)
         self._cut_after.update(seen.written)
         if self._waits:
-            return self._take_down()  # to watch the next forward
+            return  # to watch the next forward
         self._fallbacks += [f"{name} runs as it is: {reason}" for name, reason in seen.refused.items()]
         for segment in seen.segments:
-            if segment.chain is None or len(segment.links) > len(segment.chain.links):
-                self._install(segment)
+            self._install(segment)
 
     def _install(self, segment: Segment) -> None:
-        if segment.chain is not None:
-            segment.chain.remove()
-            self._chains.remove(segment.chain)
-            segment.chain = None  # frees the engine
-        units = Units(segment.links)
+        units = segment.units
         try:
-            engine, error = Builder(self.mode, units, segment).build()
+            engine, error = Builder(self.mode, segment).build()
         except Refused as reason:
-            return self._refuse(units.name, reason)
-        eager = [segment.seconds] if segment.seconds == segment.seconds else []
-        trial = Trial(shapes_of(segment.inputs), eager=eager, open=self.measure)
-        chain = Chain(units, segment.inputs, segment.autocast, Runner(engine, units, trial), error)
-        chain.is_paused, chain.on_bypass, chain.on_loss = lambda: self._paused > 0, self._bypassed, self._lose
-        chain.install()
-        self._chains.append(chain)
-
-    def _bypassed(self, reason: str) -> None:
-        if reason in (STALE, HOOKED):
-            self._suspects = True
+            return self._refuse(name_of(units), reason)
+        shapes, originals = shapes_of(segment.inputs), partial(run_units, units)
+        trial = Trial(engine, originals, shapes, watched=segment.seconds, open=self.measure)
+        self._chains.append(Chain(units, segment.inputs, segment.autocast, trial, error))
 
     def _lose(self, chain: Chain) -> None:
         chain.remove()
         self._chains.remove(chain)
-        trial = chain.runner.trial
-        self._lost.append(trial)
-        times = f"{1e3 * median(trial.eager):.2f} ms, {1e3 * median(trial.engine):.2f} ms"
-        self._refuse("engine", f"eager is as fast: {times}")
+        times = " ms, ".join(f"{1e3 * median(times):.2f}" for times in (chain.trial.eager, chain.trial.timed))
+        self._refuse(name_of(chain.units), f"eager is as fast: {times} ms")
 
     def _refuse(self, what: str, reason: Any) -> None:
         text = str(reason) if isinstance(reason, str | Refused) else first_line(reason)
@@ -264,37 +245,35 @@ class Prefix:
         """Whether eager wins without a trial. Mode "exact" saves launches, and a CPU has none."""
         if self.mode != "exact" or not self.measure:
             return False
-        return all(p.is_cpu for unit in self._units() for p in unit.module.parameters())
+        return all(p.is_cpu for module in self._names() for p in module.parameters())
 
-    def _units(self) -> list[Unit]:
-        found: dict[nn.Module, Unit] = {}
+    def _names(self) -> dict[nn.Module, str]:
+        """-> the frozen modules and their names. A module that is in two layers has the first one's."""
+        found: dict[nn.Module, str] = {}
         for layer in self.layers[: self.num_frozen]:
             for name, module in layer.modules.items():
-                found.setdefault(module, Unit(name, module))
-        return list(found.values())
+                found.setdefault(module, name)
+        return found
 
     def _stop_watching(self) -> None:
         if self._recorder is not None:
             self._recorder.remove()
         self._recorder = None
 
-    def _take_down(self, but: Sequence[Chain] = ()) -> None:
+    def _take_down(self) -> None:
         # What was put on the modules last goes first.
         self._stop_watching()
         if self._sentinel is not None:
             self._sentinel.remove()
         self._sentinel = None
         for chain in self._chains:
-            if chain not in but:
-                chain.remove()
-        self._chains = list(but)
+            chain.remove()
+        self._chains = []
 
     def _begin(self, waits: bool, *, anew: bool = True) -> None:
         """Nothing is noted so far. `anew`: nothing is known of the modules either."""
-        self._waits, self._inside = waits, False
-        self._suspects = False
+        self._waits = waits
         self._fallbacks: list[str] = []
-        self._lost: list[Trial] = []
         if anew:
             self._seconds: float = 0.0
             self._cut_after: set[nn.Module] = set()

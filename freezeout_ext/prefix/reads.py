@@ -21,7 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import OwnMethod
-from .code import ASKS, WRITING_FUNCTIONS, WRITING_METHODS, Code, code_of, entered, functions_of, of_torch, of_user
+from .code import (
+    ASKS,
+    NOT_WHILE_RUNNING,
+    WRITING_FUNCTIONS,
+    WRITING_METHODS,
+    Code,
+    code_of,
+    entered,
+    functions_of,
+    of_torch,
+    of_user,
+    operators_of,
+)
 from .judge import Refused
 
 # Immutable: their identity or value is all there is to compare.
@@ -38,6 +50,7 @@ TRUSTED = {
 # Of their objects (a config, a logger, a registry of functions) what can be compared is compared.
 OBJECTS_OF = {"timm", "transformers", "logging", "warnings", "re", "typing"}
 DYNAMIC = {"getattr", "vars", "dir", "locals", "__getattribute__", "attrgetter"}  # any attribute may be meant
+KNOWN_BY_NAME = {"isinstance", *DYNAMIC, *ASKS, *WRITING_FUNCTIONS}  # so not under another name
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STATE_DICT_ONLY = "_non_persistent_buffers_set"
 
@@ -78,6 +91,17 @@ def read(unit: nn.Module, *, tensors: bool = True) -> Reads:
     return reader.found
 
 
+def asks(module: nn.Module) -> str | None:
+    """-> by which function a call of the module, its submodules' calls apart, asks what a trace would answer for good.
+
+    Raises:
+        Refused: see `read`.
+    """
+    reader = _Reader(module)
+    reader.read(submodules=False)
+    return next(iter(sorted(reader.names & ASKS)), None)
+
+
 class _Reader:
     def __init__(self, unit: nn.Module, without: tuple[str, ...] = (), named: set[str] | None = None) -> None:
         self.unit = unit
@@ -88,13 +112,20 @@ class _Reader:
         self._inside = set(self.found.modules)
         self._seen: dict[Any, Any] = {}
 
-    def read(self) -> None:
-        for module in self.found.modules:
-            self.module(module)
+    def read(self, *, submodules: bool = True) -> None:
+        known = -1
+        while known < len(self.names):  # a method may be called by code that is read after the method's class
+            known = len(self.names)
+            self.found, self._seen = Reads(list(self.unit.modules())), {}
+            for module in self.found.modules:
+                if submodules or module is self.unit:
+                    self.module(module)
+                elif not of_torch(type(module)):
+                    self._class(type(module), set())  # methods that the unit's code names
 
     def module(self, module: nn.Module) -> None:
         cls = type(module)
-        names = set() if of_torch(cls) else self._class(cls, entered(cls))
+        names = self.names if of_torch(cls) else self.names | self._class(cls, entered(cls))
         needs_all = of_torch(cls) or bool(names & DYNAMIC)
         # What is installed on the unit itself is the engine.
         attributes = {k: v for k, v in vars(module).items() if k != "forward" or module is not self.unit}
@@ -131,9 +162,12 @@ class _Reader:
             self.found.sources.append(partial(itemgetter(*keys, keys[0]), table))
 
     def _class(self, cls: type, names: set[str]) -> set[str]:
-        """Reads the methods of a class by these names and all that they name in turn; returns all names."""
-        names, done = set(names), set[str]()
+        """Reads the methods of a class by these names, by those that any code named, and all that they name in turn.
+
+        Operators are read too: no code names them. Returns all names.
+        """
         own = of_user(cls)
+        names, done = names | (self.names - NOT_WHILE_RUNNING) | operators_of(own), set[str]()
         self.found.sized += [vars(each) for each in own]  # a name that is new may stand before one of a base
         while names - done:
             name = (names - done).pop()
@@ -194,7 +228,7 @@ class _Reader:
             return
         self._seen[id(value)] = value
         if isinstance(value, MAY_HAVE_FIELDS):
-            self._fields(value, where, code.names if code else frozenset())
+            self._fields(value, where)
         if isinstance(value, PLAIN):
             return
         root = (getattr(value, "__module__", None) or "").split(".")[0]
@@ -217,9 +251,10 @@ class _Reader:
                 self.value(part, where, code)
         elif isinstance(value, type):
             if root not in TRUSTED:
-                self._class(value, {"__init__", "__new__", "__call__", "__post_init__", "forward"})
+                self._class(value, {"__init__", "__new__", "__post_init__", "forward"})
+                self._class(type(value), set())
         elif isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
-            if not _trusted(getattr(value, "__self__", None)):
+            if value.__name__ in KNOWN_BY_NAME or not _trusted(getattr(value, "__self__", None)):
                 raise Refused(f"{where} is {getattr(value, '__qualname__', value)}, which may change by itself")
         elif isinstance(value, functools._lru_cache_wrapper):
             self.value(value.__wrapped__, where, code)
@@ -229,18 +264,18 @@ class _Reader:
             if named is not None:
                 self.found.sized.pop()
         elif isinstance(getattr(value, "__dict__", None), dict) and _is_all_in_dict(type(value)):
-            self._class(type(value), {"__call__", "__getattr__"} | set(code.names if code else ()))
+            self._class(type(value), set())
             self._attributes(vars(value), dict(vars(value)), where, lambda key: True)
         else:
             raise Refused(f"{where} is a {type(value).__name__}, which cannot be compared")
 
-    def _fields(self, value: Any, where: str, named: frozenset[str]) -> None:
+    def _fields(self, value: Any, where: str) -> None:
         """What was set on an object of a subclass of Python's own kinds, or on a tensor; an enum's value."""
         table = getattr(value, "__dict__", None)
         if table or (table is not None and not isinstance(value, Tensor)):
-            self._attributes(table, dict(table), where, lambda key: key == "_value_" or key in named)
+            self._attributes(table, dict(table), where, lambda key: key == "_value_" or key in self.names)
         if type(value).__module__.split(".")[0] not in TRUSTED:
-            self._class(type(value), {"__getattr__"} | named)
+            self._class(type(value), set())
 
     def _container(self, items: Any, where: str, code: Code | None) -> None:
         mapping = isinstance(items, dict | types.MappingProxyType)

@@ -12,13 +12,15 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, fx, nn
 
-from .code import asks
-from .judge import first_line, random_states
+from ..torch_state import generator_states
+from .judge import Refused, first_line
 from .program import Ref, Size, map_tree
+from .reads import asks
 
 SIZE = "size"  # how stand-ins for numbers among the arguments are named
 
@@ -37,31 +39,79 @@ class Trace:
 
 
 class _Proxy(fx.Proxy):
-    """Has no hash: a set or dict would answer for a stand-in what it does not for the size."""
+    """What is done with a stand-in becomes a node. A question about its value ends the trace.
 
-    __hash__ = None  # type: ignore[assignment]  # Python's way to say so
-
-
-class _TensorProxy(_Proxy):
-    """Says that it is a tensor, as the value will be, where Python code asks isinstance.
-
-    To torch's code in C++ it must not say so: torch.arange(x.max()) would read its memory as a tensor's.
+    A tensor's stand-in says that it is a tensor, as the value will be, where Python code asks isinstance. To torch's
+    code in C++ it must not say so: torch.arange(x.max()) would read its memory as a tensor's.
     """
+
+    tracer: "_Tracer"
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        if name in MAY_BE_NONE or not any(hasattr(kind, name) for kind in HAVE_ATTRIBUTES):
+            self.tracer.refuse(f"{name} of a value")
+        return _Attribute(self, name)
 
     @property  # type: ignore[misc]  # it can only be read
     def __class__(self) -> type:
-        return Tensor if _calls_isinstance(sys._getframe(1)) else _TensorProxy
+        how = _asked_for_class(sys._getframe(1))
+        if how == "isinstance" and type(self) is _TensorProxy:
+            return Tensor
+        if how:
+            self.tracer.refuse(f"the class of a value ({how})")
+        return type(self)
 
 
-def _calls_isinstance(frame: types.FrameType) -> bool:
-    """Whether the frame is at a call of isinstance."""
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    pass
+
+
+class _TensorProxy(_Proxy):
+    pass
+
+
+IN_PLACE: set[Callable] = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+    operator.ior, operator.iand, operator.ixor, operator.imatmul, operator.ipow, operator.imod,
+}  # fmt: skip
+MAY_BE_NONE = {"grad", "grad_fn", "_base", "_grad", "_grad_fn", "names", "_backward_hooks"}
+HAVE_ATTRIBUTES = (Tensor, torch.Size, torch.dtype, torch.device, int, float)
+QUESTIONS = ("bool", "len", "hash", "repr", "str", "format", "int", "float", "complex", "round", "trunc")
+
+
+def _refuse_question(name: str) -> Callable:
+    def refuse(self: _Proxy, *args: Any) -> Any:
+        self.tracer.refuse(f"{name}() of a value")
+
+    return refuse
+
+
+def _in_place(function: Callable) -> Callable:
+    def change(self: _Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return change
+
+
+for _name in QUESTIONS:
+    setattr(_Proxy, f"__{_name}__", _refuse_question(_name))
+for _function in IN_PLACE:  # fx would take x += 1 for x = x + 1
+    setattr(_TensorProxy, f"__{_function.__name__}__", _in_place(_function))
+
+
+def _asked_for_class(frame: types.FrameType) -> str | None:
+    """-> how the code of a frame asks now: by isinstance, __class__ or a match. None for C++ and for tracing code."""
     code = frame.f_code
+    if frame.f_globals.get("__name__", "").startswith(("torch.fx", "torch.utils._pytree", __package__)):
+        return None
+    instructions = {i.offset: i for i in dis.get_instructions(code)}
+    here = instructions[frame.f_lasti]
+    if here.opname == "MATCH_CLASS" or here.argval == "__class__":
+        return str(here.argval)
     if "isinstance" not in code.co_names or sys.version_info < (3, 11):  # which has no positions
-        return "isinstance" in code.co_names
-    instructions = {i.offset: (i.argval, i.positions) for i in dis.get_instructions(code)}
-    _, here = instructions[frame.f_lasti]
-    starts = {(at.lineno, at.col_offset) for name, at in instructions.values() if name == "isinstance" and at}
-    return here is not None and (here.lineno, here.col_offset) in starts
+        return "isinstance" if "isinstance" in code.co_names else None
+    places = {(i.positions.lineno, i.positions.col_offset) for i in instructions.values() if i.argval == "isinstance"}
+    return "isinstance" if (here.positions.lineno, here.positions.col_offset) in places else None
 
 
 class _Tracer(fx.Tracer):
@@ -70,19 +120,30 @@ class _Tracer(fx.Tracer):
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.found = Trace(self.graph)
+        self.refused: str | None = None  # a forward may catch what a stand-in raises
+
+    def refuse(self, what: str) -> NoReturn:
+        self.refused = f"its forward asks for {what}"
+        raise Unlowerable(self.refused)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         known = node.op == "call_module" or not (gives_size(node) or node.op == "get_attr")
         return (_TensorProxy if known else _Proxy)(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor) and not issubclass(type(a), fx.Proxy):
+        if isinstance(a, Tensor):
             name = f"constant_{len(self.found.constants)}"
             self.found.constants[name] = a
             return self.create_node("get_attr", name, (), {})
         if type(a) is list or type(a) is tuple:  # fx asks isinstance, which a stand-in answers as a tensor
             return type(a)(self.create_arg(item) for item in a)
         return super().create_arg(a) if not issubclass(type(a), fx.Proxy) else a.node
+
+    def iter(self, obj: fx.Proxy) -> NoReturn:
+        self.refuse("the elements of a value")
+
+    def keys(self, obj: fx.Proxy) -> NoReturn:
+        self.refuse("the keys of a value")
 
     def call(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         if not any(issubclass(type(leaf), fx.Proxy) for leaf in _leaves((args, kwargs))):
@@ -98,7 +159,11 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
     Raises:
         Unlowerable: the forward looks at values, draws random numbers, or writes.
     """
-    if question := asks(type(module)):
+    try:
+        question = asks(module)
+    except Refused as reason:
+        raise Unlowerable(str(reason)) from reason
+    if question:
         raise Unlowerable(f"its forward asks {question}")
     tracer, forward = _Tracer(), module.forward
     placed = iter(range(len(_leaves((args, kwargs)))))
@@ -112,7 +177,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
     args, kwargs = map_tree(stand_in, (args, kwargs))
     sizes = _list_sizes((args, kwargs))
     inner = [m for m in module.modules() if m is not module]
-    before, states = [(m, dict(vars(m))) for m in module.modules()], random_states()
+    before, states = [(m, dict(vars(m))) for m in module.modules()], generator_states()
     for each in inner:
         object.__setattr__(each, "forward", partial(tracer.call, each, each.forward))
     during = [dict(vars(m)) for m, _ in before]
@@ -125,9 +190,11 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
         for m, attributes in before:
             vars(m).clear()
             vars(m).update(attributes)
+    if tracer.refused:
+        raise Unlowerable(tracer.refused)
     if writes:
         raise Unlowerable("its forward writes an attribute")
-    if random_states() != states:
+    if generator_states() != states:
         raise Unlowerable("its forward draws random numbers")
     if sizes != _list_sizes((args, kwargs)):
         raise Unlowerable("its forward changes a list that it was given")

@@ -2,7 +2,6 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import OwnForward
-from .chain import Chain, Passage
+from ..torch_state import autocast_state, generator_states, version_of
 from .code import may_write_lists
 from .forms import Form, flatten
-from .guard import Guard, autocast_state, version_of
-from .judge import Refused, first_line, median, now, random_states, shapes_of
-from .units import Link, Unit
+from .guard import Guard
+from .judge import Refused, first_line, now
+from .units import Unit
 
 PROBE_SAMPLES = 4
 _NOTHING = torch.empty(0)  # before the first unit
@@ -31,20 +30,18 @@ class Segment:
         y: what the last unit returned.
         y_version: of y, then.
         few_inputs: copies of the first samples of the inputs.
-        few_y: copies of the first samples of y. None where an engine has computed y.
-        seconds: that the units take as they are. NaN where that is not known.
-        chain: a chain that ran the first units. None where all ran as they are.
+        few_y: copies of the first samples of y.
+        seconds: that the units take.
     """
 
     autocast: tuple[bool, torch.dtype]
-    links: list[Link] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     few_inputs: list[Tensor] = field(default_factory=list)
     y: Tensor = _NOTHING
     y_version: int = 0
-    few_y: Tensor | None = None
+    few_y: Tensor = _NOTHING
     seconds: float = 0.0
-    chain: Chain | None = None
 
 
 class Recorder:
@@ -53,8 +50,7 @@ class Recorder:
     The recorder puts forwards on the instances. A module may compute otherwise where it finds hooks.
 
     Args:
-        units: the frozen units, in any order.
-        chains: chains that go on running. Units behind a chain may join it.
+        names: of the frozen units' modules, in any order.
         cut_after: units whose output is used by more than the next unit.
         refused: units that run as they are, and why.
 
@@ -66,41 +62,40 @@ class Recorder:
     """
 
     def __init__(
-        self, units: Iterable[Unit], chains: list[Chain], *, cut_after: set[nn.Module], refused: dict[nn.Module, str]
+        self,
+        names: dict[nn.Module, str],
+        *,
+        cut_after: set[nn.Module],
+        refused: dict[nn.Module, str],
     ) -> None:
         self.segments: list[Segment] = []
         self.refused: dict[str, str] = {}
         self.left_out: dict[nn.Module, str] = {}
         self.written: set[nn.Module] = set()
-        self._chains = chains
         self._cut_after = cut_after
         self._segment: Segment | None = None  # which the next unit may go on with
         self._called: Counter[nn.Module] = Counter()
         self._returned: list[tuple[weakref.ref, int, nn.Module]] = []  # outputs and their versions
-        inside = {link.unit.module for chain in chains for link in chain.links}
-        for chain in chains:
-            chain.on_end = self._ran
-        owns = [(unit, OwnForward(unit.module, lambda: None)) for unit in units if unit.module not in inside]
-        self._forwards = [own for _, own in owns]
-        for unit, own in owns:
-            own.function = own.original
+        self._forwards = [OwnForward(module, lambda: None) for module in names]
+        for own in self._forwards:
+            name, own.function = names[own.module], own.original
             try:
-                if unit.module in refused:
-                    raise Refused(refused[unit.module])
-                own.function = partial(self._run, unit, Guard(unit.module), own.original)
+                if own.module in refused:
+                    raise Refused(refused[own.module])
+                own.function = partial(self._run, own, name, Guard(own.module))
             except Refused as reason:
-                self.refused[unit.name] = str(reason)
+                self.refused[name] = str(reason)
             except Exception as error:  # what a stranger's module holds is not known
-                self.refused[unit.name] = first_line(error)
+                self.refused[name] = first_line(error)
 
     def finish(self) -> None:
         """The forward has ended."""
-        for link in [link for segment in self.segments for link in segment.links]:
-            if self._called[link.unit.module] > 1:
-                self.left_out[link.unit.module] = "it runs several times in a forward"
-            elif link.guard.broken():
-                self.left_out[link.unit.module] = "the model changes it behind its call"
-        inner = {link.unit.module for segment in self.segments for link in segment.links[:-1]}
+        for unit in [unit for segment in self.segments for unit in segment.units]:
+            if self._called[unit.module] > 1:
+                self.left_out[unit.module] = "it runs several times in a forward"
+            elif unit.guard.broken():
+                self.left_out[unit.module] = "the model changes it behind its call"
+        inner = {unit.module for segment in self.segments for unit in segment.units[:-1]}
         written = {m for y, version, m in self._returned if (t := y()) is not None and version_of(t) != version}
         self.written = inner & written
         self.remove()
@@ -109,37 +104,22 @@ class Recorder:
         for forward in reversed(self._forwards):
             forward.remove()
         self._forwards = []
-        for chain in self._chains:
-            chain.on_end = None
 
-    def _ran(self, passage: Passage) -> None:
-        """A chain has run in this forward: units behind it may join."""
-        chain, given, y = passage.chain, list(passage.given), passage.y
-        last, trial = chain.links[-1].unit.module, chain.runner.trial
-        self._called[last] += 1
-        if passage.is_as_it_was():
-            segment = Segment(chain.autocast, list(chain.links), given, [_few(x, given[0]) for x in given], chain=chain)
-            segment.y, segment.y_version = y, version_of(y)
-            segment.seconds = median(trial.eager) if trial.shape == shapes_of(given) else float("nan")
-            self._returned.append((weakref.ref(y), segment.y_version, last))
-            self.segments.append(segment)
-            self._segment = None if last in self._cut_after else segment
-
-    def _run(self, unit: Unit, guard: Guard, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        self._called[unit.module] += 1
+    def _run(self, own: OwnForward, name: str, guard: Guard, *args: Any, **kwargs: Any) -> Any:
+        self._called[own.module] += 1
         segment, self._segment = self._segment, None
         tensors = _tensors((args, kwargs))
-        versions, states = list(map(version_of, tensors)), random_states()
+        versions, states = list(map(version_of, tensors)), generator_states(tensors)
         if segment is not None and version_of(segment.y) != segment.y_version:
             segment = None  # the model's own code wrote to it
         changed = guard.broken()
         start = now(tensors)
-        output = forward(*args, **kwargs)
+        output = own.original(*args, **kwargs)
         seconds = now(tensors) - start
         try:
             if changed:
                 raise Refused("the model changes it in its forward")
-            if random_states() != states:
+            if generator_states(tensors) != states:
                 raise Refused("it draws random numbers")
             if what := guard.written():
                 raise Refused(f"its forward writes {what}")
@@ -150,10 +130,11 @@ class Recorder:
             segment, call = self._called_with(segment, (args, kwargs), tensors, bool(written))
             if any(t is not output for t in written):
                 raise Refused("it changes its input in place")
-            self._add(segment, unit, guard, call, output)
+            y, result = self._returned_by(segment, output)
+            self._add(segment, Unit(name, own.module, own.original, guard, call, result), y)
             segment.seconds += seconds
         except Refused as reason:
-            self.refused[unit.name] = str(reason)
+            self.refused[name] = str(reason)
         return output
 
     def _called_with(
@@ -170,15 +151,15 @@ class Recorder:
         if segment is not None and autocast == segment.autocast and sum(t is segment.y for t in tensors) == 1:
             known = [segment.y, *segment.inputs]
             if all(any(t is x for x in known) for t in tensors):
-                return segment, _form(given, segment.y, segment.inputs, _no_other, "is called with")
+                return segment, _form(given, segment.y, segment.inputs, "is called with")
         if writes:
             raise Refused("it changes its input in place")
-        segment = Segment(autocast)
-        call = _form(given, None, segment.inputs, segment.inputs.append, "is called with")
-        segment.few_inputs = [_few(x, tensors[0]) for x in segment.inputs]
-        return segment, call
+        inputs = list({id(t): t for t in tensors}.values())
+        segment = Segment(autocast, inputs=inputs, few_inputs=[_few(x, tensors[0]) for x in inputs])
+        return segment, _form(given, None, inputs, "is called with")
 
-    def _add(self, segment: Segment, unit: Unit, guard: Guard, call: Form, output: Any) -> None:
+    def _returned_by(self, segment: Segment, output: Any) -> tuple[Tensor, Form]:
+        """-> the value that goes on, and what the unit returns."""
         known = [*segment.inputs, segment.y]
         new = [t for t in _tensors(output) if not any(t is x for x in known)]
         if not new and type(output) is Tensor:
@@ -186,13 +167,16 @@ class Recorder:
         if len(new) != 1:
             raise Refused(f"it returns {len(new)} tensors")
         (y,) = new
-        result = _form(output, y, segment.inputs, _no_other, "returns")
+        result = _form(output, y, segment.inputs, "returns")
         if type(y) is not Tensor or y.device != segment.inputs[0].device or y.requires_grad:
             raise Refused("its output is on another device, no plain tensor, or needs a gradient")
+        return y, result
+
+    def _add(self, segment: Segment, unit: Unit, y: Tensor) -> None:
         segment.y, segment.y_version = y, version_of(y)
-        segment.few_y = None if segment.chain else _few(y, segment.inputs[0])
-        segment.links.append(Link(unit, guard, call, result))
-        if len(segment.links) == 1:
+        segment.few_y = _few(y, segment.inputs[0])
+        segment.units.append(unit)
+        if len(segment.units) == 1:
             self.segments.append(segment)
         # What a unit wrote in place, as the chain's next one, nobody else wrote.
         self._returned = [(ref, segment.y_version if ref() is y else v, m) for ref, v, m in self._returned]
@@ -200,16 +184,12 @@ class Recorder:
         self._segment = None if unit.module in self._cut_after else segment
 
 
-def _form(tree: Any, carried: Tensor | None, inputs: list[Tensor], new: Callable[[Tensor], object], how: str) -> Form:
+def _form(tree: Any, carried: Tensor | None, inputs: list[Tensor], how: str) -> Form:
     try:
-        return Form.of(tree, carried, inputs, new)
+        return Form.of(tree, carried, inputs)
     except Refused as what:
         hint = "; a cache of keys and values is written to: pass use_cache=False" if "Cache" in str(what) else ""
         raise Refused(f"it {how} {what}{hint}") from None
-
-
-def _no_other(tensor: Tensor) -> None:
-    raise Refused("the value that it was given")
 
 
 def _has_list(tree: Any) -> bool:
