@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+import torch
 from torch import nn
 
 from .arguments import check_kind
@@ -116,20 +117,31 @@ def find_layers(model: nn.Module, layers: Sequence | None = None) -> Layers:
     Raises:
         ValueError: nothing is trainable; an entry of `layers` names nothing, or what another one holds; a trainable
             parameter is in no layer.
-        TypeError: model is no module; an entry of `layers` is none of the above.
+        TypeError: model is no module; the model or a layer is scripted; an entry of `layers` is none of the above.
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module")
+    _refuse_scripted("model", model)
     if layers is not None:
         units = named_units(model, layers)
     else:
         units = timm_units(model) if hasattr(model, "group_matcher") else find_units(model)
     found = _assign_parameters(model, units)
+    for name, module in [each for layer in found for each in layer.modules.items()]:
+        _refuse_scripted(f"layer {name}", module)
     trained = [layer for layer in found if layer.parameters]
     if not trained:
         raise ValueError("model must have a parameter with requires_grad=True, found none")
     if layers is None:
         _warn_of_large_layers(model, trained)
     return Layers(trained, given=takewhile(_came_frozen, found))
+
+
+def _refuse_scripted(name: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{name} must not be scripted or traced, got a {type(module).__name__}, which takes no hooks: pass the "
+            "module that it was made of"
+        )
 
 
 def _warn_of_large_layers(model: nn.Module, layers: list[Layer]) -> None:

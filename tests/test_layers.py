@@ -178,6 +178,14 @@ def test_bad_overrides_are_named(layers, error, message):
         find_layers(Net(), layers)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_model_or_layer_is_refused_by_name():
+    with pytest.raises(TypeError, match="model must not be scripted or traced"):
+        find_layers(torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
+    with pytest.raises(TypeError, match="layer 1 must not be scripted or traced"):
+        find_layers(nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2))))
+
+
 def test_the_table_shows_layer_parameters_and_modules():
     table = repr(find_layers(Net()))
     assert table.splitlines()[0].split() == ["layer", "name", "parameters", "modules"]

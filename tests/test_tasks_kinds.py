@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from freezeout_ext.batch import call
-from freezeout_ext.tasks import DeviceData, Task, batches, mean_iou, mean_of, rmse, uniform
+from freezeout_ext.tasks import DeviceData, Metric, Task, batches, mean_iou, mean_of, rmse, uniform
 
 
 def flipped(inputs, seeds):
@@ -212,3 +212,11 @@ def test_a_metric_of_ones_own_is_weighed_by_samples():
     expected = float((outputs - targets).abs().mean().detach())
     assert task.evaluate(model, batches(task.evaluation, 7))[1] == pytest.approx(expected, rel=1e-6)
     assert (task.metric_name, task.higher_is_better, task.metric.text(0.5)) == ("distance", False, "0.5 mm")
+
+
+def test_a_metric_that_two_samples_leave_undefined_is_no_fault():
+    recall = Metric("recall", lambda outputs, targets: torch.stack([(targets == 1).sum() * 0, (targets == 1).sum()]))
+    data = TensorDataset(torch.randn(6, 4), torch.tensor([0, 0, 0, 1, 1, 1]))
+    task = Task(make_model=lambda: nn.Linear(4, 2), train=data, evaluation=data, metric=recall)
+    task.check()
+    assert task.evaluate(task.make_model(), batches(data, 2))[1] == 0

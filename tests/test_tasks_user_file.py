@@ -126,6 +126,12 @@ def test_what_names_a_file():
         ("class Data:\n    def __len__(self):\n        return 5\n    def __getitem__(self, i):\n        return [][i]\n"
          "task = Task(make_model=net, train=data, evaluation=Data())\n",
          f"my_task.py, line {LINE + 4}: evaluation must give samples: IndexError: list index out of range"),
+        ("other = TensorDataset(torch.ones(6, 4), torch.full((6,), 7))\n"
+         "task = Task(make_model=net, train=data, evaluation=other)\n",
+         "the model and the criterion must take evaluation: IndexError: Target 7 is out of bounds"),
+        ("other = TensorDataset(torch.ones(6, 4) / 0, torch.zeros(6).long())\n"
+         "task = Task(make_model=net, train=data, evaluation=data, validation=other)\n",
+         "validation must give a finite loss, got nan"),
     ],
 )  # fmt: skip
 def test_a_fault_is_one_sentence_with_its_line(tmp_path, body, sentence):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from freezeout_ext import FreezeOut, FusedSGD, Schedule
+from freezeout_ext.tasks import Task
 from freezeout_ext.tasks.images import image_task, load_data
 from freezeout_ext.training.config import TrainConfig
 from freezeout_ext.training.reporters import Reporter
@@ -279,6 +280,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tm
     with pytest.raises(TrainingFailed, match="loss became nan in epoch 1: lower the learning rate"):
         run(replace(CONFIG, lr=1e9), tmp_path / "run", digits)
     assert RunFolder(tmp_path / "run").read_log() == []
+
+
+@pytest.mark.parametrize("what", ["test_loss", "test_accuracy"])
+def test_an_evaluation_that_is_not_finite_ends_the_run_in_so_many_words(what, tmp_path, digits, monkeypatch):
+    found = (float("nan"), 1.0) if what == "test_loss" else (1.0, float("nan"))
+    monkeypatch.setattr(Task, "evaluate", lambda task, model, batches: found)
+    with pytest.raises(TrainingFailed, match=f"{what} became nan in epoch 1"):
+        run(CONFIG, tmp_path / "run", digits)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 

@@ -1,5 +1,6 @@
 """Task: what is trained, apart from how its layers freeze."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -150,19 +151,23 @@ class Task:
         Raises:
             TaskFault: one sentence on what does not fit, with the line of the file where the line is known.
         """
+        first: dict[str, Batch] = {}
         with kept_generators(), torch.random.fork_rng([]):
             for name, dataset in self.datasets().items():
                 batch = self._asked(f"{name} must give samples", collated, dataset, self.collate, SAMPLES_CHECKED)
                 inputs, targets = self._asked(f"{name} must give pairs (inputs, targets)", as_batch, batch)
                 for what, part in (("inputs", inputs), ("targets", targets)):
                     self._asked(f"{name}'s {what} must be tensors", size, part)
-                if name == "train":
-                    first = _on_cpu(inputs), _on_cpu(targets)
+                first[name] = _on_cpu(inputs), _on_cpu(targets)
             model = self._asked("make_model must make a model", self.make_model)
             self._demand("make_model must return an nn.Module", isinstance(model, nn.Module), model, self.make_model)
             parameters = [p for p in model.parameters() if p.requires_grad]
             self._demand("make_model's model must have a parameter that trains", bool(parameters), model)
-            self._check_step(model.train(), *first)
+            self._check_step(model.train(), *first.pop("train"))
+            for name, batch in first.items():
+                loss, _ = self._asked(f"the model and the criterion must take {name}", self.evaluate, model, [batch])
+                if not math.isfinite(loss):
+                    raise TaskFault(f"{name} must give a finite loss, got {loss}")
             optimizer = self._asked("make_optimizer must take the parameters", self.optimizer, parameters)
             fits = isinstance(optimizer, torch.optim.Optimizer)
             self._demand("make_optimizer must return a torch optimizer", fits, optimizer, self.make_optimizer)
@@ -183,10 +188,8 @@ class Task:
         metric = self.metric
         if metric is not None:
             demand = f"metric must take outputs and targets, {found}"
-            with torch.no_grad():
-                value = self._asked(demand, lambda: float(metric(outputs, targets)))
-            if value != value:
-                raise TaskFault(f"metric {metric.name} must be a number, got nan")
+            with torch.no_grad():  # of so few samples a metric may be undefined: a recall without positives
+                self._asked(demand, lambda: float(metric(outputs, targets)))
 
     def _place(self, function: Callable | None) -> str:
         return place_of(self.file, function)

@@ -249,7 +249,11 @@ class Trainer:
         return held_memory(self.model, [self.optimizer], None).held
 
     def _judged(self, name: str, loss: float, metric: float) -> dict:
-        return {f"{name}_loss": loss} | ({f"{name}_{self.task.metric_name}": metric} if self.task.metric else {})
+        found = {f"{name}_loss": loss} | ({f"{name}_{self.task.metric_name}": metric} if self.task.metric else {})
+        for what, value in found.items():
+            if not math.isfinite(value):
+                raise TrainingFailed(f"{what} became {value} in epoch {self.epoch}")
+        return found
 
     def _compile(self) -> CompiledLayers:
         # Full training is compiled in the same pieces: a FreezeOut that never steps names them.
