@@ -12,7 +12,7 @@ import torch
 from freezeout_ext import Schedule
 from freezeout_ext.training import cli, commands, plot
 from freezeout_ext.training.config import BadInput, TrainConfig
-from freezeout_ext.training.run_folder import RunFolder, read_json
+from freezeout_ext.training.run_folder import RunFolder, read_json, write_atomically
 
 TINY = ["--model", "wrn-10-1", "--steps", "4", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
 
@@ -372,6 +372,18 @@ def test_bad_input_of_the_other_commands(flags, sentence, tmp_path, capsys):
     shown = capsys.readouterr()
     assert sentence in shown.err and len(shown.err.splitlines()) == 1 and shown.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_or_pipe_is_never_replaced_by_a_file_and_a_link_stays_a_link(tmp_path, capsys):
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link.png", tmp_path / "file.png"
+    os.mkfifo(pipe)
+    assert cli.main(["plot", "--out", str(pipe)]) == 2
+    assert f"--out must name a file, got {pipe}, which is a device or a pipe" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="device or a pipe"):
+        write_atomically(pipe, lambda file: file.write(b"new"))
+    link.symlink_to(file)
+    assert cli.main(["plot", "--out", str(link)]) == 0
+    assert link.is_symlink() and file.is_file() and sorted(tmp_path.iterdir()) == [file, link, pipe]
 
 
 def test_stdout_that_is_closed_or_full_is_no_traceback(tmp_path):

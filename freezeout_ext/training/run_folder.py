@@ -212,9 +212,13 @@ def make_folder(path: Path) -> None:
 
 
 def check_file(name: str, path: Path | None) -> None:
-    """Raises ValueError where a file cannot be written to `path`, the argument called `name`: it is a folder, or ""."""
-    if path is not None and (path.is_dir() or not path.name):
+    """Raises ValueError where `path`, the argument called `name`, can be no file: a folder, "", a device, a pipe."""
+    if path is None:
+        return
+    if path.is_dir() or not path.name:
         raise ValueError(f"{name} must name a file, got the folder {path}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{name} must name a file, got {path}, which is a device or a pipe")
 
 
 def _save(path: Path, state: dict) -> None:
@@ -230,9 +234,14 @@ def _save(path: Path, state: dict) -> None:
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """`path` has its old content or, once this returned, all of its new one, also after a power cut.
 
+    Where `path` is a link, the file that the link names is written.
+
     Raises:
         OSError: the file cannot be written, of which nothing stays.
+        ValueError: `path` can be no file.
     """
+    check_file("path", path)
+    path = path.resolve()
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
