@@ -207,7 +207,7 @@ class Forwards:
 
     def _watched(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
         """A forward behind a transition that shows what must be kept, and is checked."""
-        base = self._kept.with_all(keys)
+        base = next((g for g in reversed([*self._kept]) if bool(g.store.has(keys).all())), None)
         if base is not None and self._other(base, args, kwargs) is not None:
             base = None
         if len(keys) < 2 or (base is None and bool(absent.any())):
