@@ -229,11 +229,12 @@ class Forwards:
         if isinstance(frontier, Refused):
             self._refuse(str(frontier))
             return output
+        origin = None if base is None else base.origin(keys, frontier)  # before room is made
         begun = self._kept.begin(frontier)
         if self._moves is not None:
             self._moves.watch_seconds, begun.layers_seconds = seconds, self._moves.layers_seconds
         self._watches.clear()
-        self.filling.keep(begun, base, keys, forward.rows, kwargs, slice(None))
+        self.filling.keep(begun, origin, keys, forward.rows, kwargs, slice(None))
         return output
 
     def _refuse(self, reason: str) -> None:

@@ -52,18 +52,19 @@ class Generation:
     given_up: bool = False  # reading takes longer than computing
     layers_seconds: float = 0.0  # of a sample in the layers in front, as far as they were timed
 
-    def origin(self, base: "Generation | None", keys: Tensor) -> Tensor | None:
-        """-> int64 [B]: which generations the rows of `base` passed through, and were rounded in; None: through none.
+    def origin(self, keys: Tensor, frontier: Frontier) -> Tensor:
+        """-> int64 [B]: which generations rows have passed through, and were rounded in, that come from these rows.
 
         Bit i stands for generation number i. -1: nobody knows.
+
+        Args:
+            frontier: behind which the new rows are.
         """
-        if base is None:
-            return None
-        before = base.store.origin(keys)
-        if not base.store.is_lossy:
+        before = self.store.origin(keys)
+        if not self.store.is_lossy:
             return before
-        lost = base.frontier.length is not None and self.frontier.length is None  # the lengths of its samples
-        return torch.full_like(before, -1) if lost or base.number > LAST else before | 1 << base.number
+        lost = self.frontier.length is not None and frontier.length is None  # the lengths of its samples
+        return torch.full_like(before, -1) if lost or self.number > LAST else before | 1 << self.number
 
     def length(self, args: tuple, kwargs: Mapping) -> int | None:
         """-> what a batch is padded to, None where rows are all as long."""
