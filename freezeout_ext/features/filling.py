@@ -47,17 +47,22 @@ class Filling:
                 watch.start()
                 computed = now.frontier.computed(original, *some)
                 watch.stop(len(places) if base is None else 0)
-            self.keep(now, base, keys[places], computed, some[1], places)
+            origin = None if base is None else base.origin(keys[places], now.frontier)
+            self.keep(now, origin, keys[places], computed, some[1], places)
             parts.append((places, computed))
         with now.frontier.replaced(merged(len(keys), parts), length):
             return original(*args, **kwargs)
 
     def keep(
-        self, now: Generation, base: Generation | None, keys: Tensor, rows: list[Tensor], kwargs: Mapping,
+        self, now: Generation, origin: Tensor | None, keys: Tensor, rows: list[Tensor], kwargs: Mapping,
         part: Tensor | slice,
     ) -> None:  # fmt: skip
-        """Keeps rows that were computed from `base`, or from inputs: those of a batch, or of its part."""
-        if base is None:
+        """Keeps the rows of a batch, or of its part.
+
+        Args:
+            origin: of rows that come from earlier ones, see `Generation`; None: they were computed from inputs.
+        """
+        if origin is None:
             self.misses += len(keys)
         else:
             self.pushed += len(keys)
@@ -67,7 +72,7 @@ class Filling:
                 lengths = lengths_of(kwargs, None if self.lengths is None else self.lengths[part])
                 if lengths is None:
                     raise Refused("it has no attention_mask, and its lengths were not given")
-            now.store.put(keys, rows, lengths, now.origin(base, keys))
+            now.store.put(keys, rows, lengths, origin)
         except Refused as reason:
             self._kept.note(f"a batch was not kept: {reason}")
         self._kept.retire()

@@ -207,7 +207,7 @@ class Forwards:
 
     def _watched(self, now: Generation | None, original, args, kwargs, keys: Tensor, absent: Tensor) -> Any:
         """A forward behind a transition that shows what must be kept, and is checked."""
-        base = self._kept.with_all(keys)
+        base = next((g for g in reversed([*self._kept]) if bool(g.store.has(keys).all())), None)
         if base is not None and self._other(base, args, kwargs) is not None:
             base = None
         if len(keys) < 2 or (base is None and bool(absent.any())):
@@ -229,11 +229,12 @@ class Forwards:
         if isinstance(frontier, Refused):
             self._refuse(str(frontier))
             return output
+        origin = None if base is None else base.origin(keys, frontier)  # before room is made
         begun = self._kept.begin(frontier)
         if self._moves is not None:
             self._moves.watch_seconds, begun.layers_seconds = seconds, self._moves.layers_seconds
         self._watches.clear()
-        self.filling.keep(begun, base, keys, forward.rows, kwargs, slice(None))
+        self.filling.keep(begun, origin, keys, forward.rows, kwargs, slice(None))
         return output
 
     def _refuse(self, reason: str) -> None:

@@ -52,18 +52,19 @@ class Generation:
     given_up: bool = False  # reading takes longer than computing
     layers_seconds: float = 0.0  # of a sample in the layers in front, as far as they were timed
 
-    def origin(self, base: "Generation | None", keys: Tensor) -> Tensor | None:
-        """-> int64 [B]: which generations the rows of `base` passed through, and were rounded in; None: through none.
+    def origin(self, keys: Tensor, frontier: Frontier) -> Tensor:
+        """-> int64 [B]: which generations rows have passed through, and were rounded in, that come from these rows.
 
         Bit i stands for generation number i. -1: nobody knows.
+
+        Args:
+            frontier: behind which the new rows are.
         """
-        if base is None:
-            return None
-        before = base.store.origin(keys)
-        if not base.store.is_lossy:
+        before = self.store.origin(keys)
+        if not self.store.is_lossy:
             return before
-        lost = base.frontier.length is not None and self.frontier.length is None  # the lengths of its samples
-        return torch.full_like(before, -1) if lost or base.number > LAST else before | 1 << base.number
+        lost = self.frontier.length is not None and frontier.length is None  # the lengths of its samples
+        return torch.full_like(before, -1) if lost or self.number > LAST else before | 1 << self.number
 
     def length(self, args: tuple, kwargs: Mapping) -> int | None:
         """-> what a batch is padded to, None where rows are all as long."""
@@ -85,6 +86,7 @@ class Generations:
         rank, world_size: of this process.
         items: the store of what batches hold besides features.
         closed: whether the cache is closed.
+        begun: all generations by their number, those included that were dropped.
         changed: what of the frozen layers was changed, so that rows were dropped and none were kept since.
         changes: see `Guard`.
     """
@@ -101,7 +103,7 @@ class Generations:
         self.changes: Changes = unseen
         self._parameter: Tensor | None = None
         self._all: list[Generation] = []
-        self._begun: list[Generation] = []
+        self.begun: list[Generation] = []
 
     def __iter__(self) -> Iterator[Generation]:
         return iter(tuple(self._all))
@@ -141,14 +143,6 @@ class Generations:
         return sum(store.bytes for store in self.stores())
 
     # Rows
-
-    def among(self, passed: int) -> list[Generation]:
-        """-> the generations that an origin stands for."""
-        return [g for g in self._begun if passed >> g.number & 1]
-
-    def with_all(self, keys: Tensor) -> Generation | None:
-        """The latest generation that holds all of these keys."""
-        return next((g for g in reversed(self._all) if bool(g.store.has(keys).all())), None)
 
     def groups(self, now: Generation, keys: Tensor, have: Tensor) -> list[tuple[Generation | None, Tensor]]:
         """The places of keys that `now` lacks (~have), by the latest earlier generation that holds them."""
@@ -202,8 +196,8 @@ class Generations:
             self.note(f"the folder {folder.name} {found}")
             if store.files.damaged:
                 self.note(f"{store.files.damaged:,} of its rows were damaged on the disk, and are computed anew")
-        self._begun.append(Generation(len(self._begun), frontier, store, guard))
-        self._all.append(self._begun[-1])
+        self.begun.append(Generation(len(self.begun), frontier, store, guard))
+        self._all.append(self.begun[-1])
         self.changed = None
         logger.info(
             "features of %s are kept: %s bytes a view, %s for %s views, on %s",
@@ -241,12 +235,12 @@ class Generations:
     def detach(self) -> None:
         """FreezeOut was closed."""
         self._drop_all()
-        self._begun.clear()
+        self.begun.clear()
         self.freezeout = self._parameter = None
 
     def close(self) -> None:
         self._drop_all()
-        self._begun.clear()
+        self.begun.clear()
         self._parameter, self.closed = None, True
         self.close_items()
 

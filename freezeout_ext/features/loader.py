@@ -172,9 +172,10 @@ class CacheLoader:
 
         for step in range(first_step, len(self)):
             where = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            found = drawn(serving.shows_fresh(epoch), views.count, views.first_epoch)
-            samples, keys, seeds = (of_epoch[where] for of_epoch in (order, *found))
-            skipped = None if serving.is_idle else self._skipped(keys)
+            idle = serving.is_idle
+            keys, seeds = drawn(idle or serving.shows_fresh(epoch), views.count, views.first_epoch)
+            samples, keys, seeds = order[where], keys[where], seeds[where]
+            skipped = None if idle else self._skipped(keys)
             planned.append((keys, samples, seeds, skipped))
             needed = slice(None) if skipped is None else ~skipped
             yield [] if self._loader is None else _pairs(samples[needed], seeds[needed])

@@ -73,7 +73,8 @@ def spot_check(
         for passed in origin.unique().tolist():
             places = (origin == passed).nonzero().squeeze(1)
             some = sliced((args, kwargs), places, len(keys))
-            parts.append((places, _passed(kept.among(passed), now, forward, some, keys[places])))
+            through = [g for g in kept.begun if passed >> g.number & 1]
+            parts.append((places, _passed(through, now, forward, some, keys[places])))
         computed = merged(len(keys), parts)
     worst, place = compared(now.store, keys, computed, now.length(args, kwargs), exact)
     if not worst <= 1:

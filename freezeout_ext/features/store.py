@@ -215,7 +215,7 @@ class Store:
         for stored in self._stored:  # its rounding stays: later rows may have passed through it
             stored.buffer = stored.factors = torch.empty(0, device="cpu")
         self._used = 0
-        self._row_of, self._spans = self._row_of[:0], self._spans[:0]
+        self._row_of, self._origin, self._spans = (t[:0].clone() for t in (self._row_of, self._origin, self._spans))
         if self.files is not None:
             self.files.close()
 
