@@ -39,7 +39,7 @@ from .device_data import DeviceData, uniform
 from .metrics import Metric, accuracy, mean_absolute_error, mean_iou, mean_of, rmse
 from .places import TaskFault
 from .task import Task, cross_entropy
-from .user_file import faults_of, is_file_of_task, load_task
+from .user_file import faults_of, load_task
 
 __all__ = [
     "DATA",
@@ -52,7 +52,6 @@ __all__ = [
     "built_in",
     "cross_entropy",
     "faults_of",
-    "is_file_of_task",
     "load_task",
     "mean_absolute_error",
     "mean_iou",
