@@ -158,15 +158,11 @@ def arms_of(case: Case) -> dict[str, Callable[[], Arm]]:
     return arms
 
 
-def allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
 def prepare(name: str, make: Callable[[], Arm], case: Case) -> tuple[Arm, list[float], dict]:
     """The arm after its warm-up, the losses of its first steps, and what the warm-up took."""
     gc.collect()
-    before = allocated(case.device)
     if case.device.type == "cuda":
+        before = torch.cuda.memory_allocated(case.device)
         torch.cuda.reset_peak_memory_stats(case.device)
     now = clock(case.device)
     start = now()
@@ -185,10 +181,9 @@ def prepare(name: str, make: Callable[[], Arm], case: Case) -> tuple[Arm, list[f
 
 
 def assert_same_losses(losses: dict[str, list[float]], case: Case) -> None:
-    limit = LOSS_TOLERANCE["bfloat16" if case.amp else "float32"]
     for name, found in losses.items():
         # A bfloat16 prefix rounds images even where the rest is float32.
-        allowed = LOSS_TOLERANCE["bfloat16"] if "bf16" in name else limit
+        allowed = LOSS_TOLERANCE["bfloat16" if case.amp or "bf16" in name else "float32"]
         for step, (a, b) in enumerate(zip(found, losses["authors"], strict=True)):
             assert abs(a - b) <= allowed * abs(b), f"{name}: loss {a} in step {step}, the authors' {b}"
 

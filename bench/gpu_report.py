@@ -54,8 +54,8 @@ def read_junit(paths: Iterable[Path]) -> dict[str, dict]:
         suite = root if root.tag == "testsuite" else root.find("testsuite")
         counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
         cases = list(suite.iter("testcase"))
-        names = [f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("failure") is not None]
-        names += [f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("error") is not None]
+        bad = [c for what in ("failure", "error") for c in cases if c.find(what) is not None]
+        names = [f"{c.get('classname')}::{c.get('name')}" for c in bad]
         suites[path.stem] = {**counts, "seconds": float(suite.get("time", 0)), "failed": names}
     return suites
 
@@ -142,7 +142,6 @@ def machine() -> dict:
             "nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"
         ),
         "triton": import_module("triton").__version__ if find_spec("triton") else None,
-        "cuda": torch.version.cuda,
         "nvcc": first_line("sh", "-c", "nvcc --version | tail -n 1"),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "build": build_info(),

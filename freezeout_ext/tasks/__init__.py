@@ -22,15 +22,6 @@ Data is a map-style dataset, or a dataset that makes its batches itself on the d
 Datasets of the second kind are `DeviceData`, such as the built-in sets.
 A feature cache reads its views by `dataset[i]` with seeded generators from the first kind.
 From the second kind a feature cache reads them by `batch(samples, seeds)` and `targets(samples)`.
-
-A `Metric` is sums that add up over batches and processes: `metric.value(total of metric.sums(outputs, targets))`.
-The metric's `name`, `higher_is_better`, `unit` and `text(value)` are for printing.
-Where `task.metric` is None, the loss is the metric: `task.metric_name` is "loss", and lower is better.
-
-A fault of a task or its file is a `TaskFault`: a ValueError of one sentence, with the line of the file.
-`faults_of(task.file)` turns errors that the user's lines raise later into a `TaskFault`.
-`task.notes` are lines to print before a run.
-`task.fingerprint` changes with the code of the user's file, so that a run is not resumed with another task.
 """
 
 from .batches import batches
@@ -39,7 +30,7 @@ from .device_data import DeviceData, uniform
 from .metrics import Metric, accuracy, mean_absolute_error, mean_iou, mean_of, rmse
 from .places import TaskFault
 from .task import Task, cross_entropy
-from .user_file import faults_of, is_file_of_task, load_task
+from .user_file import faults_of, load_task
 
 __all__ = [
     "DATA",
@@ -52,7 +43,6 @@ __all__ = [
     "built_in",
     "cross_entropy",
     "faults_of",
-    "is_file_of_task",
     "load_task",
     "mean_absolute_error",
     "mean_iou",

@@ -28,7 +28,7 @@ class Metric:
         sums: (outputs, targets) -> tensor [K] of what adds up over batches.
         value: sums [K] -> the metric. Default: sums[0] / sums[1].
         higher_is_better: whether a larger value is a better one.
-        unit: behind the value in `text`. With "%" the value is given times 100 there.
+        unit: behind the value in `text`; with "%" the value is given times 100. Training shows accuracies in percent.
     """
 
     name: str

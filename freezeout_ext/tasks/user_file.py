@@ -16,12 +16,6 @@ from .task import Task
 DEFAULT_NAME = "task"
 
 
-def is_file_of_task(text: str) -> bool:
-    """Whether `text` has the form my_task.py or my_task.py:name."""
-    path, _, name = text.rpartition(":")
-    return text.endswith(".py") or (path.endswith(".py") and name.isidentifier())
-
-
 def load_task(text: str) -> Task:
     """The task that a file holds under a name: a Task, or a function without arguments that returns one.
 

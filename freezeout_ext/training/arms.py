@@ -53,10 +53,6 @@ class Arm:
     def freezes(self) -> bool:
         return self.kind not in ("full", "short")
 
-    @property
-    def is_matched(self) -> bool:
-        return self.kind in MATCHED
-
     def config(self, base: TrainConfig, seed: int, steps: int | None = None) -> TrainConfig:
         """The config of this arm's run; `steps` is the length of a matched arm."""
         method = {"short": "full", "const-time": "freezeout", "cached": "no-anneal"}.get(self.kind, self.kind)

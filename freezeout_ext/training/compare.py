@@ -12,7 +12,7 @@ import torch
 from ..arguments import check_kind
 from ..planner import StepCosts
 from ..tasks import Task, faults_of
-from .arms import Arm
+from .arms import MATCHED, Arm
 from .config import TrainConfig, faults_of_input
 from .costing import kept_costs
 from .course import Length, has_whole_steps
@@ -86,8 +86,8 @@ class Comparison:
             self._lock.unlock()
 
     def _run(self, make_reporter: Callable[[str], Reporter], say: Callable[[str], None]) -> dict:
-        measured = [arm for arm in self.arms if not arm.is_matched]
-        matched = [arm for arm in self.arms if arm.is_matched]
+        measured = [arm for arm in self.arms if arm.kind not in MATCHED]
+        matched = [arm for arm in self.arms if arm.kind in MATCHED]
         results: dict[Arm, dict[int, dict]] = {arm: {} for arm in self.arms}
         if not all(self._folder(arm, seed).result_path.exists() for arm in self.arms for seed in self.seeds):
             self._warm_up()
@@ -127,7 +127,7 @@ class Comparison:
         """How many steps an arm takes, None for the base's. What an earlier call decided for a matched arm stays."""
         if arm.part < 1:
             return max(1, round(arm.part * self._steps))
-        if not arm.is_matched:
+        if arm.kind not in MATCHED:
             return None
         for seed in self.seeds:
             folder = self._folder(arm, seed)

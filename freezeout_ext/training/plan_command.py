@@ -33,7 +33,7 @@ def plan(args: argparse.Namespace) -> None:
     config = config_of(args, own).resolved()
     if config.cache and not args.measure:
         raise ValueError("--cache needs measured times: leave --no-measure out")
-    # What is counted needs no set. What is measured does without where nobody says where the set lies.
+    # Random images take the set's place where FLOP are counted, or where no --data-dir says where the set lies.
     away = not args.measure or (args.data_dir is None and config.data != "digits")
     made = own is None and config.data in SETS and away
     if made:
