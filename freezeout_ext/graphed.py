@@ -85,7 +85,7 @@ class GraphedStep:
         # What each kind of step was used for.
         self.captures = self.replays = self.eager_steps = 0
         self._own_count = 0  # of steps, where there is no FreezeOut to count them
-        self._capturing = _graphs_of(self.device) if graph else None
+        self._capturing = StepGraphs(self.device) if graph and self.device.type == "cuda" else None
         if self._capturing is None:
             self._rates = Rates(optimizer, freezeout, cosine)
         else:
@@ -231,11 +231,6 @@ class _Graph:
         loss, outputs = self._run()
         # The next replay, of any graph in the pool, writes there.
         return loss.clone(), mapped(outputs, torch.clone)
-
-
-def _graphs_of(device: torch.device) -> StepGraphs | None:
-    """What captures steps on `device`; None where nothing does."""
-    return StepGraphs(device) if device.type == "cuda" else None
 
 
 def _check(

@@ -133,14 +133,13 @@ class ScheduledRates(Rates):
 def captured_rates(
     optimizer: torch.optim.Optimizer, freezeout: FreezeOut | None, cosine: Schedule | None, device: torch.device
 ) -> Rates:
-    """The rates of steps that are captured on `device`.
+    """The rates of steps that are captured on `device`, a GPU.
 
     Raises:
         ValueError: the optimizer takes its rates from the host alone.
     """
     if isinstance(optimizer, FusedOptimizer):
-        reason = native.import_error if device.type == "cpu" else native.cuda_unavailable_reason(device)
-        if reason is not None:
+        if (reason := native.cuda_unavailable_reason(device)) is not None:
             raise ValueError(f"optimizer must have its compiled half to be captured: {reason}")
         return ScheduledRates(optimizer, freezeout, cosine, device)
     for i, group in enumerate(optimizer.param_groups):

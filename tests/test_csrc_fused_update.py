@@ -317,7 +317,7 @@ def test_the_cuda_source_compiles_without_spills(architecture, tmp_path):
 
 
 @needs_nvcc
-def test_the_machine_code_moves_16_bytes_an_access(tmp_path):
+def test_the_cuda_machine_code_moves_16_bytes_an_access(tmp_path):
     """Two vectors of each operand in flight, by loads that know their memory is global; nothing in local memory."""
     triton = pytest.importorskip("triton", reason="Triton's package carries the disassembler")
     compile_cuda("sm_90", tmp_path / "o.cubin")
