@@ -152,7 +152,7 @@ class FeatureCache:
         if self._kept.freezeout is None:
             raise RuntimeError("samples() needs a model: pass the cache to FreezeOut(cache=...)")
         forwards, model = self._forwards, self._kept.model
-        checked, before = checked_keys(keys, self.views, self._note), forwards.count
+        checked, before = checked_keys(keys, self.views), forwards.count
         self._follow()
         if model.training and torch.is_grad_enabled():
             forwards.comes(len(checked))

@@ -1,6 +1,6 @@
 """Keys: the numbers of a batch's views, as a loader hands them out and as `samples()` takes them; Unread."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def keys_in(batch: Any) -> Keys:
     return found[0]
 
 
-def checked_keys(keys: Keys | Tensor | Sequence[int], views: Views, note: Callable[[str], None]) -> Tensor:
+def checked_keys(keys: Keys | Tensor | Sequence[int], views: Views) -> Tensor:
     """-> keys as int64 [B] on the CPU.
 
     Raises:
@@ -57,8 +57,6 @@ def checked_keys(keys: Keys | Tensor | Sequence[int], views: Views, note: Callab
         if keys.views is views:
             return keys.tensor
         keys = keys.tensor
-    if isinstance(keys, Tensor) and keys.device.type != "cpu":
-        note("keys were on the device: a synchronisation at every step; hand over the loader's own")
     try:
         keys = torch.as_tensor(keys, dtype=torch.int64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:

@@ -194,12 +194,12 @@ class CacheLoader:
             leaves, spec = template
             inputs = tree_unflatten([poison((len(keys), *x.shape), x.dtype, x.device) for x in leaves], spec)
         else:
-            skipped = None if skipped is None else torch.zeros_like(skipped)
             start = time.perf_counter()
             inputs = dataset.batch(samples, seeds)
             read, seconds = len(keys), time.perf_counter() - start
-            leaves, spec = tree_flatten(inputs)
-            self._items.template = [x[0].detach() for x in leaves], spec
+            if skipped is not None:
+                skipped, (leaves, spec) = torch.zeros_like(skipped), tree_flatten(inputs)
+                self._items.template = [x[0].detach() for x in leaves], spec
         self._serving.delivered(keys, skipped, read, seconds)
         return inputs, dataset.targets(samples), Keys(keys, self._serving.views)
 

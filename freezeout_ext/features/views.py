@@ -102,21 +102,18 @@ class Views:
         views = torch.where(keys < 0, self.stride + epoch, keys % self.stride)
         return _mix(_mix(_mix(torch.full_like(keys, self.seed)) ^ self.samples(keys)) ^ views) & (2**63 - 1)
 
-    def load(self, sample: int, seed: int) -> Any:
-        """dataset[sample] with all generators seeded by `seed`, and restored afterwards."""
+    def __getitem__(self, view: tuple[int, int]) -> Any:
+        """dataset[sample] of a view (sample, seed) with all generators seeded by `seed`, and restored afterwards."""
+        sample, seed = view
         with seeded(seed):
             return self.dataset[sample]
-
-    def __getitem__(self, request: tuple[int, int]) -> Any:
-        """The view of a sample from a seed, as a worker loads it."""
-        return self.load(*request)
 
     def digest(self) -> str:
         """-> a hash of one sample's view, by which another data set of the same length is noticed."""
         self.check()
         if self.batched:
             return _digest(self.dataset.batch(*torch.tensor([[0], [PROBE]], device="cpu")))
-        return _digest(self.load(0, PROBE))
+        return _digest(self[0, PROBE])
 
     def check(self) -> None:
         """Reads one sample twice with the same seeds, once.
@@ -132,9 +129,9 @@ class Views:
         if self.batched or not self.num_samples or self._checked:
             return
         self._checked = True
-        first = _digest(self.load(0, PROBE))
-        self.load(self.num_samples - 1, PROBE)
-        if first != _digest(self.load(0, PROBE)):
+        first = _digest(self[0, PROBE])
+        self[self.num_samples - 1, PROBE]
+        if first != _digest(self[0, PROBE]):
             raise ValueError(
                 "dataset[0] must be the same in two reads from the same seeds of torch, numpy and random; the two "
                 "differ. Does its augmentation draw from a generator of its own? Features of such views cannot be kept"
