@@ -39,7 +39,8 @@ def plan(args: argparse.Namespace) -> None:
     if made:
         if args.measure:
             print(f"no --data-dir: measured on random images of {config.data}'s shape", flush=True)
-        data = random_images(config.data, 2 * config.batch_size, config.seed, config.device)
+        count = 2 * config.batch_size if args.measure else 1
+        data = random_images(config.data, count, config.seed, config.device)
         task = image_task(data, config.model, image_size=config.image_size, weights=config.weights)
     else:
         task = own or task_of(args, config)
@@ -51,7 +52,7 @@ def plan(args: argparse.Namespace) -> None:
     else:
         (inputs, _), layers, model = next(iter(trainer.train_batches())), trainer.layers, trainer.model
         if made:  # nothing needs to be computed
-            model, inputs = model.to("meta"), inputs.to("meta")
+            model, inputs = model.to("meta"), inputs.to("meta").expand(config.batch_size, -1, -1, -1)
         found = [flop_costs(model, inputs, backward=backward, layers=layers) for backward in BACKWARDS]
     rules = args.t0s or T_0S, args.how_scales or tuple(POWERS)
     plans = [plan_of(config, length, trainer.layers, costs, *rules) for costs in found]
