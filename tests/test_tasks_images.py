@@ -22,7 +22,7 @@ def keys(split):
 
 
 def test_digits(digits):
-    assert digits.image_shape == (1, 8, 8) and digits.num_classes == 10 and digits.val is None
+    assert digits.train.images.shape[1:] == (1, 8, 8) and digits.num_classes == 10 and digits.val is None
     assert (len(digits.train), len(digits.test)) == (1347, 450)
     assert digits.train.images.dtype == torch.uint8 and digits.train.labels.dtype == torch.int64
     assert digits.conditions.startswith("digits: 1,347 train + 450 test images, scikit-learn ")
@@ -76,7 +76,7 @@ def test_validation_split(digits, fraction):
 def test_cifar_conditions(tmp_path):
     write_folder(tmp_path, "cifar100")
     data = load_data("cifar100", tmp_path)
-    assert data.num_classes == 100 and data.image_shape == (3, 32, 32)
+    assert data.num_classes == 100 and data.train.images.shape[1:] == (3, 32, 32)
     assert data.conditions == "cifar100: 10 train + 11 test images, subset (21 images), not md5-checked"
     assert data.train.flip and data.train.padding == 4
 

@@ -41,6 +41,7 @@ def test_flop_need_no_data(tmp_path, capsys):
     values = json.loads(files[0].read_text())
     assert [len(plan["predictions"]) for plan in values["plans"]] == [4, 4]
     assert values["plans"][0]["schedule"]["total_steps"] == 30 * 781  # whole batches of 64
+    assert values["plans"][0]["costs"]["forward"][0] == 2 * 64 * 32 * 32 * 16 * 27  # the stem's convolution
     assert [[s["how_scale"] for s in found] for found in values["suggestions"]] == [["cubic", "linear"]] * 2
     assert all(s["saving"] >= 0.15 and s["t_0"] for found in values["suggestions"] for s in found)
 

@@ -17,8 +17,7 @@ from freezeout_ext.schedule import Schedule
 from freezeout_ext.training import cli, train
 from freezeout_ext.training.config import TrainConfig
 from freezeout_ext.training.course import Length
-from freezeout_ext.training.keeping import Keeping
-from freezeout_ext.training.kept_run import KeptRun, Rows
+from freezeout_ext.training.keeping import Keeping, KeptRun, Rows
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.trainer import Trainer
 

@@ -17,9 +17,9 @@ from freezeout_ext.training import cli, compare, plan, train
 from freezeout_ext.training.config import BadInput, TrainConfig
 from freezeout_ext.training.reporters import Reporter
 from freezeout_ext.training.run_folder import RunFolder
+from freezeout_ext.training.summary import verdict
 from freezeout_ext.training.tables import as_text, comparison_blocks
 from freezeout_ext.training.tune import Round, Tuning, rounds_of, settings
-from freezeout_ext.training.verdict import verdict
 
 # The tasks' nets are small.
 pytestmark = pytest.mark.filterwarnings("ignore:only 2 layers were found", "ignore:layer .* holds .* of the trainable")

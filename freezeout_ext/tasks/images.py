@@ -110,12 +110,6 @@ class DataSplits:
     num_classes: int
     conditions: str
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
-
 
 def image_task(
     data: DataSplits,
@@ -134,7 +128,7 @@ def image_task(
         image_size: side to which the images are scaled; None leaves the images as they are.
         weights: see `nets.find_net`.
     """
-    channels, side, _ = data.image_shape
+    channels, side, _ = data.train.images.shape[1:]
     net = find_net(model, data.num_classes, in_channels=channels, image_size=image_size or side, weights=weights)
 
     def prepared(split: Split, augment: bool) -> DeviceData:

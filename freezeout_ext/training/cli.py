@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import commands, plan_command
+from . import commands
 from .arms import KINDS
 from .config import BadInput
 from .options import KEPT, WHEN, add_fields, add_freezeout_options, add_run_options, file, saving
@@ -124,7 +124,7 @@ def _parser() -> Parser:
     )  # fmt: skip
 
     plan = parts.add_parser("plan", help="predict what FreezeOut would save", argument_default=argparse.SUPPRESS)
-    plan.set_defaults(command=plan_command.plan)
+    plan.set_defaults(command=commands.plan)
     add_run_options(plan, out=False)
     add_freezeout_options(plan, lists=True)
     add_fields(plan, *WHEN, *KEPT)

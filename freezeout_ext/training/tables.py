@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..text import table
+from .summary import verdict
 from .values import in_percent, judge_of, metric_of, metric_text, number, scale
-from .verdict import verdict
 
 Rows = list[tuple[str, ...]]
 

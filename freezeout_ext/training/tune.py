@@ -16,15 +16,14 @@ from ..text import duration, table
 from .compare import MOST_SEEDS
 from .config import BadInput, TrainConfig, faults_of_input
 from .costing import kept_costs, unfrozen
-from .kept_run import KeptRun, Rows
+from .keeping import KeptRun, Rows
 from .options import command
 from .reporters import Reporter, say
 from .run import trained
 from .run_folder import RunFolder, check_empty, make_folder, write_json
-from .summary import lead_over
+from .summary import lead_over, sentence
 from .trainer import Trainer
 from .values import metric_text
-from .verdict import sentence
 
 # (part of the layers that never train, t_0, strategy of the others, views; 0 keeps no features).
 CANDIDATES = (
