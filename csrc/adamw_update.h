@@ -16,8 +16,6 @@
 // change. The bound holds since one ulp of the root is up to two ulp of each quotient.
 #pragma once
 
-#include <limits>
-
 #include "param_group.h"
 
 namespace freezeout {
@@ -102,7 +100,7 @@ struct AdamW {
     const R product = x * y;
     R quotient = std::fma(std::fma(-c, product, x), y, product);
     quotient = std::fma(std::fma(-c, quotient, x), y, quotient);
-    return product <= std::numeric_limits<R>::max() ? quotient : product;
+    return product < R{INFINITY} ? quotient : product;
   }
 };
 

@@ -487,6 +487,19 @@ def test_launch_errors_become_exceptions():
     torch.cuda.synchronize()
 
 
+def test_a_first_step_is_not_captured():
+    """Its graph would hold the upload of the table."""
+    p = nn.Parameter(torch.zeros(5, device="cuda"))
+    p.grad = torch.ones_like(p)
+    optimizer = FusedSGD([p], lr=0.5)
+    graph = torch.cuda.CUDAGraph()
+    refused = pytest.raises(RuntimeError, match="must have made a step like this one before a graph captures it")
+    with refused, torch.cuda.graph(graph):
+        optimizer.step()
+    optimizer.step()
+    assert (p == -0.5).all()
+
+
 def test_a_captured_step_keeps_overflow_on_the_device():
     """One graph, replayed with found_inf set and not: the state moves or it does not."""
     p = nn.Parameter(torch.ones(CHUNK + 3, device="cuda"))
