@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from freezeout_ext.layers import find_layers
 from freezeout_ext.prefix import Prefix
 from freezeout_ext.prefix.cpu import CpuEngine
+from freezeout_ext.prefix.guard import Guard
+from freezeout_ext.prefix.judge import Refused
 from freezeout_ext.prefix.lower import lower_units
 from freezeout_ext.prefix.trace import _Tracer
 
@@ -129,28 +131,37 @@ def added_in_place_elsewhere(x):
     return also[0]
 
 
+def added_in_place(x):
+    y = also = x + 1.0
+    y += 1.0 * (x > 20)
+    return also
+
+
 def drawn_unseen(x):
     with torch.random.fork_rng(devices=[]):
         return x + torch.randn(6, 1, 1)
 
 
-FORWARDS = {
+REFUSED = {
     "except": swallowed,
     "finally": swallowed_bare,
     "suppress": suppressed,
     "f-string of a size": lambda x: x * SIZES.get(f"{x.shape[2]}", 1.0),
     "str of a size": lambda x: x * SIZES.get(str(x.shape[2]), 1.0),
-    "% of a size": lambda x: x * SIZES.get("%s" % x.shape[2], 1.0),  # noqa: UP031
-    "hash of a shape": lambda x: x * SIZES.get(x.shape, 1.0),
     "match a class": matched_class,
     "match sizes": matched_sizes,
     "isinstance of a size": lambda x: x.clamp(max=20) if isinstance(x.size(2), int) else x,
     "an attribute that is None": lambda x: x.clamp(max=20) if x.grad_fn is None else x,
     "an attribute that there is not": lambda x: x.clamp(max=20) if getattr(x, "mask", None) is None else x,
-    "in place on a view": lambda x: (y := x + 1.0, F.hardtanh(y[:, :2], -20.0, 20.0, inplace=True))[0],
     "in place on another view": lambda x: (y := x + 1.0, y.transpose(1, 2), y.narrow(1, 0, 2).relu_())[1],
     "in place by another name": added_in_place_elsewhere,
     "random numbers unseen": drawn_unseen,
+}
+FORWARDS = {
+    "% of a size": lambda x: x * SIZES.get("%s" % x.shape[2], 1.0),  # noqa: UP031
+    "hash of a shape": lambda x: x * SIZES.get(x.shape, 1.0),
+    "in place on a view": lambda x: (y := x + 1.0, F.hardtanh(y[:, :2], -20.0, 20.0, inplace=True))[0],
+    "in place by another name": added_in_place,
 }
 
 
@@ -176,6 +187,12 @@ def assert_as_eager(unit):
             torch.manual_seed(size)
             (found,) = engine(x)
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()  # float32 rounds each weight anew
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_trace_would_answer_for_good_is_refused(name):
+    with pytest.raises(Refused, match=" uses "):
+        Guard(Does(REFUSED[name]).eval().requires_grad_(False))
 
 
 @pytest.mark.parametrize("name", FORWARDS)

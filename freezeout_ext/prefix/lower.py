@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..attach import OwnMethod
+from .code import TRUSTED
 from .forms import Carried, Form, flatten
 from .program import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Size, batch_norm_affine, map_tree
-from .reads import TRUSTED
 from .simplify import simplify
 from .trace import IN_PLACE, Trace, Unlowerable, gives_size, trace
 from .units import Unit
