@@ -229,3 +229,46 @@ def test_what_a_submodule_writes_into_its_input_is_seen_by_the_code_around_it(in
             return y
 
     assert_as_eager(Around(None, inner))
+
+
+class Key(nn.Module):
+    def forward(self, query, key):
+        return query.clamp(max=20) if query is key else query
+
+
+def test_a_value_that_is_given_twice_is_one_value_to_the_code_that_is_given_it():
+    class Around(Does):
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            return self.inner(y, y) + self.inner(y, x[:, :1])
+
+    assert_as_eager(Around(None, Key()))
+
+
+def test_an_assertion_is_part_of_the_program():
+    unit = Does(lambda x: (torch._assert(x.max() < 20, "too large"), x)[1]).eval().requires_grad_(False)
+    engine = CpuEngine(lower_units(unit), dtype=torch.float32, output_dtype=torch.float32, channels_last=False)
+    with torch.no_grad():
+        engine(torch.randn(2, 3, 6, 6))
+        with pytest.raises(AssertionError, match="too large"):
+            engine(torch.randn(2, 3, 6, 6) * 1e4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_times_and_angles_keep_their_width_inside_an_engine(dtype):
+    """In float32 a time of 1e7 is known to 1, in bfloat16 a time of 1000 to 4."""
+
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x):
+            times = x.double() * 1e7 if dtype is torch.float32 else x * 1000.0
+            return self.linear(torch.sin(times).float())
+
+    unit, x = Timed().eval().requires_grad_(False), torch.rand(5, 3)
+    engine = CpuEngine(lower_units(unit), dtype=dtype, output_dtype=torch.float32, channels_last=False)
+    with torch.no_grad():
+        (found,), expected = engine(x), unit(x)
+    assert (found - expected).abs().max() <= (1e-6 if dtype is torch.float32 else 2e-2)  # the linear's own rounding

@@ -136,9 +136,7 @@ class Lowering:
         return self.call(module.forward, args, kwargs, name, **flags)
 
     def _graph(self, traced: Trace, args: tuple, kwargs: dict, inner: bool) -> Any:
-        given: list[Any] = []
-        map_tree(lambda leaf: given.append(leaf) if isinstance(leaf, Ref) else None, (args, kwargs))
-        remaining = iter(given)
+        remaining = iter(_given((args, kwargs)))
         env: dict[fx.Node, Any] = {}
 
         def look_up(tree: Any) -> Any:
@@ -212,6 +210,13 @@ def _leaf(tree: Any, at: int) -> Any:
 
 def _call_method(name: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(obj, name)(*args, **kwargs)
+
+
+def _given(tree: Any) -> list[Ref]:
+    """-> the values among arguments, each once."""
+    found: dict[Ref, None] = {}
+    map_tree(lambda leaf: found.setdefault(leaf) if isinstance(leaf, Ref) else None, tree)
+    return list(found)
 
 
 def _of_images(node: fx.Node) -> bool:

@@ -127,13 +127,15 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
     if question := asks(type(module)):
         raise Unlowerable(f"its forward asks {question}")
     tracer, forward = _Tracer(), module.forward
-    placed = iter(range(len(_leaves((args, kwargs)))))
+    placed: dict[Ref, fx.Proxy] = {}  # one value, one stand-in: a forward may ask `query is key`
 
     def stand_in(leaf: Any) -> Any:
         if not isinstance(leaf, Ref):
             return leaf
-        kind = SIZE if isinstance(leaf, Size) else "x"
-        return tracer.create_proxy("placeholder", f"{kind}{next(placed)}", (), {})
+        if leaf not in placed:
+            kind = SIZE if isinstance(leaf, Size) else "x"
+            placed[leaf] = tracer.create_proxy("placeholder", f"{kind}{len(placed)}", (), {})
+        return placed[leaf]
 
     args, kwargs = map_tree(stand_in, (args, kwargs))
     sizes = _list_sizes((args, kwargs))
