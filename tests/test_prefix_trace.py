@@ -154,6 +154,7 @@ REFUSED = {
     "an attribute that is None": lambda x: x.clamp(max=20) if x.grad_fn is None else x,
     "an attribute that there is not": lambda x: x.clamp(max=20) if getattr(x, "mask", None) is None else x,
     "in place on another view": lambda x: (y := x + 1.0, y.transpose(1, 2), y.narrow(1, 0, 2).relu_())[1],
+    "in place by an overload": lambda x: (y := x + 1.0, torch.ops.aten.clamp_.default(y, None, 20.0))[0],
     "in place by another name": added_in_place_elsewhere,
     "random numbers unseen": drawn_unseen,
 }

@@ -96,7 +96,8 @@ class Lowering:
                 known = self._known(module, args[0])
             if known is None and _is_torch(module):
                 known = self._torch_module(module, args, kwargs, name)
-            return known or self._graph(trace(module, args, kwargs), args, kwargs, inner or not _sequential(module))
+            sequential = type(module) is nn.Sequential
+            return known or self._graph(trace(module, args, kwargs), args, kwargs, inner or not sequential)
         except Unlowerable as error:
             del program.ops[mark[0] :]
             self.renamed, self.forgotten = mark[1], mark[2]
@@ -231,6 +232,8 @@ def mutates(node: fx.Node) -> bool:
     if isinstance(node.target, str):  # a method
         in_place = {f"__{name}__" for name in ("setitem", *(function.__name__ for function in IN_PLACE))}
         return (node.target.endswith("_") and not node.target.endswith("__")) or node.target in in_place
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
     name = getattr(node.target, "__name__", "")
     return node.target in (operator.setitem, *IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
 
@@ -272,10 +275,6 @@ def _may_be_view(op: Call) -> bool:
     if isinstance(module, nn.Module):
         return not _is_torch(module) or isinstance(module, VIEWS)
     return op.function is operator.getitem or getattr(op.function, "__module__", None) != "_operator"
-
-
-def _sequential(module: nn.Module) -> bool:
-    return type(module) is nn.Sequential
 
 
 def _of_library(module: nn.Module) -> bool:
