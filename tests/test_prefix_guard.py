@@ -5,6 +5,7 @@ import enum
 import functools
 import random
 import types
+from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
 import numpy
@@ -30,9 +31,10 @@ def halved(x):
     return x / 2
 
 
+@dataclass
 class Cfg:
-    def __init__(self):
-        self.shift, self.table = 0.25, {"power": [1, 2]}
+    shift: float = 0.25
+    table: dict = field(default_factory=lambda: {"power": [1, 2]})
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ from freezeout_ext.prefix.judge import Refused
 from freezeout_ext.prefix.lower import lower_units
 from freezeout_ext.prefix.trace import _Tracer
 
-SIZES = {"10": 3.0, torch.Size((2, 3, 10, 10)): 3.0, (2, 3, 10, 10): 3.0}
+SIZES = {"10": 3.0, torch.Size((2, 6, 10, 10)): 3.0}
 
 
 def stand_in():

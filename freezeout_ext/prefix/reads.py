@@ -105,7 +105,8 @@ class _Reader:
     def module(self, module: nn.Module) -> None:
         cls, own = type(module), written_by_others(type(module))
         if users := [each for each in own if not is_trusted(each)]:
-            self._users_class(cls, users)
+            self._users_class(users, methods=True)
+            self._keys.update(n for c in cls.__mro__ if of_torch(c) for n in vars(c) if n[0] == "_" and n[:2] != "__")
         if not of_torch(cls):
             inherited = (vars(each) for each in cls.__mro__ if of_torch(each) and each is not nn.Module)
             names = {name for name in chain.from_iterable(inherited) if not name.startswith("__")}
@@ -118,18 +119,23 @@ class _Reader:
             self._keys.update(table)
         self._attributes(vars(module), attributes, f"a {cls.__name__}")
 
-    def _users_class(self, cls: type, users: list[type]) -> None:
-        """Notes all that the classes hold, but for functions that no code names."""
+    def _users_class(self, users: list[type], *, methods: bool) -> None:
+        """Notes all that the classes hold, but for functions that no code names.
+
+        Raises:
+            Refused: Python may run a method that no code names, or, without `methods`, there is one.
+        """
         for each in users:
             for name, value in vars(each).items():
-                if functions_of(value):
-                    if name.startswith("__") and name not in RUN_BEFORE:
+                if functions := functions_of(value):
+                    of_dataclass = name == "__eq__" and functions[0].__code__.co_filename == "<string>"
+                    if name not in RUN_BEFORE and not of_dataclass and (name.startswith("__") or not methods):
                         raise Refused(f"{each.__name__} defines {name}")
                 elif not name.startswith("__"):
                     self.value(value, f"{name} of class {each.__name__}")
             self._keys.update(vars(each))
+            self.found.sized.append(vars(each))
             self._entries(vars(each), [name for name in vars(each) if not name.startswith("__")])
-        self._keys.update(n for c in cls.__mro__ if of_torch(c) for n in vars(c) if n[0] == "_" and n[:2] != "__")
 
     def _attributes(self, table: Any, attributes: dict, of: str) -> None:
         """Notes the attributes, and how many there are: one that is new may stand before one of the class."""
@@ -258,11 +264,7 @@ class _Reader:
         is_all = isinstance(value, Tensor) or cls.__basicsize__ <= object.__basicsize__ + 16  # dict and weakrefs
         if not is_all or any(vars(each).get("__slots__") for each in cls.__mro__):
             raise Refused(f"{where} is a {cls.__name__}, which cannot be compared")
-        for each in own:
-            for name, attribute in vars(each).items():
-                if functions_of(attribute) and name not in RUN_BEFORE:
-                    raise Refused(f"{where} is a {cls.__name__}, which defines {name}")
-        self._users_class(cls, own)
+        self._users_class(own, methods=False)
         self._keys.update(vars(value))
         # A trainer writes into a library's config.
         named = None if own or isinstance(value, Tensor) else self._named

@@ -52,10 +52,17 @@ class _Proxy(fx.Proxy):
 
     __str__ = __repr__
 
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return _Attribute(self, name)
+
     @property  # type: ignore[misc]  # it can only be read
     def __class__(self) -> type:
         asked = type(self) is _TensorProxy and _calls_isinstance(sys._getframe(1))
         return Tensor if asked else type(self)
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    pass
 
 
 class _TensorProxy(_Proxy):
