@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from freezeout_ext.layers import find_layers
 from freezeout_ext.prefix import Prefix
 from freezeout_ext.prefix.cpu import CpuEngine
+from freezeout_ext.prefix.guard import Guard
+from freezeout_ext.prefix.judge import Refused
 from freezeout_ext.prefix.lower import lower_units
 from freezeout_ext.prefix.trace import _Tracer
 
-SIZES = {"10": 3.0, torch.Size((2, 3, 10, 10)): 3.0, (2, 3, 10, 10): 3.0}
+SIZES = {"10": 3.0, torch.Size((2, 6, 10, 10)): 3.0}
 
 
 def stand_in():
@@ -129,28 +131,38 @@ def added_in_place_elsewhere(x):
     return also[0]
 
 
+def added_in_place(x):
+    y = also = x + 1.0
+    y += 1.0 * (x > 20)
+    return also
+
+
 def drawn_unseen(x):
     with torch.random.fork_rng(devices=[]):
         return x + torch.randn(6, 1, 1)
 
 
-FORWARDS = {
+REFUSED = {
     "except": swallowed,
     "finally": swallowed_bare,
     "suppress": suppressed,
     "f-string of a size": lambda x: x * SIZES.get(f"{x.shape[2]}", 1.0),
     "str of a size": lambda x: x * SIZES.get(str(x.shape[2]), 1.0),
-    "% of a size": lambda x: x * SIZES.get("%s" % x.shape[2], 1.0),  # noqa: UP031
-    "hash of a shape": lambda x: x * SIZES.get(x.shape, 1.0),
     "match a class": matched_class,
     "match sizes": matched_sizes,
     "isinstance of a size": lambda x: x.clamp(max=20) if isinstance(x.size(2), int) else x,
     "an attribute that is None": lambda x: x.clamp(max=20) if x.grad_fn is None else x,
     "an attribute that there is not": lambda x: x.clamp(max=20) if getattr(x, "mask", None) is None else x,
-    "in place on a view": lambda x: (y := x + 1.0, F.hardtanh(y[:, :2], -20.0, 20.0, inplace=True))[0],
     "in place on another view": lambda x: (y := x + 1.0, y.transpose(1, 2), y.narrow(1, 0, 2).relu_())[1],
+    "in place by an overload": lambda x: (y := x + 1.0, torch.ops.aten.clamp_.default(y, None, 20.0))[0],
     "in place by another name": added_in_place_elsewhere,
     "random numbers unseen": drawn_unseen,
+}
+FORWARDS = {
+    "% of a size": lambda x: x * SIZES.get("%s" % x.shape[2], 1.0),  # noqa: UP031
+    "hash of a shape": lambda x: x * SIZES.get(x.shape, 1.0),
+    "in place on a view": lambda x: (y := x + 1.0, F.hardtanh(y[:, :2], -20.0, 20.0, inplace=True))[0],
+    "in place by another name": added_in_place,
 }
 
 
@@ -176,6 +188,12 @@ def assert_as_eager(unit):
             torch.manual_seed(size)
             (found,) = engine(x)
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()  # float32 rounds each weight anew
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_trace_would_answer_for_good_is_refused(name):
+    with pytest.raises(Refused, match=" uses "):
+        Guard(Does(REFUSED[name]).eval().requires_grad_(False))
 
 
 @pytest.mark.parametrize("name", FORWARDS)
@@ -212,3 +230,46 @@ def test_what_a_submodule_writes_into_its_input_is_seen_by_the_code_around_it(in
             return y
 
     assert_as_eager(Around(None, inner))
+
+
+class Key(nn.Module):
+    def forward(self, query, key):
+        return query.clamp(max=20) if query is key else query
+
+
+def test_a_value_that_is_given_twice_is_one_value_to_the_code_that_is_given_it():
+    class Around(Does):
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            return self.inner(y, y) + self.inner(y, x[:, :1])
+
+    assert_as_eager(Around(None, Key()))
+
+
+def test_an_assertion_is_part_of_the_program():
+    unit = Does(lambda x: (torch._assert(x.max() < 20, "too large"), x)[1]).eval().requires_grad_(False)
+    engine = CpuEngine(lower_units(unit), dtype=torch.float32, output_dtype=torch.float32, channels_last=False)
+    with torch.no_grad():
+        engine(torch.randn(2, 3, 6, 6))
+        with pytest.raises(AssertionError, match="too large"):
+            engine(torch.randn(2, 3, 6, 6) * 1e4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_times_and_angles_keep_their_width_inside_an_engine(dtype):
+    """In float32 a time of 1e7 is known to 1, in bfloat16 a time of 1000 to 4."""
+
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x):
+            times = x.double() * 1e7 if dtype is torch.float32 else x * 1000.0
+            return self.linear(torch.sin(times).float())
+
+    unit, x = Timed().eval().requires_grad_(False), torch.rand(5, 3)
+    engine = CpuEngine(lower_units(unit), dtype=dtype, output_dtype=torch.float32, channels_last=False)
+    with torch.no_grad():
+        (found,), expected = engine(x), unit(x)
+    assert (found - expected).abs().max() <= (1e-6 if dtype is torch.float32 else 2e-2)  # the linear's own rounding

@@ -88,11 +88,6 @@ class Deferred(torch.Tensor):
     def __class__(self) -> type:
         return Tensor
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Who sets an attribute sets it on the value, for the next unit to read."""
-        setattr(self.value(), name, value)
-        super().__setattr__(name, value)
-
     def value(self) -> Tensor:
         self.passage.chain.looked_inside.add(self.unit)
         return self.known()

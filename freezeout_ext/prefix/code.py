@@ -1,88 +1,106 @@
-"""What the code of functions and classes names, read from the bytecode: globals, attributes, what is written."""
+"""What the code of functions and classes names, read from the bytecode, and whether the code is in a small subset."""
 
 import dis
 import functools
-import inspect
+import math
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR"}
-WRITING_FUNCTIONS = {"setattr", "delattr", "globals", "exec", "eval", "compile", "open", "input", "print", "__import__"}
-WRITING_METHODS = {
-    "__setattr__", "__delattr__", "__setitem__", "__dict__", "register_buffer", "register_module", "register_parameter",
-    "add_module",
+# Their functions are taken to depend on their arguments, and on what their modules hold.
+TRUSTED = {
+    "torch", "timm", "transformers", "torchvision", "einops", "math", "cmath", "operator", "functools", "itertools",
+    "collections", "typing", "types", "abc", "enum", "dataclasses", "builtins", "copy", "warnings", "logging",
+    "inspect", "contextlib", "packaging", "typing_extensions", "numbers", "string", "re", "huggingface_hub",
 }  # fmt: skip
-# What a traced value answers otherwise than a tensor.
-ASKS = {
-    "hasattr", "type", "callable", "id", "is_torch_fx_proxy",
-    # What is no function of the arguments: a trace would keep the answer.
-    "get_default_dtype", "are_deterministic_algorithms_enabled", "is_grad_enabled", "is_inference_mode_enabled",
-    "get_float32_matmul_precision", "get_num_threads", "is_autocast_enabled", "get_autocast_dtype", "initial_seed",
-    "fork_rng", "get_rng_state", "set_rng_state", "manual_seed", "default_generator", "a match statement",
-}  # fmt: skip
-# Methods that no operator calls, or an operator that `writes` finds.
-NOT_WHILE_RUNNING = {
-    "__init__", "__new__", "__post_init__", "__del__", "__init_subclass__", "__set_name__", "__dir__", "__sizeof__",
-    "__repr__", "__str__", "__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__",
-    "__setattr__", "__delattr__", "__setitem__", "__delitem__", "__set__", "__delete__", "__prepare__",
-}  # fmt: skip
+WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}  # what a library writes besides is seen
 LIST_WRITERS = {"append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse"}
+# What a traced value answers otherwise than a tensor, or a trace would keep the answer to.
+ASKS = {"hasattr", "type", "callable", "id", "__class__", "is_torch_fx_proxy", "is_grad_enabled", "is_autocast_enabled"}
+
+# The subset of Python that code of the user's own may be written in.
+OPCODES = {
+    "CACHE", "COPY", "COPY_FREE_VARS", "DUP_TOP", "DUP_TOP_TWO", "EXTENDED_ARG", "NOP", "NOT_TAKEN", "POP_TOP",
+    "PUSH_NULL", "RESUME", "ROT_TWO", "ROT_THREE", "ROT_FOUR", "SWAP", "MAKE_CELL", "LOAD_CLOSURE", "MAKE_FUNCTION",
+    "RERAISE", "RAISE_VARARGS", "LOAD_ASSERTION_ERROR", "LOAD_COMMON_CONSTANT",
+    "LOAD_CONST", "LOAD_SMALL_INT", "LOAD_GLOBAL", "LOAD_DEREF", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR",
+    "RETURN_VALUE", "RETURN_CONST", "RETURN_GENERATOR", "YIELD_VALUE", "GEN_START",
+    "PRECALL", "KW_NAMES", "CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX",
+    "CALL_INTRINSIC_1", "COMPARE_OP", "IS_OP", "CONTAINS_OP", "TO_BOOL", "GET_ITER", "FOR_ITER", "END_FOR", "POP_ITER",
+    "UNPACK_SEQUENCE", "UNPACK_EX", "LIST_EXTEND", "LIST_APPEND", "LIST_TO_TUPLE", "DICT_MERGE", "DICT_UPDATE",
+}  # fmt: skip
+OPCODE_FAMILIES = (
+    "LOAD_FAST", "STORE_FAST", "DELETE_FAST", "BINARY_", "UNARY_", "INPLACE_", "BUILD_TUPLE", "BUILD_LIST",
+    "BUILD_SLICE", "BUILD_MAP", "BUILD_CONST_KEY_MAP", "JUMP_", "POP_JUMP_",
+)  # fmt: skip
+COMPREHENSIONS = {"<listcomp>", "<genexpr>"}
+BUILTINS = {
+    "abs", "all", "any", "bool", "dict", "enumerate", "float", "int", "len", "list", "max", "min",
+    "range", "reversed", "slice", "sum", "super", "tuple", "zip", "AssertionError", "NotImplementedError",
+    "RuntimeError", "TypeError", "ValueError",
+}  # fmt: skip
+OF_MODULES = {"children", "forward", "functional", "get", "items", "keys", "nn", "training", "values"}
+MAKE_TENSORS = {"arange", "eye", "full", "linspace", "ones", "tensor", "zeros"}
+MAY_BE_NONE = {"grad", "grad_fn", "names"}
 
 
 @dataclass(frozen=True)
 class Code:
-    """What a function's code names: attributes and strings, globals, imports, and into what the code writes."""
+    """What a function's code names: attributes and strings, globals, imports, and into what the code writes.
+
+    Attributes:
+        outside: of the subset of Python, None where all is in it.
+        attributes: that are read of some object.
+    """
 
     names: frozenset[str]
+    attributes: frozenset[str]
     globals: frozenset[str]
-    writes: str | None
     imports: frozenset[str]
+    writes: str | None
+    outside: str | None
     adds_in_place: bool
 
 
 @functools.cache
 def code_of(code: types.CodeType) -> Code:
     """-> what the code and the functions written inside it name."""
-    names: set[str] = set()
-    globals_, imports, writes, adds = set(), set(), None, False
+    strings, attributes, globals_, imports = set[str](), set[str](), set[str](), set[str]()
+    writes = outside = None
+    adds = False
     for each in _nested(code):
-        names.update(c for c in each.co_consts if isinstance(c, str) and len(c) < 100)
-        instructions = list(dis.get_instructions(each))
-        for i, instruction in enumerate(instructions):
+        constants = [c for constant in each.co_consts for c in (constant if type(constant) is tuple else [constant])]
+        strings.update(c for c in constants if isinstance(c, str) and len(c) < 100)
+        if each is not code and each.co_name not in COMPREHENSIONS:
+            outside = "a function inside it"
+        if each.co_freevars and (each is code) and set(each.co_freevars) != {"__class__"}:
+            outside = "variables of the function around it"
+        for instruction in dis.get_instructions(each):
             name, op = instruction.argval, instruction.opname
-            if op in ("STORE_SUBSCR", "DELETE_SUBSCR") and _into_argument(instructions[max(i - 4, 0) : i], each):
-                continue
+            if op not in OPCODES and not op.startswith(OPCODE_FAMILIES):
+                outside = outside or op
             if op == "STORE_ATTR" and name == "requires_grad":
                 continue  # of a tensor: seen in the module's state and in its output
             if op in WRITES or (op == "STORE_DEREF" and name in code.co_freevars):
-                writes = writes or (name if isinstance(name, str) else "an element of a container or tensor")
+                writes = name
             elif op in ("LOAD_GLOBAL", "LOAD_NAME"):
                 globals_.add(name)
-            elif op.startswith("MATCH_"):
-                names.add("a match statement")
             elif op == "INPLACE_ADD" or (op == "BINARY_OP" and instruction.argrepr.endswith("=")):
                 adds = True
             elif op == "IMPORT_NAME":
                 imports.add(name.split(".")[0])
             elif op in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
-                names.add(name)
-    return Code(frozenset(names), frozenset(globals_), writes, frozenset(imports), adds)
-
-
-def _into_argument(before: list[dis.Instruction], code: types.CodeType) -> bool:
-    """Whether an element is written into the function's own **kwargs, or into a cache of keys and values.
-
-    No module that is given such a cache is part of a prefix.
-    """
-    at = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
-    keywords = code.co_varnames[at : at + 1] if code.co_flags & inspect.CO_VARKEYWORDS else ()
-    loaded = [i.argval for i in before if i.opname.startswith("LOAD_FAST")]
-    into_keywords = len(before) > 1 and before[-2].opname.startswith("LOAD_FAST") and before[-2].argval in keywords
-    return into_keywords or any(str(name).startswith("past_key") for name in loaded)
+                attributes.add(name)
+    if "YIELD_VALUE" in {i.opname for i in dis.get_instructions(code)}:
+        outside = "yield"
+    if "out" in strings:
+        outside = outside or "out="
+    names = frozenset(strings | attributes)
+    return Code(names, frozenset(attributes), frozenset(globals_), frozenset(imports), writes, outside, adds)
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -92,19 +110,29 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _nested(constant)
 
 
+@functools.cache
+def of_tensors() -> frozenset[str]:
+    """-> attributes that read tensors, and torch's functions of tensors. None writes what it is given."""
+    functions = torch.overrides.get_overridable_functions().values()
+    names = {function.__name__ for each in functions for function in each} | set(dir(Tensor)) | set(dir(math))
+    names |= {name for name, value in vars(torch).items() if isinstance(value, torch.dtype | torch.memory_format)}
+    read = {name for name in names if not name.endswith("_") and not name.startswith("_")}
+    return frozenset((read | MAKE_TENSORS | OF_MODULES) - MAY_BE_NONE)
+
+
+def is_trusted(value: Any) -> bool:
+    """Whether a function, class or module of Python's is one of a library that is trusted."""
+    where = value.__globals__["__name__"] if isinstance(value, types.FunctionType) else value.__module__
+    return str(where).split(".")[0] in TRUSTED
+
+
 def of_torch(cls: type) -> bool:
     return cls.__module__.startswith(("torch.nn.", "torch.ao.nn."))
 
 
-def of_user(cls: type) -> list[type]:
+def written_by_others(cls: type) -> list[type]:
     """-> the class and its bases, those of torch and of Python left out."""
     return [each for each in cls.__mro__ if not each.__module__.startswith(("torch.", "builtins"))]
-
-
-def operators_of(classes: list[type]) -> set[str]:
-    """-> the methods of the classes that Python calls by itself while other code runs."""
-    found = {name for each in classes for name, value in vars(each).items() if isinstance(value, types.FunctionType)}
-    return {name for name in found if name.startswith("__") and name.endswith("__")} - NOT_WHILE_RUNNING
 
 
 def functions_of(value: Any) -> list[types.FunctionType]:
@@ -118,29 +146,19 @@ def functions_of(value: Any) -> list[types.FunctionType]:
 @functools.cache
 def codes_of(cls: type) -> tuple[Code, ...]:
     """-> the code of a class's forward and of all methods that it names in turn."""
-    return () if of_torch(cls) else tuple(_codes(cls, torchs=False))
-
-
-def _codes(cls: type, *, torchs: bool = True) -> list[Code]:
     names, done, found = {"forward"}, set[str](), []
     while names - done:
         name = (names - done).pop()
         done.add(name)
-        for function in [f for each in cls.__mro__ for f in functions_of(vars(each).get(name))]:
-            if torchs or not function.__module__.startswith("torch."):
-                found.append(code_of(function.__code__))
-                names |= found[-1].names
-    return found
+        for function in [f for each in written_by_others(cls) for f in functions_of(vars(each).get(name))]:
+            found.append(code_of(function.__code__))
+            names |= found[-1].names
+    return tuple(found)
 
 
-def entered(cls: type) -> set[str]:
-    """-> the methods of a class with which a call of a module begins, with those that a forward of torch's names."""
-    own = of_user(cls)
-    names = {"forward"}
-    torchs = next((c for c in cls.__mro__ if "forward" in vars(c)), nn.Module)
-    if torchs not in own:
-        names.update(*(code.names for code in _codes(torchs)), ())
-    return names - {"__init__"}
+def asks(cls: type) -> str | None:
+    """-> by which function the forward of a class would take a traced value for something else than a tensor."""
+    return next((name for code in codes_of(cls) for name in sorted((code.globals | code.names) & ASKS)), None)
 
 
 def may_write_lists(cls: type) -> bool:

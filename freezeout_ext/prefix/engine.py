@@ -176,9 +176,9 @@ class Engine:
             value = state.values[leaf.value] if isinstance(leaf, Ref) else leaf
             if not isinstance(leaf, Ref) or not isinstance(value, Tensor):
                 return value
-            value = self.image(value)
-            # A stranger may view or flatten its input in the order that eager has it.
-            return value if op.any_layout else value.contiguous()
+            # A stranger may view or flatten its input in the order that eager has it, and casts what autocast casts:
+            # times and angles stay as wide as they are.
+            return self.image(value) if op.any_layout else value.contiguous()
 
         args, kwargs = map_tree(given, (op.args, op.kwargs))
         return (op.run(args, kwargs, state.device, self.dtype),)

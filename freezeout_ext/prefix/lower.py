@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..attach import OwnMethod
+from .code import TRUSTED
 from .forms import Carried, Form, flatten
 from .program import Add, Affine, Call, Cat, Conv, Program, Ref, Relu, Size, batch_norm_affine, map_tree
-from .reads import TRUSTED
 from .simplify import simplify
 from .trace import IN_PLACE, Trace, Unlowerable, gives_size, trace
 from .units import Unit
@@ -96,7 +96,8 @@ class Lowering:
                 known = self._known(module, args[0])
             if known is None and _is_torch(module):
                 known = self._torch_module(module, args, kwargs, name)
-            return known or self._graph(trace(module, args, kwargs), args, kwargs, inner or not _sequential(module))
+            sequential = type(module) is nn.Sequential
+            return known or self._graph(trace(module, args, kwargs), args, kwargs, inner or not sequential)
         except Unlowerable as error:
             del program.ops[mark[0] :]
             self.renamed, self.forgotten = mark[1], mark[2]
@@ -136,9 +137,7 @@ class Lowering:
         return self.call(module.forward, args, kwargs, name, **flags)
 
     def _graph(self, traced: Trace, args: tuple, kwargs: dict, inner: bool) -> Any:
-        given: list[Any] = []
-        map_tree(lambda leaf: given.append(leaf) if isinstance(leaf, Ref) else None, (args, kwargs))
-        remaining = iter(given)
+        remaining = iter(_given((args, kwargs)))
         env: dict[fx.Node, Any] = {}
 
         def look_up(tree: Any) -> Any:
@@ -214,6 +213,13 @@ def _call_method(name: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(obj, name)(*args, **kwargs)
 
 
+def _given(tree: Any) -> list[Ref]:
+    """-> the values among arguments, each once."""
+    found: dict[Ref, None] = {}
+    map_tree(lambda leaf: found.setdefault(leaf) if isinstance(leaf, Ref) else None, tree)
+    return list(found)
+
+
 def _of_images(node: fx.Node) -> bool:
     """Whether an add joins two results of modules or functions, so that both are tensors and not sizes."""
     return all(isinstance(arg, fx.Node) and not gives_size(arg) for arg in node.args)
@@ -226,6 +232,8 @@ def mutates(node: fx.Node) -> bool:
     if isinstance(node.target, str):  # a method
         in_place = {f"__{name}__" for name in ("setitem", *(function.__name__ for function in IN_PLACE))}
         return (node.target.endswith("_") and not node.target.endswith("__")) or node.target in in_place
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
     name = getattr(node.target, "__name__", "")
     return node.target in (operator.setitem, *IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
 
@@ -267,10 +275,6 @@ def _may_be_view(op: Call) -> bool:
     if isinstance(module, nn.Module):
         return not _is_torch(module) or isinstance(module, VIEWS)
     return op.function is operator.getitem or getattr(op.function, "__module__", None) != "_operator"
-
-
-def _sequential(module: nn.Module) -> bool:
-    return type(module) is nn.Sequential
 
 
 def _of_library(module: nn.Module) -> bool:

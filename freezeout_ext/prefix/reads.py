@@ -1,14 +1,15 @@
 """What the forward of a module can read besides its arguments: by its code's names, its attributes, its globals.
 
-Read through so that all of it can be put under guard. A module is refused where that is not possible: code that writes
-attributes, containers or globals, that draws from Python's or numpy's generators, that reaches for files, the clock or
-the environment; objects that cannot be compared. Functions of torch and of libraries of nets are taken to depend on
-their arguments alone.
+Read through so that all of it can be put under guard. Code of the user's own must be in a small subset of Python (see
+code.py), and all that its modules hold must be comparable. Libraries of nets are read by what their code names, and
+taken not to hide what they do. Anything else is refused.
 """
 
+import builtins
 import enum
 import functools
-import sys
+import logging
+import re
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,17 +23,15 @@ from torch import Tensor, nn
 
 from ..attach import OwnMethod
 from .code import (
-    ASKS,
-    NOT_WHILE_RUNNING,
-    WRITING_FUNCTIONS,
-    WRITING_METHODS,
+    BUILTINS,
+    TRUSTED,
     Code,
     code_of,
-    entered,
     functions_of,
+    is_trusted,
+    of_tensors,
     of_torch,
-    of_user,
-    operators_of,
+    written_by_others,
 )
 from .judge import Refused
 
@@ -41,16 +40,9 @@ PLAIN = (
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, enum.Enum,
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
 )  # fmt: skip
-MAY_HAVE_FIELDS = (*PLAIN[:6], enum.Enum, list, tuple, set, frozenset, dict, Tensor)  # as subclasses, or set on them
-TRUSTED = {
-    "torch", "timm", "transformers", "torchvision", "einops", "math", "cmath", "operator", "functools", "itertools",
-    "collections", "typing", "types", "abc", "enum", "dataclasses", "builtins", "copy", "warnings", "logging",
-    "inspect", "contextlib", "packaging", "typing_extensions", "numbers", "string", "re", "huggingface_hub",
-}  # fmt: skip
-# Of their objects (a config, a logger, a registry of functions) what can be compared is compared.
-OBJECTS_OF = {"timm", "transformers", "logging", "warnings", "re", "typing"}
-DYNAMIC = {"getattr", "vars", "dir", "locals", "__getattribute__", "attrgetter"}  # any attribute may be meant
-KNOWN_BY_NAME = {"isinstance", *DYNAMIC, *ASKS, *WRITING_FUNCTIONS}  # so not under another name
+WRITERS = {"setattr", "delattr", "globals", "exec", "eval", "open", "print", "register_buffer", "register_parameter"}
+RUN_BEFORE = {"__init__", "__new__", "__repr__", "__init_subclass__"}
+NEVER_CALLED = {"extra_repr", "reset_parameters", "train"}  # by a forward, of the methods of torch's own modules
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STATE_DICT_ONLY = "_non_persistent_buffers_set"
 
@@ -91,83 +83,75 @@ def read(unit: nn.Module, *, tensors: bool = True) -> Reads:
     return reader.found
 
 
-def asks(module: nn.Module) -> str | None:
-    """-> by which function a call of the module, its submodules' calls apart, asks what a trace would answer for good.
-
-    Raises:
-        Refused: see `read`.
-    """
-    reader = _Reader(module)
-    reader.read(submodules=False)
-    return next(iter(sorted(reader.names & ASKS)), None)
-
-
 class _Reader:
     def __init__(self, unit: nn.Module, without: tuple[str, ...] = (), named: set[str] | None = None) -> None:
         self.unit = unit
         self.names: set[str] = set()  # that any code has named
         self._named = named
         self._without = (STATE_DICT_ONLY, *without)
-        self.found = Reads(list(unit.modules()))
-        self._inside = set(self.found.modules)
-        self._seen: dict[Any, Any] = {}
+        self._users: dict[str, str] = {}  # attributes that the user's own code reads, and where
+        self._keys: set[str] = set()  # attributes that are compared
 
-    def read(self, *, submodules: bool = True) -> None:
+    def read(self) -> None:
         known = -1
-        while known < len(self.names):  # a method may be called by code that is read after the method's class
-            known = len(self.names)
-            self.found, self._seen = Reads(list(self.unit.modules())), {}
+        while known < len(self._users):  # a method may be named by code that is read after the method's class
+            known = len(self._users)
+            self.found, self._seen = Reads(list(self.unit.modules())), dict[Any, Any]()
             for module in self.found.modules:
-                if submodules or module is self.unit:
-                    self.module(module)
-                elif not of_torch(type(module)):
-                    self._class(type(module), set())  # methods that the unit's code names
+                self.module(module)
+        for name in sorted(self._users.keys() - self._keys - of_tensors()):
+            raise Refused(f"{self._users[name]} uses .{name}")
 
     def module(self, module: nn.Module) -> None:
-        cls = type(module)
-        names = self.names if of_torch(cls) else self.names | self._class(cls, entered(cls))
-        needs_all = of_torch(cls) or bool(names & DYNAMIC)
+        cls, own = type(module), written_by_others(type(module))
+        if users := [each for each in own if not is_trusted(each)]:
+            self._users_class(users, methods=True)
+            self._keys.update(n for c in cls.__mro__ if of_torch(c) for n in vars(c) if n[0] == "_" and n[:2] != "__")
+        if not of_torch(cls):
+            inherited = (vars(each) for each in cls.__mro__ if of_torch(each) and each is not nn.Module)
+            names = {name for name in chain.from_iterable(inherited) if not name.startswith("__")}
+            self._class(own, {"forward"} | names - NEVER_CALLED)
         # What is installed on the unit itself is the engine.
         attributes = {k: v for k, v in vars(module).items() if k != "forward" or module is not self.unit}
         for key in self._without:
             attributes.pop(key, None)
-        # What the forward names comes first: it must not be lost with an attribute that holds it too.
-        self._attributes(vars(module), attributes, f"a {cls.__name__}", lambda key: needs_all or key in names)
+        for table in (vars(module), module._parameters, module._buffers, module._modules):
+            self._keys.update(table)
+        self._attributes(vars(module), attributes, f"a {cls.__name__}")
 
-    def _attributes(self, table: Any, attributes: dict, of: str, needed: Callable[[str], bool]) -> None:
-        """Notes the attributes that can be compared, and how many there are.
+    def _users_class(self, users: list[type], *, methods: bool) -> None:
+        """Notes all that the classes hold, but for functions that no code names.
 
         Raises:
-            Refused: one that is needed cannot be compared.
+            Refused: Python may run a method that no code names, or, without `methods`, there is one.
         """
-        keys = []
-        for key in sorted(attributes, key=needed, reverse=True):
-            found = self.found
-            mark = len(found.sources), len(found.sized), len(found.tensors), len(self._seen)
-            try:
-                if "_hooks" not in key:
-                    self.value(attributes[key], f"attribute {key} of {of}")
-                keys.append(key)
-            except Refused:
-                if needed(key):
-                    raise
-                del found.sources[mark[0] :], found.sized[mark[1] :], found.tensors[mark[2] :]
-                while len(self._seen) > mark[3]:
-                    self._seen.popitem()
-        self._entries(table, keys)
-        self.found.sized.append(table)  # an attribute that is new may stand before one of the class
+        for each in users:
+            for name, value in vars(each).items():
+                if functions := functions_of(value):
+                    of_dataclass = name == "__eq__" and functions[0].__code__.co_filename == "<string>"
+                    if name not in RUN_BEFORE and not of_dataclass and (name.startswith("__") or not methods):
+                        raise Refused(f"{each.__name__} defines {name}")
+                elif not name.startswith("__"):
+                    self.value(value, f"{name} of class {each.__name__}")
+            self._keys.update(vars(each))
+            self.found.sized.append(vars(each))
+            self._entries(vars(each), [name for name in vars(each) if not name.startswith("__")])
+
+    def _attributes(self, table: Any, attributes: dict, of: str) -> None:
+        """Notes the attributes, and how many there are: one that is new may stand before one of the class."""
+        for key, value in attributes.items():
+            if "_hooks" not in key:
+                self.value(value, f"attribute {key} of {of}")
+        self._entries(table, attributes)
+        self.found.sized.append(table)
 
     def _entries(self, table: Any, keys: Iterable[str]) -> None:
         if keys := tuple(keys):
             self.found.sources.append(partial(itemgetter(*keys, keys[0]), table))
 
-    def _class(self, cls: type, names: set[str]) -> set[str]:
-        """Reads the methods of a class by these names, by those that any code named, and all that they name in turn.
-
-        Operators are read too: no code names them. Returns all names.
-        """
-        own = of_user(cls)
-        names, done = names | (self.names - NOT_WHILE_RUNNING) | operators_of(own), set[str]()
+    def _class(self, own: list[type], names: set[str]) -> None:
+        """Reads the methods of classes by these names and all that they name in turn."""
+        names, done = names | self._users.keys(), set[str]()
         self.found.sized += [vars(each) for each in own]  # a name that is new may stand before one of a base
         while names - done:
             name = (names - done).pop()
@@ -181,28 +165,39 @@ class _Reader:
                     names |= self._function(function)
                 if not functions_of(value):
                     self.value(value, f"{name} of class {each.__name__}")
-        return names
 
-    def _function(self, function: types.FunctionType) -> set[str]:
+    def _function(self, function: types.FunctionType) -> frozenset[str]:
         """-> the names that a function's code reads; what it reads of globals and closures is noted."""
         code, where = code_of(function.__code__), function.__qualname__
-        names = set(code.names | (code.globals & (DYNAMIC | ASKS)))
-        self.names |= names
+        self.names |= code.names
         if ("code", id(function)) in self._seen:
-            return names
+            return code.names
         self._seen["code", id(function)] = function
-        if code.writes:
-            raise Refused(f"{where} writes {code.writes}")
-        if found := sorted((code.globals & WRITING_FUNCTIONS) | (code.names & WRITING_METHODS)):
-            raise Refused(f"{where} uses {found[0]}")
-        if foreign := sorted(code.imports - TRUSTED):
-            raise Refused(f"{where} imports {foreign[0]}")
         globals_, absent = function.__globals__, code.globals - function.__globals__.keys()
+        if is_trusted(function):
+            if found := sorted((code.globals | code.names) & WRITERS):
+                raise Refused(f"{where} uses {found[0]}")
+            if code.writes:
+                raise Refused(f"{where} writes {code.writes}")
+            if foreign := sorted(code.imports - TRUSTED):
+                raise Refused(f"{where} imports {foreign[0]}")
+            self._closure(function, where, code)
+        else:
+            self._users |= dict.fromkeys(code.attributes, where)
+            if code.outside or absent - BUILTINS or vars(function):
+                raise Refused(f"{where} uses {code.outside or sorted([*(absent - BUILTINS), *vars(function)])[0]}")
         for name in sorted(code.globals & globals_.keys()):
             self._entries(globals_, (name,))
             self.value(globals_[name], f"global {name} of {where}", code)
         # A global may come to stand before a builtin of its name.
         self.found.sources.append(partial(map, globals_.get, sorted(absent)))
+        self.found.sources.append(lambda: (function.__code__, function.__defaults__, function.__kwdefaults__))
+        self.found.sized.append(vars(function))
+        for default in (function.__defaults__, function.__kwdefaults__):
+            self.value(default, f"default of {where}")
+        return code.names
+
+    def _closure(self, function: types.FunctionType, where: str, code: Code) -> None:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if name == "__class__":  # for super(), whose methods are read with the class
                 continue
@@ -211,11 +206,6 @@ class _Reader:
             except ValueError:  # an empty cell
                 continue
             self.found.sources.append(lambda cell=cell: (cell.cell_contents,))  # type: ignore[misc]
-        self.found.sources.append(lambda: (function.__code__, function.__defaults__, function.__kwdefaults__))
-        for default in (function.__defaults__, function.__kwdefaults__):
-            self.value(default, f"default of {where}")
-        self._attributes(vars(function), dict(vars(function)), where, lambda key: key in names)
-        return names
 
     def value(self, value: Any, where: str, code: Code | None = None) -> None:
         """Notes what has to be compared so that the value stays what it is.
@@ -227,55 +217,60 @@ class _Reader:
         if type(value) in PLAIN or isinstance(value, OwnMethod) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, MAY_HAVE_FIELDS):
-            self._fields(value, where)
-        if isinstance(value, PLAIN):
-            return
-        root = (getattr(value, "__module__", None) or "").split(".")[0]
+        root = type(value).__module__.split(".")[0]
         if isinstance(value, Tensor):
             if type(value) not in (Tensor, nn.Parameter, nn.Buffer) or value.layout != torch.strided:
                 raise Refused(f"{where} is a {type(value).__name__}, {value.layout}")
             self.found.tensors.append(value)
+            if vars(value):
+                self._object(value, where)
         elif isinstance(value, nn.Module):
-            if value not in self._inside:
+            if value not in self.found.modules:
                 raise Refused(f"{where} is a module outside of it")
+        elif root not in TRUSTED:
+            self._object(value, where)
+        elif isinstance(value, PLAIN):
+            return
         elif isinstance(value, types.ModuleType):
-            self._python_module(value, where, code)
+            if value.__name__.split(".")[0] not in TRUSTED:
+                raise Refused(f"{where} is the module {value.__name__}")
+            names = code.names if code else frozenset()
+            self._entries(vars(value), sorted(names & vars(value).keys()))
         elif isinstance(value, list | tuple | set | frozenset | dict | types.MappingProxyType):
             self._container(value, where, code)
         elif isinstance(value, types.FunctionType):
-            if root not in TRUSTED:
+            if not is_trusted(value):
                 self._function(value)
         elif isinstance(value, types.MethodType | partial):
             for part in _parts(value):
                 self.value(part, where, code)
         elif isinstance(value, type):
-            if root not in TRUSTED:
-                self._class(value, {"__init__", "__new__", "__post_init__", "forward"})
-                self._class(type(value), set())
+            if not is_trusted(value):
+                raise Refused(f"{where} is the class {value.__name__}")
         elif isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
-            if value.__name__ in KNOWN_BY_NAME or not _trusted(getattr(value, "__self__", None)):
+            if not _is_trusted_in_c(value, getattr(value, "__self__", None)):
                 raise Refused(f"{where} is {getattr(value, '__qualname__', value)}, which may change by itself")
         elif isinstance(value, functools._lru_cache_wrapper):
             self.value(value.__wrapped__, where, code)
-        elif type(value).__module__.split(".")[0] in OBJECTS_OF or _pure_op(value):
-            table, named = getattr(value, "__dict__", {}), self._named
-            self._attributes(table, {k: v for k, v in table.items() if named is None or k in named}, where, _no)
-            if named is not None:
-                self.found.sized.pop()
-        elif isinstance(getattr(value, "__dict__", None), dict) and _is_all_in_dict(type(value)):
-            self._class(type(value), set())
-            self._attributes(vars(value), dict(vars(value)), where, lambda key: True)
+        elif isinstance(value, logging.Logger | re.Pattern) or _pure_op(value):
+            return
         else:
-            raise Refused(f"{where} is a {type(value).__name__}, which cannot be compared")
+            self._object(value, where)
 
-    def _fields(self, value: Any, where: str) -> None:
-        """What was set on an object of a subclass of Python's own kinds, or on a tensor; an enum's value."""
-        table = getattr(value, "__dict__", None)
-        if table or (table is not None and not isinstance(value, Tensor)):
-            self._attributes(table, dict(table), where, lambda key: key == "_value_" or key in self.names)
-        if type(value).__module__.split(".")[0] not in TRUSTED:
-            self._class(type(value), set())
+    def _object(self, value: Any, where: str) -> None:
+        """An object of which attributes are read: its class runs no code of its own for that."""
+        cls = type(value)
+        own = [] if isinstance(value, Tensor) else [each for each in written_by_others(cls) if not is_trusted(each)]
+        is_all = isinstance(value, Tensor) or cls.__basicsize__ <= object.__basicsize__ + 16  # dict and weakrefs
+        if not is_all or any(vars(each).get("__slots__") for each in cls.__mro__):
+            raise Refused(f"{where} is a {cls.__name__}, which cannot be compared")
+        self._users_class(own, methods=False)
+        self._keys.update(vars(value))
+        # A trainer writes into a library's config.
+        named = None if own or isinstance(value, Tensor) else self._named
+        self._attributes(vars(value), {k: v for k, v in vars(value).items() if named is None or k in named}, where)
+        if named is not None:
+            self.found.sized.pop()
 
     def _container(self, items: Any, where: str, code: Code | None) -> None:
         mapping = isinstance(items, dict | types.MappingProxyType)
@@ -288,22 +283,6 @@ class _Reader:
             keys_too: Any = partial(chain.from_iterable, items.items()) if mapping else partial(iter, items)
             self.found.sources.append(keys_too)
 
-    def _python_module(self, module: types.ModuleType, where: str, code: Code | None) -> None:
-        root = module.__name__.split(".")[0]
-        names = code.names if code else frozenset()
-        self._entries(vars(module), sorted(names & vars(module).keys()))
-        if root in TRUSTED or (root == "numpy" and "random" not in names and module.__name__ != "numpy.random"):
-            return
-        # A module in C, or one of Python's own: random, time, os.
-        if not hasattr(module, "__file__") or root == "numpy" or root in sys.stdlib_module_names:
-            raise Refused(f"{where} is the module {module.__name__}")
-        for name in names & vars(module).keys():
-            self.value(vars(module)[name], f"{module.__name__}.{name}", code)
-
-
-def _no(key: str) -> bool:
-    return False
-
 
 def _parts(value: Any) -> tuple:
     if isinstance(value, partial):
@@ -311,8 +290,10 @@ def _parts(value: Any) -> tuple:
     return value.__self__, value.__func__
 
 
-def _trusted(owner: Any) -> bool:
+def _is_trusted_in_c(function: Any, owner: Any) -> bool:
     """Whether a function in C gives the same for the same arguments, by whose method it is."""
+    if owner is builtins:
+        return function.__name__ in BUILTINS
     if isinstance(owner, types.ModuleType):
         return owner.__name__.split(".")[0] in TRUSTED
     own = isinstance(owner, type | None) or type(owner).__module__.split(".")[0] == "torch"
@@ -321,8 +302,3 @@ def _trusted(owner: Any) -> bool:
 
 def _pure_op(value: Any) -> bool:
     return callable(value) and type(value).__module__.startswith(("torch._ops", "torch.jit"))
-
-
-def _is_all_in_dict(cls: type) -> bool:
-    """Whether an object's state is its `__dict__`: no slots, and no more memory than for the dict and weakrefs."""
-    return cls.__basicsize__ <= object.__basicsize__ + 16 and not any(vars(c).get("__slots__") for c in cls.__mro__)

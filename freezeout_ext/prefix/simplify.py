@@ -84,7 +84,12 @@ def _drop_unused(program: Program) -> None:
     needed = {program.output}
     kept: list[Op] = []
     for op in reversed(program.ops):
-        if op.out in needed:
+        if op.out in needed or _asserts(op):
             kept.append(op)
             needed.update(op.inputs())
     program.ops = kept[::-1]
+
+
+def _asserts(op: Op) -> bool:
+    """Whether the op raises for some values, as torch._assert and torch._check."""
+    return isinstance(op, Call) and getattr(op.function, "__name__", "").startswith(("_assert", "_check"))

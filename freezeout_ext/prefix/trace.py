@@ -12,15 +12,14 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from ..torch_state import generator_states
-from .judge import Refused, first_line
+from .code import asks
+from .judge import first_line
 from .program import Ref, Size, map_tree
-from .reads import asks
 
 SIZE = "size"  # how stand-ins for numbers among the arguments are named
 
@@ -39,27 +38,27 @@ class Trace:
 
 
 class _Proxy(fx.Proxy):
-    """What is done with a stand-in becomes a node. A question about its value ends the trace.
+    """What is done with a stand-in becomes a node.
 
-    A tensor's stand-in says that it is a tensor, as the value will be, where Python code asks isinstance. To torch's
-    code in C++ it must not say so: torch.arange(x.max()) would read its memory as a tensor's.
+    A stand-in has no hash and is no text: a set, a dict or "%s" would answer for it what they do not for the size. A
+    tensor's says that it is a tensor, as the value will be, where Python code asks isinstance. To torch's code in C++
+    it must not say so: torch.arange(x.max()) would read its memory as a tensor's.
     """
 
-    tracer: "_Tracer"
+    __hash__ = None  # type: ignore[assignment]  # Python's way to say so
+
+    def __repr__(self) -> str:
+        raise Unlowerable("its forward asks for a value as text")
+
+    __str__ = __repr__
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
-        if name in MAY_BE_NONE or not any(hasattr(kind, name) for kind in HAVE_ATTRIBUTES):
-            self.tracer.refuse(f"{name} of a value")
         return _Attribute(self, name)
 
     @property  # type: ignore[misc]  # it can only be read
     def __class__(self) -> type:
-        how = _asked_for_class(sys._getframe(1))
-        if how == "isinstance" and type(self) is _TensorProxy:
-            return Tensor
-        if how:
-            self.tracer.refuse(f"the class of a value ({how})")
-        return type(self)
+        asked = type(self) is _TensorProxy and _calls_isinstance(sys._getframe(1))
+        return Tensor if asked else type(self)
 
 
 class _Attribute(_Proxy, fx.proxy.Attribute):
@@ -74,16 +73,6 @@ IN_PLACE: set[Callable] = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
     operator.ior, operator.iand, operator.ixor, operator.imatmul, operator.ipow, operator.imod,
 }  # fmt: skip
-MAY_BE_NONE = {"grad", "grad_fn", "_base", "_grad", "_grad_fn", "names", "_backward_hooks"}
-HAVE_ATTRIBUTES = (Tensor, torch.Size, torch.dtype, torch.device, int, float)
-QUESTIONS = ("bool", "len", "hash", "repr", "str", "format", "int", "float", "complex", "round", "trunc")
-
-
-def _refuse_question(name: str) -> Callable:
-    def refuse(self: _Proxy, *args: Any) -> Any:
-        self.tracer.refuse(f"{name}() of a value")
-
-    return refuse
 
 
 def _in_place(function: Callable) -> Callable:
@@ -93,25 +82,19 @@ def _in_place(function: Callable) -> Callable:
     return change
 
 
-for _name in QUESTIONS:
-    setattr(_Proxy, f"__{_name}__", _refuse_question(_name))
 for _function in IN_PLACE:  # fx would take x += 1 for x = x + 1
     setattr(_TensorProxy, f"__{_function.__name__}__", _in_place(_function))
 
 
-def _asked_for_class(frame: types.FrameType) -> str | None:
-    """-> how the code of a frame asks now: by isinstance, __class__ or a match. None for C++ and for tracing code."""
+def _calls_isinstance(frame: types.FrameType) -> bool:
+    """Whether the frame is at a call of isinstance."""
     code = frame.f_code
-    if frame.f_globals.get("__name__", "").startswith(("torch.fx", "torch.utils._pytree", __package__)):
-        return None
-    instructions = {i.offset: i for i in dis.get_instructions(code)}
-    here = instructions[frame.f_lasti]
-    if here.opname == "MATCH_CLASS" or here.argval == "__class__":
-        return str(here.argval)
     if "isinstance" not in code.co_names or sys.version_info < (3, 11):  # which has no positions
-        return "isinstance" if "isinstance" in code.co_names else None
-    places = {(i.positions.lineno, i.positions.col_offset) for i in instructions.values() if i.argval == "isinstance"}
-    return "isinstance" if (here.positions.lineno, here.positions.col_offset) in places else None
+        return "isinstance" in code.co_names
+    instructions = {i.offset: (i.argval, i.positions) for i in dis.get_instructions(code)}
+    _, here = instructions[frame.f_lasti]
+    starts = {(at.lineno, at.col_offset) for name, at in instructions.values() if name == "isinstance" and at}
+    return here is not None and (here.lineno, here.col_offset) in starts
 
 
 class _Tracer(fx.Tracer):
@@ -120,30 +103,19 @@ class _Tracer(fx.Tracer):
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.found = Trace(self.graph)
-        self.refused: str | None = None  # a forward may catch what a stand-in raises
-
-    def refuse(self, what: str) -> NoReturn:
-        self.refused = f"its forward asks for {what}"
-        raise Unlowerable(self.refused)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         known = node.op == "call_module" or not (gives_size(node) or node.op == "get_attr")
         return (_TensorProxy if known else _Proxy)(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor):
+        if isinstance(a, Tensor) and not issubclass(type(a), fx.Proxy):
             name = f"constant_{len(self.found.constants)}"
             self.found.constants[name] = a
             return self.create_node("get_attr", name, (), {})
         if type(a) is list or type(a) is tuple:  # fx asks isinstance, which a stand-in answers as a tensor
             return type(a)(self.create_arg(item) for item in a)
         return super().create_arg(a) if not issubclass(type(a), fx.Proxy) else a.node
-
-    def iter(self, obj: fx.Proxy) -> NoReturn:
-        self.refuse("the elements of a value")
-
-    def keys(self, obj: fx.Proxy) -> NoReturn:
-        self.refuse("the keys of a value")
 
     def call(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         if not any(issubclass(type(leaf), fx.Proxy) for leaf in _leaves((args, kwargs))):
@@ -159,20 +131,18 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
     Raises:
         Unlowerable: the forward looks at values, draws random numbers, or writes.
     """
-    try:
-        question = asks(module)
-    except Refused as reason:
-        raise Unlowerable(str(reason)) from reason
-    if question:
+    if question := asks(type(module)):
         raise Unlowerable(f"its forward asks {question}")
     tracer, forward = _Tracer(), module.forward
-    placed = iter(range(len(_leaves((args, kwargs)))))
+    placed: dict[Ref, fx.Proxy] = {}  # one value, one stand-in: a forward may ask `query is key`
 
     def stand_in(leaf: Any) -> Any:
         if not isinstance(leaf, Ref):
             return leaf
-        kind = SIZE if isinstance(leaf, Size) else "x"
-        return tracer.create_proxy("placeholder", f"{kind}{next(placed)}", (), {})
+        if leaf not in placed:
+            kind = SIZE if isinstance(leaf, Size) else "x"
+            placed[leaf] = tracer.create_proxy("placeholder", f"{kind}{len(placed)}", (), {})
+        return placed[leaf]
 
     args, kwargs = map_tree(stand_in, (args, kwargs))
     sizes = _list_sizes((args, kwargs))
@@ -190,8 +160,6 @@ def trace(module: nn.Module, args: tuple, kwargs: dict) -> Trace:
         for m, attributes in before:
             vars(m).clear()
             vars(m).update(attributes)
-    if tracer.refused:
-        raise Unlowerable(tracer.refused)
     if writes:
         raise Unlowerable("its forward writes an attribute")
     if generator_states() != states:
