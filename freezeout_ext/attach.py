@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from operator import itemgetter
 from types import FunctionType
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch.backends import mha
 
 class OwnMethod:
     """A method on the instance of a module. A copy or a pickle of the module gets what stood in its place.
+
+    A pickle names nothing of this package: the file of a model that was saved whole is read where there is none.
 
     Args:
         module: whose method it is.
@@ -37,8 +41,9 @@ class OwnMethod:
 
     def __reduce__(self) -> tuple:
         if self.replaced is not None:
-            return _same, (self.replaced,)
-        return partial, (_class_method, self.module, self.name)
+            return itemgetter(0), ((self.replaced,),)
+        # The copy has no attributes yet as this is called, so this is the method of its class.
+        return getattr, (self.module, self.name)
 
     def remove(self) -> None:
         # Whoever wrapped this method since keeps a method that does what the module's own does.
@@ -167,13 +172,7 @@ def in_training(module: nn.Module) -> bool:
 
 
 class TransientHook:
-    """Calls function(*args) and returns nothing. In a deepcopy or a pickle of the module the hook does nothing.
-
-    Attributes:
-        observes_only: the hook changes no tensor, so the frozen prefix need not keep away from it.
-    """
-
-    observes_only = True
+    """Calls function(*args) and returns nothing. In a deepcopy or a pickle of the module the hook does nothing."""
 
     @property
     def __name__(self) -> str:
@@ -185,18 +184,22 @@ class TransientHook:
     def __call__(self, *args: Any) -> None:
         self.function(*args)
 
+    def __deepcopy__(self, memo: dict) -> "TransientHook":
+        return TransientHook(_do_nothing)
+
     def __reduce__(self) -> tuple:
-        return _no_hook, ()
+        return getattr, (nullcontext(), "__exit__")  # does nothing, and is no part of this package
+
+
+def observes_only(hook: Callable) -> bool:
+    """Whether a hook changes no tensor, so that the frozen prefix need not keep away from it."""
+    return isinstance(hook, TransientHook) or getattr(hook, "__func__", None) is nullcontext.__exit__
 
 
 _NO_SCRIPT = (
     "torch.jit.script cannot compile the hooks of FreezeOut: script the model within `with freezeout.paused():`, or "
     "after freezeout.close(); of a copy made before, call clear() on its modules' _forward_hooks and _forward_pre_hooks"
 )
-
-
-def _no_hook() -> "TransientHook":
-    return TransientHook(_do_nothing)
 
 
 def _do_nothing(*_: Any) -> None:
@@ -212,7 +215,3 @@ def method_of(module: nn.Module, name: str) -> Callable:
 
 def _class_method(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(type(module), name)(module, *args, **kwargs)
-
-
-def _same(method: Callable) -> Callable:
-    return method

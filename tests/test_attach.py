@@ -1,6 +1,9 @@
 """What stands on the user's modules: pins, copies of them, torch's own ways of using a model, encoders with padding."""
 
 import copy
+import pickle
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -80,6 +83,53 @@ def test_a_second_training_of_a_copy_trains_its_batch_norms():
     means = [norm.running_mean.clone() for norm in norms(twin)]
     train(twin.train(), opt, FreezeOut(twin, opt, total_steps=10), range(2))
     assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms(twin), means, strict=True))
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["freezeout_ext"] = None  # importing it is an ImportError
+import torch
+model = torch.load(sys.argv[1], weights_only=False).train()
+model(torch.randn(4, 3, 6, 6)).sum().backward()
+assert all(module.training for module in model.modules())
+"""
+
+
+def blocks():
+    convs = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(3)]
+    return nn.Sequential(*convs, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))
+
+
+def folded_training(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    arguments = {"total_steps": 9, "start_frozen": 2, "prefix": "folded", "measure_prefix": False}
+    freezeout = FreezeOut(model, optimizer, layers=["0", "1", "2", "3"], **arguments)
+    for _ in range(4):
+        model(torch.randn(4, 3, 6, 6)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        freezeout.step()
+    return freezeout
+
+
+def in_run(steps):
+    model = blocks()
+    if steps:
+        return folded_training(model).model
+    return FreezeOut(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=9, start_frozen=2).model
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_model_that_was_saved_whole_is_read_where_the_package_is_not_installed(steps, tmp_path):
+    torch.save(in_run(steps), tmp_path / "model.pt")
+    subprocess.run([sys.executable, "-c", WITHOUT_THE_PACKAGE, tmp_path / "model.pt"], check=True)
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_that_was_made_in_mid_run_folds_as_the_original_did(copied, steps):
+    again = folded_training(copied(in_run(steps)).requires_grad_(True)).prefix_report()
+    assert again.fused == {"conv+bn+relu": 2}
 
 
 def test_scripting_a_watched_model_says_what_to_do_instead():

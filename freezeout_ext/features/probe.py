@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..attach import observes_only
 from .columns import masked
 from .effects import Generators, leaves_of
 from .frontier import Frontier, poison, sliced, through
@@ -187,7 +188,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
     kept = [(b, b.clone()) for b in model.buffers()]
     tables = [(t, dict(t)) for m in model.modules() for t in (m._forward_hooks, m._forward_pre_hooks) if t]
     for table, hooks in tables:
-        for key in [key for key, hook in hooks.items() if getattr(hook, "observes_only", False)]:
+        for key in [key for key, hook in hooks.items() if observes_only(hook)]:
             del table[key]
     try:
         yield
@@ -203,4 +204,4 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 def _has_hooks(module: nn.Module) -> bool:
     tables = module._forward_hooks, module._forward_pre_hooks
-    return any(not getattr(hook, "observes_only", False) for table in tables for hook in table.values())
+    return any(not observes_only(hook) for table in tables for hook in table.values())

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from ..attach import observes_only
 from ..torch_state import version_of
 from .judge import Refused
 from .reads import HOOKS, PLAIN, read
@@ -128,7 +129,7 @@ def _bytes(t: Tensor) -> Tensor:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs a hook that could see or change a value."""
     found = chain.from_iterable(getattr(module, name).values() for name in HOOKS)
-    return any(not getattr(hook, "observes_only", False) for hook in found)
+    return not all(map(observes_only, found))
 
 
 def has_global_hooks() -> bool:

@@ -257,7 +257,10 @@ def _replaced(module: nn.Module) -> str | None:
     """-> a method on the instance that is another one than the class's, where what the class does is relied on."""
     by_class = _is_torch(module) or _norm_act(module)
     for name, value in vars(module).items():
-        if isinstance(value, OwnMethod) or not callable(getattr(type(module), name, None)):
+        own = getattr(type(module), name, None)
+        # A copy that was made in mid-run has the methods of its class on the instance.
+        is_own = getattr(value, "__func__", None) is own and getattr(value, "__self__", None) is module
+        if isinstance(value, OwnMethod) or not callable(own) or is_own:
             continue
         if by_class or name == "forward":
             return name
