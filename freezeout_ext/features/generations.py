@@ -20,7 +20,6 @@ from .views import Views
 
 logger = logging.getLogger("freezeout_ext")
 
-
 # The last generation whose number is a bit of an int64 above 0.
 LAST = 61
 
