@@ -105,6 +105,7 @@ def test_defaults_are_resolved():
         ("--data cifar10", "data_dir"),
         ("--data cifar10 --data-dir {tmp}/nowhere", "cifar-10-batches-py"),
         ("--t0 0", "t_0 must be in (0, 1], got 0.0"),
+        ("--views 2", "views is of kept features, and none are kept: pass --cache too"),
         ("--how-scale quartic", "how_scale must be one of linear, squared, cubic or a positive power, got 'quartic'"),
         ("--lr -0.1", "lr must be >= 0, got -0.1"),
         ("--lr fast", "argument --lr: invalid float value: 'fast'"),

@@ -52,6 +52,9 @@ def _train_as(args: argparse.Namespace, ranks: Ranks) -> None:
         config = replace(there, **given(args)) if there else config_of(args, own)
         if own is not None:
             config = replace(config, data=own.name, fingerprint=own.fingerprint)
+        for name in ("views", "cache_dtype"):
+            if name in given(args) and config.cache is None:
+                raise ValueError(f"{name} is of kept features, and none are kept: pass --cache too")
         reporters: list[Reporter] = []
         if ranks.is_first:
             reporters.append(BarReporter() if has_live_bar(sys.stdout) else LineReporter())

@@ -241,7 +241,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         ValueError: `path` can be no file.
     """
     check_file("path", path)
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # Path.resolve raises no OSError for a circle of links
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
