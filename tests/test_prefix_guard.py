@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from prefix_cases import conv_bn, freeze, one_step
-from torch import nn
+from torch import get_num_threads, nn
 
 from freezeout_ext.layers import find_layers
 from freezeout_ext.prefix import Prefix
@@ -555,6 +555,9 @@ HIDDEN = {
     "closure": lambda: (lambda k: Reads(lambda module, x: x * k))(2.0),
     "text": lambda: Reads(lambda module, x: x * STORE.get(f"{x.shape[0]}", 1.0)),
     "global state": lambda: Reads(lambda module, x: x * torch.get_num_threads()),
+    "global state by a global": lambda: Reads(lambda module, x: x * get_num_threads()),
+    "global state by an attribute": lambda: Reads(lambda module, x: x * module.config(), get_num_threads),
+    "identity": lambda: Reads(lambda module, x: x * 2 if x.is_cuda is False else x),
     "out": lambda: Reads(lambda module, x: torch.add(x, 1.0, out=module.config), torch.ones(1)),
 }
 

@@ -26,7 +26,7 @@ ASKS = {"hasattr", "type", "callable", "id", "__class__", "is_torch_fx_proxy", "
 OPCODES = {
     "CACHE", "COPY", "COPY_FREE_VARS", "DUP_TOP", "DUP_TOP_TWO", "EXTENDED_ARG", "NOP", "NOT_TAKEN", "POP_TOP",
     "PUSH_NULL", "RESUME", "ROT_TWO", "ROT_THREE", "ROT_FOUR", "SWAP", "MAKE_CELL", "LOAD_CLOSURE", "MAKE_FUNCTION",
-    "RERAISE", "RAISE_VARARGS", "LOAD_ASSERTION_ERROR", "LOAD_COMMON_CONSTANT",
+    "STORE_DEREF", "RERAISE", "RAISE_VARARGS", "LOAD_ASSERTION_ERROR", "LOAD_COMMON_CONSTANT",
     "LOAD_CONST", "LOAD_SMALL_INT", "LOAD_GLOBAL", "LOAD_DEREF", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR",
     "RETURN_VALUE", "RETURN_CONST", "RETURN_GENERATOR", "YIELD_VALUE", "GEN_START",
     "PRECALL", "KW_NAMES", "CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX",
@@ -44,7 +44,7 @@ BUILTINS = {
     "RuntimeError", "TypeError", "ValueError",
 }  # fmt: skip
 OF_MODULES = {"children", "forward", "functional", "get", "items", "keys", "nn", "training", "values"}
-MAKE_TENSORS = {"arange", "eye", "full", "linspace", "ones", "tensor", "zeros"}
+MAKE_TENSORS = {"arange", "eye", "full", "linspace", "ones", "tensor", "zeros", "rearrange"}
 MAY_BE_NONE = {"grad", "grad_fn", "names"}
 
 
@@ -79,8 +79,11 @@ def code_of(code: types.CodeType) -> Code:
             outside = "a function inside it"
         if each.co_freevars and (each is code) and set(each.co_freevars) != {"__class__"}:
             outside = "variables of the function around it"
+        before: Any = None
         for instruction in dis.get_instructions(each):
-            name, op = instruction.argval, instruction.opname
+            name, op, given, before = instruction.argval, instruction.opname, before, instruction.argval
+            if op == "IS_OP" and given is not None:  # whose answer for a stand-in is another one than for a value
+                outside = outside or "`is`, but of None"
             if op not in OPCODES and not op.startswith(OPCODE_FAMILIES):
                 outside = outside or op
             if op == "STORE_ATTR" and name == "requires_grad":

@@ -105,6 +105,7 @@ class _Reader:
     def module(self, module: nn.Module) -> None:
         cls, own = type(module), written_by_others(type(module))
         if users := [each for each in own if not is_trusted(each)]:
+            self._by_name(vars(module).values(), f"an attribute of {cls.__name__}")
             self._users_class(users, methods=True)
             self._keys.update(n for c in cls.__mro__ if of_torch(c) for n in vars(c) if n[0] == "_" and n[:2] != "__")
         if not of_torch(cls):
@@ -184,6 +185,8 @@ class _Reader:
             self._closure(function, where, code)
         else:
             self._users |= dict.fromkeys(code.attributes, where)
+            self._by_name([globals_.get(name) for name in code.globals], where)
+            self._by_name([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()], where)
             if code.outside or absent - BUILTINS or vars(function):
                 raise Refused(f"{where} uses {code.outside or sorted([*(absent - BUILTINS), *vars(function)])[0]}")
         for name in sorted(code.globals & globals_.keys()):
@@ -196,6 +199,13 @@ class _Reader:
         for default in (function.__defaults__, function.__kwdefaults__):
             self.value(default, f"default of {where}")
         return code.names
+
+    def _by_name(self, values: Iterable, where: str) -> None:
+        """A library's function, wherever the user's own code has it from, is one that may be named."""
+        for value in values:
+            in_python = isinstance(value, types.FunctionType) and is_trusted(value)
+            if in_python or isinstance(value, types.BuiltinFunctionType):
+                self._users[value.__name__] = where
 
     def _closure(self, function: types.FunctionType, where: str, code: Code) -> None:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
