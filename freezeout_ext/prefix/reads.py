@@ -7,7 +7,6 @@ taken not to hide what they do. Anything else is refused.
 
 import builtins
 import enum
-import functools
 import logging
 import re
 import types
@@ -260,9 +259,7 @@ class _Reader:
         elif isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
             if not _is_trusted_in_c(value, getattr(value, "__self__", None)):
                 raise Refused(f"{where} is {getattr(value, '__qualname__', value)}, which may change by itself")
-        elif isinstance(value, functools._lru_cache_wrapper):
-            self.value(value.__wrapped__, where, code)
-        elif isinstance(value, logging.Logger | re.Pattern) or _pure_op(value):
+        elif isinstance(value, logging.Logger | re.Pattern):
             return
         else:
             self._object(value, where)
@@ -308,7 +305,3 @@ def _is_trusted_in_c(function: Any, owner: Any) -> bool:
         return owner.__name__.split(".")[0] in TRUSTED
     own = isinstance(owner, type | None) or type(owner).__module__.split(".")[0] == "torch"
     return own and not isinstance(owner, torch.Generator)
-
-
-def _pure_op(value: Any) -> bool:
-    return callable(value) and type(value).__module__.startswith(("torch._ops", "torch.jit"))
