@@ -1,5 +1,6 @@
 """What the code of functions and classes names, read from the bytecode, and whether the code is in a small subset."""
 
+import builtins
 import dis
 import functools
 import math
@@ -127,6 +128,17 @@ def is_trusted(value: Any) -> bool:
     """Whether a function, class or module of Python's is one of a library that is trusted."""
     where = value.__globals__["__name__"] if isinstance(value, types.FunctionType) else value.__module__
     return str(where).split(".")[0] in TRUSTED
+
+
+def is_trusted_in_c(function: Any) -> bool:
+    """Whether a function in C gives the same for the same arguments, by whose method it is."""
+    owner = getattr(function, "__self__", None)
+    if owner is builtins:
+        return function.__name__ in BUILTINS
+    if isinstance(owner, types.ModuleType):
+        return owner.__name__.split(".")[0] in TRUSTED
+    own = isinstance(owner, type | None) or type(owner).__module__.split(".")[0] == "torch"
+    return own and not isinstance(owner, torch.Generator)
 
 
 def of_torch(cls: type) -> bool:

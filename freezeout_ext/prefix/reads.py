@@ -5,7 +5,6 @@ code.py), and all that its modules hold must be comparable. Libraries of nets ar
 taken not to hide what they do. Anything else is refused.
 """
 
-import builtins
 import enum
 import logging
 import re
@@ -28,6 +27,7 @@ from .code import (
     code_of,
     functions_of,
     is_trusted,
+    is_trusted_in_c,
     of_tensors,
     of_torch,
     written_by_others,
@@ -257,7 +257,7 @@ class _Reader:
             if not is_trusted(value):
                 raise Refused(f"{where} is the class {value.__name__}")
         elif isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
-            if not _is_trusted_in_c(value, getattr(value, "__self__", None)):
+            if not is_trusted_in_c(value):
                 raise Refused(f"{where} is {getattr(value, '__qualname__', value)}, which may change by itself")
         elif isinstance(value, logging.Logger | re.Pattern):
             return
@@ -295,13 +295,3 @@ def _parts(value: Any) -> tuple:
     if isinstance(value, partial):
         return value.func, value.args, value.keywords
     return value.__self__, value.__func__
-
-
-def _is_trusted_in_c(function: Any, owner: Any) -> bool:
-    """Whether a function in C gives the same for the same arguments, by whose method it is."""
-    if owner is builtins:
-        return function.__name__ in BUILTINS
-    if isinstance(owner, types.ModuleType):
-        return owner.__name__.split(".")[0] in TRUSTED
-    own = isinstance(owner, type | None) or type(owner).__module__.split(".")[0] == "torch"
-    return own and not isinstance(owner, torch.Generator)
