@@ -37,7 +37,7 @@ LAW = {
         "arguments", "checks", "layers", "order", "param_groups", "prefix", "readings", "schedule", "state",
         "transition",
     },
-    "features": {"arguments", "attach"},
+    "features": {"arguments", "attach", "torch_state"},
     "step_rates": {"freezeout", "fused", "native", "param_groups", "schedule"},
     "graphed": {"arguments", "attach", "batch", "cuda_graphs", "freezeout", "fused", "schedule", "step_rates"},
     "planner": {"arguments", "schedule", "layers", "fused", "batch", "text", "memory"},

@@ -1,18 +1,13 @@
 """Effects: what an operation or a module reads, writes, shares and draws, as far as tensors and generators show it."""
 
-import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-try:
-    import numpy
-except ImportError:
-    numpy = None  # type: ignore[assignment]  # None is its absence
+from ..torch_state import version_of
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -53,63 +48,5 @@ def leaves_of(output: Any) -> Iterator[Tensor]:
             yield from leaves_of(list(vars(leaf).values()))
 
 
-def version_of(x: Tensor) -> int:
-    """-> how often x was written to; -1 for inference tensors, which do not count."""
-    return -1 if x.is_inference() else x._version
-
-
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
     return [version_of(x) for x in tensors]
-
-
-def host_states() -> tuple:
-    """-> the states of random's and numpy's generators."""
-    if numpy is None:
-        return random.getstate(), ()
-    state: Any = numpy.random.get_state()
-    _, words, *rest = state
-    return random.getstate(), (words.tobytes(), *rest)
-
-
-def device_states(tensors: Iterable[Tensor]) -> list[bytes]:
-    """The generators that an operation on these may draw from; none of them waits for the device."""
-    found = [torch.get_rng_state().numpy().tobytes() if numpy else bytes(torch.get_rng_state().tolist())]
-    for index in {x.device.index for x in tensors if x.device.type == "cuda"}:
-        found.append(bytes(torch.cuda.get_rng_state(index).tolist()))
-    return found
-
-
-class Generators:
-    """The states of all generators that a forward may draw from.
-
-    Args:
-        devices: those of the devices too.
-    """
-
-    def __init__(self, *, devices: bool = True) -> None:
-        self._torch, self._python = torch.get_rng_state(), random.getstate()
-        self._numpy: Any = numpy.random.get_state() if numpy else None
-        self._cuda = torch.cuda.get_rng_state_all() if devices and torch.cuda.is_initialized() else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._torch)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            numpy.random.set_state(self._numpy)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch (CPU), numpy and random draw from `seed`. Afterwards they go on as if nothing had been drawn."""
-    before = Generators(devices=False)
-    # Not torch.manual_seed, which would seed the devices too.
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    if numpy:
-        numpy.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        before.restore()

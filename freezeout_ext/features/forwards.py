@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..torch_state import autocast_state
 from .filling import Filling
 from .frontier import shapes_of
 from .generations import Generation, Generations
 from .keys import Unread
 from .moves import Moves
-from .probe import Forward, autocast_state, unwatchable
+from .probe import Forward, unwatchable
 from .spot import Schedule, spot_check
 from .timing import Stopwatch, seconds_of
 from .watch import Refused

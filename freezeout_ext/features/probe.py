@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..attach import observes_only
+from ..torch_state import Generators, autocast_state
 from .columns import masked
-from .effects import Generators, leaves_of
+from .effects import leaves_of
 from .frontier import Frontier, poison, sliced, through
 from .rounding import BOUNDS
 from .views import rank_and_processes
@@ -162,11 +163,6 @@ def lengths_of(kwargs: Mapping, given: Tensor | None) -> Tensor | None:
     if not torch.equal(mask, torch.arange(mask.shape[1], device="cpu") < lengths[:, None]):
         raise Refused("attention_mask has padding in front of a sample or inside it: pad behind (padding_side='right')")
     return lengths
-
-
-def autocast_state(device: torch.device) -> tuple[bool, torch.dtype]:
-    """-> whether autocast is on there, and its dtype."""
-    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

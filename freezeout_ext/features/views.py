@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 
 from ..arguments import check_count
-from .effects import seeded
+from ..torch_state import seeded
 
 # The most views with "auto". No measurement has shown that more views bring anything.
 MOST_VIEWS = 8

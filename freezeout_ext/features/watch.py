@@ -9,17 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from .effects import (
-    address_of,
-    device_states,
-    host_states,
-    leaves_of,
-    storage_of,
-    tensors_in,
-    version_of,
-    versions_of,
-    written_by,
-)
+from ..torch_state import device_states, host_states, version_of
+from .effects import address_of, leaves_of, storage_of, tensors_in, versions_of, written_by
 
 Taint = frozenset
 NONE: Taint = frozenset()
