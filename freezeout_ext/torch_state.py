@@ -68,15 +68,26 @@ class Generators:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch (CPU), numpy and random draw from `seed`. Afterwards they go on as if nothing had been drawn."""
-    before = Generators(devices=False)
-    # Not torch.manual_seed, which would seed the devices too.
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    if numpy:
-        numpy.random.seed(seed % 2**32)
+def kept_generators(*, devices: bool = False) -> Iterator[None]:
+    """Afterwards the generators go on as if nothing had been drawn inside.
+
+    Args:
+        devices: those of the devices too.
+    """
+    before = Generators(devices=devices)
     try:
         yield
     finally:
         before.restore()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch (CPU), numpy and random draw from `seed`. Afterwards they go on as if nothing had been drawn."""
+    with kept_generators():
+        # Not torch.manual_seed, which would seed the devices too.
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed % 2**32)
+        yield

@@ -44,7 +44,7 @@ LAW = {
     "integrations": {"arguments", "attach", "features", "freezeout"},
     "models": {"arguments"},
     "batch": set(),
-    "tasks": {"arguments", "models", "batch"},
+    "tasks": {"arguments", "models", "batch", "torch_state"},
     "training": {
         "arguments", "batch", "features", "freezeout", "fused", "graphed", "integrations", "layers", "memory", "models",
         "native", "planner", "prefix", "schedule", "tasks", "text",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..torch_state import Generators
+from ..torch_state import kept_generators
 from .cpu import CpuEngine, unsupported_dtype
 from .graphs import ExactEngine
 from .judge import TOLERANCE, Refused, constant, error_of, first_line
@@ -113,12 +113,9 @@ class Builder:
 @contextmanager
 def _for_the_probe(device: torch.device, autocast: tuple[bool, torch.dtype]) -> Iterator[None]:
     """No graph, the user's autocast, and no random number of the user's is drawn."""
-    generators, (enabled, dtype) = Generators(), autocast
-    try:
-        with constant(), torch.autocast(device.type, enabled=enabled, dtype=dtype):
-            yield
-    finally:
-        generators.restore()
+    enabled, dtype = autocast
+    with kept_generators(devices=True), constant(), torch.autocast(device.type, enabled=enabled, dtype=dtype):
+        yield
 
 
 def _storage(t: Tensor) -> int:

@@ -2,11 +2,8 @@
 
 import hashlib
 import multiprocessing
-import random
-import sys
 from collections import UserDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..arguments import check_count
 from ..batch import Batch
+from ..torch_state import kept_generators, seeded
 
 
 def batches(
@@ -120,20 +118,6 @@ def hashed(*seeds: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:8], "little")
 
 
-@contextmanager
-def kept_generators() -> Iterator[None]:
-    """Restores torch's CPU generator, numpy's and Python's on leaving."""
-    numpy = sys.modules.get("numpy")
-    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        if numpy:
-            numpy.random.set_state(states[2])
-
-
 class _Seeded(Dataset):
     """dataset[i] as drawn by (seed, epoch, i)."""
 
@@ -144,10 +128,5 @@ class _Seeded(Dataset):
         return len(self._dataset)
 
     def __getitem__(self, i: int) -> Any:
-        with kept_generators():
-            seed = hashed(self._seed, self._epoch, i)
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            if numpy := sys.modules.get("numpy"):
-                numpy.random.seed(seed % 2**32)
+        with seeded(hashed(self._seed, self._epoch, i)):
             return self._dataset[i]

@@ -14,7 +14,8 @@ from torch.utils.data import IterableDataset
 
 from ..arguments import check_count
 from ..batch import Batch, call, size, tensors, to
-from .batches import as_batch, collated, kept_generators
+from ..torch_state import kept_generators
+from .batches import as_batch, collated
 from .metrics import Metric, Totals, accuracy, logits_of
 from .places import TaskFault, kind, place_of, where_raised
 
@@ -152,7 +153,7 @@ class Task:
             TaskFault: one sentence on what does not fit, with the line of the file where the line is known.
         """
         first: dict[str, Batch] = {}
-        with kept_generators(), torch.random.fork_rng([]):
+        with kept_generators():
             for name, dataset in self.datasets().items():
                 batch = self._asked(f"{name} must give samples", collated, dataset, self.collate, SAMPLES_CHECKED)
                 inputs, targets = self._asked(f"{name} must give pairs (inputs, targets)", as_batch, batch)
